@@ -1,0 +1,41 @@
+"""From TU/e's delta weights and a DINOv3 backbone to a checked model.
+
+>>> import converter
+>>> conversion = converter.convert("shapes_panoptic_128", "model")
+>>> conversion.verdict.verdict
+'passed'
+>>> converter.verify("model").verdict
+'passed'
+"""
+
+__version__ = "0.1.0"
+
+from converter.conversion import Conversion, convert
+from converter.errors import (
+    AccessError,
+    EomtConvertError,
+    NotVerifiedError,
+    OutputError,
+    OutputsDifferError,
+    PlanError,
+    UnreadableFileError,
+    UsageError,
+)
+from converter.verification import Level, Verdict, verify
+
+__all__ = [
+    "AccessError",
+    "Conversion",
+    "EomtConvertError",
+    "Level",
+    "NotVerifiedError",
+    "OutputError",
+    "OutputsDifferError",
+    "PlanError",
+    "UnreadableFileError",
+    "UsageError",
+    "Verdict",
+    "__version__",
+    "convert",
+    "verify",
+]

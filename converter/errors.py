@@ -1,0 +1,65 @@
+"""The errors a user can meet: what happened, what to do about it, and the exit code it ends in."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from converter.conversion import Conversion
+
+
+class EomtConvertError(Exception):
+    """Something a user can cause and mend.
+
+    Attributes:
+        message: what happened: the file, the tensor, what was expected and what was found.
+        remedy: what to do about it; empty where the message says it all.
+        exit_code: with which the command ends.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, remedy: str = "") -> None:
+        super().__init__(f"{message}\n{remedy}" if remedy else message)
+        self.message = message
+        self.remedy = remedy
+
+
+class UnreadableFileError(EomtConvertError):
+    """A file that is not there, is broken, or breaks the rules of its format."""
+
+
+class PlanError(EomtConvertError):
+    """Weights that do not add up to a model: tensors missing, left over or of a wrong shape."""
+
+
+class OutputError(EomtConvertError):
+    """The output cannot be written where it was asked for."""
+
+
+class NotVerifiedError(EomtConvertError):
+    """Verification was required and there is nothing to check against."""
+
+
+class UsageError(EomtConvertError):
+    """A question that has no answer: an unknown name, an option missing or of the wrong form."""
+
+    exit_code = 2
+
+
+class OutputsDifferError(EomtConvertError):
+    """The converted model does not compute what was recorded.
+
+    Attributes:
+        conversion: what was converted, with the verdict.
+    """
+
+    exit_code = 3
+
+    def __init__(self, message: str, remedy: str, conversion: "Conversion") -> None:
+        super().__init__(message, remedy)
+        self.conversion = conversion
+
+
+class AccessError(EomtConvertError):
+    """A repository or file that is gated, missing, or not in the cache when offline."""
+
+    exit_code = 4

@@ -1,0 +1,311 @@
+"""Reads what torch pickles, without unpickling: nothing named in a pickle is imported or called.
+
+A pickle is a program for a small stack machine. Python's own machine calls whatever the program
+names; this one knows how tensors are rebuilt (https://pytorch.org/docs/stable/notes/serialization),
+keeps every other object as an inert placeholder, and refuses a program that asks for the standard
+library's means of running code.
+"""
+
+import pickletools
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# storage classes of torch, as pickles name them, and safetensors' names of their element types
+_STORAGE_DTYPES = {
+    "DoubleStorage": "F64",
+    "FloatStorage": "F32",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "LongStorage": "I64",
+    "IntStorage": "I32",
+    "ShortStorage": "I16",
+    "CharStorage": "I8",
+    "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
+}
+
+# what checkpoints hold beside tensors and what does nothing by being there
+_HARMLESS = {
+    "_codecs.encode",
+    "argparse.Namespace",
+    "builtins.bool",
+    "builtins.bytearray",
+    "builtins.complex",
+    "builtins.dict",
+    "builtins.float",
+    "builtins.frozenset",
+    "builtins.int",
+    "builtins.list",
+    "builtins.object",
+    "builtins.range",
+    "builtins.set",
+    "builtins.slice",
+    "builtins.str",
+    "builtins.tuple",
+    "collections.Counter",
+    "collections.OrderedDict",
+    "collections.defaultdict",
+    "collections.deque",
+    "copyreg._reconstructor",
+    "datetime.date",
+    "datetime.datetime",
+    "datetime.timedelta",
+    "datetime.timezone",
+    "decimal.Decimal",
+    "fractions.Fraction",
+    "functools.partial",
+    "pathlib.PosixPath",
+    "pathlib.PurePosixPath",
+    "pathlib.PureWindowsPath",
+    "pathlib.WindowsPath",
+    "types.SimpleNamespace",
+    "uuid.UUID",
+}
+
+# Python 2's names of modules that run code, and the modules behind os
+_RUNS_CODE = sys.stdlib_module_names | {"__builtin__", "commands", "posix", "nt"}
+
+
+class UnsafePickleError(ValueError):
+    """A pickle that asks for something that runs code; the message is the name it asked for."""
+
+
+@dataclass(frozen=True, eq=False)
+class Inert:
+    """A global that a pickle names, or an object built from one. It does nothing."""
+
+    name: str
+
+
+@dataclass(frozen=True, eq=False)
+class Storage:
+    """A run of numbers in a record of its own.
+
+    Attributes:
+        key: name of the record.
+        dtype: safetensors' name of the element type.
+        size: number of elements.
+    """
+
+    key: str
+    dtype: str
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class PickledTensor:
+    """A view of a storage; offset and stride count elements."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def read_pickle(data: bytes) -> Any:
+    """Reads one pickle into dicts, lists, tuples, plain values, `PickledTensor` and `Inert`.
+
+    Raises:
+        UnsafePickleError: it names something that runs code.
+        ValueError: it is not a valid pickle.
+    """
+    try:
+        return _Machine().run(data)
+    except ValueError:
+        raise
+    except (LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def _look_up(module: str, name: str) -> Inert:
+    full = f"{module}.{name}"
+    if module.partition(".")[0] in _RUNS_CODE and full not in _HARMLESS:
+        raise UnsafePickleError(full)
+    return Inert(full)
+
+
+def _call(function: Any, arguments: Any) -> Any:
+    if not isinstance(function, Inert) or not isinstance(arguments, tuple):
+        raise ValueError("it calls something that is no function")
+    match function.name:
+        case "collections.OrderedDict" if not arguments:
+            return {}
+        case "torch._utils._rebuild_tensor_v2" | "torch._utils._rebuild_tensor":
+            return _tensor(*arguments[:4])
+        case "torch._utils._rebuild_parameter" | "torch._utils._rebuild_parameter_with_state":
+            return arguments[0]
+        case _:
+            return Inert(function.name)
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> PickledTensor | Inert:
+    if isinstance(storage, Inert):
+        return storage
+    counts = (offset, *shape, *stride)
+    if len(shape) != len(stride) or not all(type(n) is int and n >= 0 for n in counts):
+        raise ValueError("a tensor has an impossible shape, stride or offset")
+    if not isinstance(storage, Storage):
+        raise ValueError("a tensor has no storage")
+    return PickledTensor(storage, offset, tuple(shape), tuple(stride))
+
+
+def _storage(identifier: Any) -> Storage | Inert:
+    """A persistent id: ("storage", class, key, device, number of elements)."""
+    kind, storage_class, key, _device, size = identifier
+    if kind != "storage" or type(key) is not str or type(size) is not int or size < 0:
+        raise ValueError("a storage has another form than torch gives it")
+    dtype = _STORAGE_DTYPES.get(storage_class.name.removeprefix("torch."))
+    return Storage(key, dtype, size) if dtype else Inert(storage_class.name)
+
+
+class _Machine:
+    """The pickle machine: a stack, the stacks below its marks, and a memo."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.marked: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+
+    def run(self, data: bytes) -> Any:
+        argument: Any
+        for opcode, argument, _position in pickletools.genops(data):
+            name = opcode.name
+            if name == "STOP":
+                return self.stack.pop()
+            if name in _LITERALS:
+                self.push(argument)
+            elif name in _CONSTANTS:
+                self.push(_CONSTANTS[name]())
+            elif name in _MEMO_PUTS:
+                if argument > len(data):
+                    raise ValueError("it numbers more objects than it can hold")
+                self.memo[argument] = self.stack[-1]
+            elif name in _MEMO_GETS:
+                self.push(self.memo[argument])
+            elif name in _ACTIONS:
+                _ACTIONS[name](self, argument)
+            elif name not in _NOTHING_TO_DO:
+                raise ValueError(f"opcode {name} has no place in a checkpoint")
+        raise ValueError("it ends before its STOP")
+
+    def push(self, value: Any) -> None:
+        self.stack.append(value)
+
+    def pop_mark(self) -> list[Any]:
+        items, self.stack = self.stack, self.marked.pop()
+        return items
+
+    def mark(self, _: Any) -> None:
+        self.marked.append(self.stack)
+        self.stack = []
+
+    def memoize(self, _: Any) -> None:
+        self.memo[len(self.memo)] = self.stack[-1]
+
+    def tuple_of(self, count: int) -> None:
+        items = tuple(self.stack[len(self.stack) - count :])
+        if len(items) != count:
+            raise ValueError("its stack is empty")
+        del self.stack[len(self.stack) - count :]
+        self.push(items)
+
+    def append(self, items: list[Any]) -> None:
+        if not isinstance(self.stack[-1], Inert):
+            self.stack[-1].extend(items)
+
+    def set_items(self, items: list[Any]) -> None:
+        """Sets the items of a dict whose keys are text; no other is needed, or safe to hash."""
+        if not isinstance(self.stack[-1], Inert):
+            pairs = zip(items[::2], items[1::2], strict=True)
+            self.stack[-1].update({key: value for key, value in pairs if type(key) is str})
+
+    def set_item(self, _: Any) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.set_items([key, value])
+
+    def frozen_set(self, _: Any) -> None:
+        self.pop_mark()
+        self.push(Inert("builtins.frozenset"))
+
+    def dict_of(self, _: Any) -> None:
+        items = self.pop_mark()
+        self.push({})
+        self.set_items(items)
+
+    def reduce(self, _: Any) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        self.push(_call(function, arguments))
+
+    def new_object(self, _: Any) -> None:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        if not isinstance(function, Inert) or not isinstance(arguments, tuple):
+            raise ValueError("it builds an object of something that is no class")
+        self.push(Inert(function.name))
+
+    def new_object_with_keywords(self, _: Any) -> None:
+        self.stack.pop()
+        self.new_object(None)
+
+    def old_instance(self, argument: str) -> None:
+        self.pop_mark()
+        self.push(_look_up(*argument.split(" ", 1)))
+
+    def old_object(self, _: Any) -> None:
+        function, *_arguments = self.pop_mark()
+        self.push(Inert(function.name))
+
+    def look_up_on_stack(self, _: Any) -> None:
+        name, module = self.stack.pop(), self.stack.pop()
+        if type(name) is not str or type(module) is not str:
+            raise ValueError("it looks up something without a name")
+        self.push(_look_up(module, name))
+
+
+_LITERALS = {
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BYTEARRAY8"),
+}
+_CONSTANTS: Mapping[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_DICT": dict,
+    "EMPTY_SET": lambda: Inert("builtins.set"),
+}
+_MEMO_PUTS = {"PUT", "BINPUT", "LONG_BINPUT"}
+_MEMO_GETS = {"GET", "BINGET", "LONG_BINGET"}
+_NOTHING_TO_DO = {"PROTO", "FRAME"}
+_ACTIONS: Mapping[str, Callable[[_Machine, Any], object]] = {
+    "MARK": _Machine.mark,
+    "MEMOIZE": _Machine.memoize,
+    "POP": lambda m, _: m.stack.pop() if m.stack else m.pop_mark(),
+    "POP_MARK": lambda m, _: m.pop_mark(),
+    "DUP": lambda m, _: m.push(m.stack[-1]),
+    "TUPLE": lambda m, _: m.push(tuple(m.pop_mark())),
+    "TUPLE1": lambda m, _: m.tuple_of(1),
+    "TUPLE2": lambda m, _: m.tuple_of(2),
+    "TUPLE3": lambda m, _: m.tuple_of(3),
+    "LIST": lambda m, _: m.push(m.pop_mark()),
+    "DICT": _Machine.dict_of,
+    "FROZENSET": _Machine.frozen_set,
+    "APPEND": lambda m, _: m.append([m.stack.pop()]),
+    "APPENDS": lambda m, _: m.append(m.pop_mark()),
+    "ADDITEMS": lambda m, _: m.pop_mark(),
+    "SETITEM": _Machine.set_item,
+    "SETITEMS": lambda m, _: m.set_items(m.pop_mark()),
+    "GLOBAL": lambda m, argument: m.push(_look_up(*argument.split(" ", 1))),
+    "STACK_GLOBAL": _Machine.look_up_on_stack,
+    "REDUCE": _Machine.reduce,
+    "NEWOBJ": _Machine.new_object,
+    "NEWOBJ_EX": _Machine.new_object_with_keywords,
+    "INST": _Machine.old_instance,
+    "OBJ": _Machine.old_object,
+    # the state of an object that does nothing, or the _metadata of a state dict
+    "BUILD": lambda m, _: m.stack.pop(),
+    "BINPERSID": lambda m, _: m.push(_storage(m.stack.pop())),
+}
