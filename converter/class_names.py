@@ -1,0 +1,85 @@
+"""The names of a model's classes, and which of them are stuff."""
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from converter.errors import UnreadableFileError
+
+
+@dataclass(frozen=True)
+class ClassNames:
+    """The classes of a model, in the order of its class logits, without "no object".
+
+    Attributes:
+        names: one name per class id.
+        stuff: ids of the classes that have no instances (sky, grass), ascending.
+    """
+
+    names: tuple[str, ...]
+    stuff: tuple[int, ...] = ()
+
+
+def unnamed(count: int, stuff: tuple[int, ...] = ()) -> ClassNames:
+    """Transformers' placeholder names, LABEL_0 and so on, for classes that nobody named."""
+    return ClassNames(tuple(f"LABEL_{i}" for i in range(count)), stuff)
+
+
+def of_dataset(name: str) -> ClassNames:
+    """The class names of a dataset that comes with the package, such as ``coco_panoptic``."""
+    file = resources.files("converter") / "labels" / f"{name}.json"
+    return _parse(file.read_text(encoding="utf-8"), f"{name}.json")
+
+
+def read(path: Path) -> ClassNames:
+    """Reads a file of class names.
+
+    Three forms are understood: one name a line; a JSON list of names; a JSON object with
+    ``categories``, each with ``id``, ``name`` and, for panoptic data, ``isthing``.
+
+    Raises:
+        UnreadableFileError: the file cannot be read or has none of these forms.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnreadableFileError(f"The labels in {path} cannot be read: {error}") from error
+    return _parse(text, path.name)
+
+
+def _parse(text: str, file: str) -> ClassNames:
+    if not text.lstrip().startswith(("[", "{")):
+        names = tuple(line.strip() for line in text.splitlines() if line.strip())
+        return _checked(names, (), file)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UnreadableFileError(f"The labels in {file} are not valid JSON: {error}") from error
+    if isinstance(content, list):
+        return _checked(tuple(content), (), file)
+    return _from_categories(content.get("categories"), file)
+
+
+def _from_categories(categories: Any, file: str) -> ClassNames:
+    form = "each category needs an id (0, 1, 2, ... without gaps) and a name"
+    try:
+        ordered = sorted(categories, key=lambda category: category["id"])
+        ids = [category["id"] for category in ordered]
+        names = tuple(category["name"] for category in ordered)
+        stuff = tuple(c["id"] for c in ordered if not c.get("isthing", True))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UnreadableFileError(f"The labels in {file} have another form: {form}.") from error
+    if ids != list(range(len(ids))):
+        raise UnreadableFileError(f"The category ids in {file} have gaps or repeat: {form}.")
+    return _checked(names, stuff, file)
+
+
+def _checked(names: tuple[Any, ...], stuff: tuple[int, ...], file: str) -> ClassNames:
+    if not names:
+        raise UnreadableFileError(f"There is no class name in {file}.")
+    for name in names:
+        if not isinstance(name, str):
+            raise UnreadableFileError(f"A class name in {file} is not text: {name!r}.")
+    return ClassNames(names, stuff)

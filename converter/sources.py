@@ -1,0 +1,222 @@
+"""From what a user names - a file, a folder, a Hub repository - to files on this machine."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from converter.errors import AccessError, EomtConvertError, UnreadableFileError, UsageError
+from converter.tensorfiles import WEIGHT_SUFFIXES
+
+# the file names that weights are published under, the safer format first
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class LocalSource:
+    """A file of weights, or a folder that has one."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A model repository.
+
+    Attributes:
+        repo_id: owner/name.
+        revision: branch, tag or commit.
+    """
+
+    repo_id: str
+    revision: str = "main"
+
+
+@dataclass(frozen=True)
+class Access:
+    """How the Hub is reached; parameters as in every function of huggingface_hub.
+
+    Attributes:
+        token: overrides HF_TOKEN and the login file.
+        cache_dir: overrides HF_HOME and HF_HUB_CACHE.
+        local_files_only: whether only the cache is used.
+    """
+
+    token: str | None = None
+    cache_dir: Path | None = None
+    local_files_only: bool = False
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """The files of a source, on this machine.
+
+    Attributes:
+        weights: the file of weights.
+        config: the config.json beside it, if there is one.
+        repo_id: the repository they come from; None for local files.
+        revision: its commit; None for local files.
+    """
+
+    weights: Path
+    config: Path | None
+    repo_id: str | None = None
+    revision: str | None = None
+
+    @property
+    def title(self) -> str:
+        """What to call it in a sentence: the repository or the path of the file."""
+        return self.repo_id or str(self.weights)
+
+
+def parse_source(text: str) -> LocalSource | HubSource:
+    """Tells a path from a repository.
+
+    What exists, is absolute, begins with ``.`` or ``~``, or ends like a weight file is a path.
+    Anything else of the form owner/name, or owner/name@revision, is a repository.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    path = Path(text).expanduser()
+    if (
+        path.exists()
+        or path.is_absolute()
+        or text.startswith((".", "~"))
+        or path.suffix in WEIGHT_SUFFIXES
+    ):
+        return LocalSource(path)
+    repo_id, _, revision = text.partition("@")
+    if repo_id.count("/") != 1 or not all(repo_id.split("/")) or text.endswith("@"):
+        raise UsageError(
+            f"{text!r} is no file or folder here, and not of the form owner/name or "
+            "owner/name@revision either."
+        )
+    return HubSource(repo_id, revision or "main")
+
+
+def fetch(source: LocalSource | HubSource, access: Access) -> Fetched:
+    """Finds a source's file of weights and its config.json, downloading what is not here yet.
+
+    Raises:
+        UnreadableFileError: a local file is missing, or a folder has no weights or several.
+        AccessError: a repository or a file in it is missing, gated, or not in the cache when only
+            that may be used.
+    """
+    return _find(source.path) if isinstance(source, LocalSource) else _download(source, access)
+
+
+def _find(path: Path) -> Fetched:
+    if path.is_dir():
+        names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
+        name = _choose_weights(names)
+        if name is None:
+            raise UnreadableFileError(_no_weights(str(path), names))
+        path = path / name
+    elif not path.exists():
+        raise UnreadableFileError(f"There is no file or folder {path}.")
+    config = path.parent / "config.json"
+    return Fetched(path, config if config.is_file() else None)
+
+
+def _choose_weights(names: Sequence[str]) -> str | None:
+    """The file of weights among a folder's files: one with a usual name, or the only one."""
+    for usual in _WEIGHT_FILES:
+        if usual in names:
+            return usual
+    weights = [name for name in names if name.endswith(WEIGHT_SUFFIXES) and "/" not in name]
+    return weights[0] if len(weights) == 1 else None
+
+
+def _no_weights(place: str, names: Sequence[str]) -> str:
+    weights = [name for name in names if name.endswith(WEIGHT_SUFFIXES)]
+    if weights:
+        return f"{place} has several files of weights ({', '.join(weights[:5])}): name one of them."
+    return f"{place} has no file of weights ({', '.join(_WEIGHT_FILES)} or another *.safetensors)."
+
+
+def _download(source: HubSource, access: Access) -> Fetched:
+    import huggingface_hub
+    from huggingface_hub import HfApi, constants
+
+    with _explained(source):
+        if access.local_files_only or constants.HF_HUB_OFFLINE:
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    source.repo_id,
+                    revision=source.revision,
+                    cache_dir=access.cache_dir,
+                    local_files_only=True,
+                )
+            )
+            names = sorted(entry.name for entry in folder.iterdir())
+            commit = folder.name
+        else:
+            info = HfApi(token=access.token).model_info(source.repo_id, revision=source.revision)
+            names = [sibling.rfilename for sibling in info.siblings or ()]
+            commit = info.sha or source.revision
+        weights = _choose_weights(names)
+        if weights is None:
+            raise AccessError(_no_weights(f"{source.repo_id} at {source.revision}", names))
+        paths = {
+            name: Path(
+                huggingface_hub.hf_hub_download(
+                    source.repo_id,
+                    name,
+                    revision=commit,
+                    token=access.token,
+                    cache_dir=access.cache_dir,
+                    local_files_only=access.local_files_only,
+                )
+            )
+            for name in ("config.json", weights)
+            if name in names
+        }
+    return Fetched(paths[weights], paths.get("config.json"), source.repo_id, commit)
+
+
+@contextmanager
+def _explained(source: HubSource) -> Iterator[None]:
+    """Turns what huggingface_hub raises into a sentence and a remedy."""
+    from huggingface_hub import errors
+
+    repo, page = source.repo_id, f"https://huggingface.co/{source.repo_id}"
+    log_in = "log in with `hf auth login`, or set HF_TOKEN"
+    try:
+        yield
+    except EomtConvertError:
+        raise
+    except errors.GatedRepoError as error:
+        raise AccessError(
+            f"{repo} is gated, and this login has no access to it.",
+            f"Ask for access at {page}, then {log_in}.",
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise AccessError(
+            f"There is no repository {repo}, or it is private and this login does not see it.",
+            f"Check the name; for a private one, {log_in}.",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise AccessError(f"{repo} has no revision {source.revision!r}.") from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise AccessError(
+            f"{repo} at {source.revision} is not in the cache, or not all of it, and the Hub was "
+            "not asked or did not answer.",
+            "Run once without --offline and HF_HUB_OFFLINE, with a connection.",
+        ) from error
+    except errors.HFValidationError as error:
+        raise UsageError(f"{repo!r} is no valid name of a repository: {error}") from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        raise AccessError(
+            f"The Hub refused {repo} with status {status}.",
+            f"The token may have expired: {log_in}." if status == 401 else "Try again later.",
+        ) from error
+    except Exception as error:
+        # huggingface_hub lets errors of its HTTP library through, and has changed that library
+        if not isinstance(error, OSError) and not type(error).__module__.startswith("http"):
+            raise
+        raise AccessError(
+            f"The Hub could not be reached for {repo}: {type(error).__name__}.",
+            "Check the connection and HF_ENDPOINT; --offline uses the cache alone.",
+        ) from error
