@@ -1,0 +1,233 @@
+"""The configuration files: a backbone's config.json read, a model's two files written."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+from converter.catalog import Task
+from converter.class_names import ClassNames
+from converter.errors import UnreadableFileError
+
+# ImageNet's statistics, as github.com/tue-mps/eomt models/vit.py has them
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+
+# no_object_coefficient in github.com/tue-mps/eomt training/mask_classification_panoptic.py
+NO_OBJECT_WEIGHT = 0.1
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """What a DINOv3 backbone's config.json says, in transformers' names.
+
+    Attributes:
+        hidden_size: width of a token.
+        intermediate_size: width inside the MLP.
+        num_hidden_layers: number of layers.
+        num_attention_heads: heads of each layer's attention.
+        patch_size: side of a square patch, in pixels; a power of two.
+        num_channels: colour channels of a picture.
+        num_register_tokens: register tokens between the class token and the patches.
+        hidden_act: activation of the layers' MLP, as transformers names it.
+        layer_norm_eps: epsilon of the backbone's layer norms.
+        rope_theta: base of the rotary positions' frequencies.
+        use_gated_mlp: whether the MLP has a gate.
+        query_bias, key_bias, value_bias, proj_bias, mlp_bias: whether that projection has a bias.
+        layerscale_value, initializer_range, attention_dropout, drop_path_rate, pos_embed_shift,
+            pos_embed_jitter, pos_embed_rescale: for training only.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    patch_size: int = 16
+    num_channels: int = 3
+    num_register_tokens: int = 0
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+    rope_theta: float = 100.0
+    use_gated_mlp: bool = False
+    query_bias: bool = True
+    key_bias: bool = False
+    value_bias: bool = True
+    proj_bias: bool = True
+    mlp_bias: bool = True
+    layerscale_value: float = 1.0
+    initializer_range: float = 0.02
+    attention_dropout: float = 0.0
+    drop_path_rate: float = 0.0
+    pos_embed_shift: float | None = None
+    pos_embed_jitter: float | None = None
+    pos_embed_rescale: float | None = 2.0
+
+    @property
+    def num_upscale_blocks(self) -> int:
+        """Steps from the patch grid to the masks: max(1, log2(patch_size) - 2).
+
+        Source: github.com/tue-mps/eomt models/eomt.py.
+        """
+        return max(1, int(math.log2(self.patch_size)) - 2)
+
+
+@dataclass(frozen=True)
+class HeadSizes:
+    """The sizes that EoMT adds to a backbone.
+
+    Attributes:
+        num_queries: learned queries.
+        num_classes: classes without "no object".
+        num_blocks: last layers that the queries take part in.
+    """
+
+    num_queries: int
+    num_classes: int
+    num_blocks: int
+
+
+def read_backbone_config(path: Path) -> BackboneConfig:
+    """Reads the config.json of a DINOv3 backbone in transformers' format.
+
+    Raises:
+        UnreadableFileError: it cannot be read, is of another model, or lacks or mistypes a value.
+    """
+    content = read_json_object(path)
+    if content.get("model_type") != "dinov3_vit":
+        raise UnreadableFileError(
+            f"{path} is the configuration of a {content.get('model_type')!r} model, not of a "
+            "DINOv3 backbone ('dinov3_vit').",
+            "Give the folder or repository of the DINOv3 backbone that the delta was made from.",
+        )
+    # transformers 5 keeps the base under rope_parameters, 4.56 beside the other values
+    rope = content.get("rope_parameters") or {}
+    if isinstance(rope, dict) and "rope_theta" in rope:
+        content["rope_theta"] = rope["rope_theta"]
+    values = {}
+    for field in fields(BackboneConfig):
+        if field.name in content:
+            values[field.name] = _typed(content[field.name], field.type, field.name, path)
+        elif field.default is MISSING:
+            raise UnreadableFileError(f"{path} lacks {field.name}.")
+    config = BackboneConfig(**values)
+    _check_sizes(config, path)
+    return config
+
+
+def _typed(value: Any, annotation: Any, name: str, path: Path) -> Any:
+    """A value that has the type of its field; whole numbers are numbers, booleans are not."""
+    allowed = get_args(annotation) or (annotation,)
+    allowed += (int,) if float in allowed else ()
+    if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+        raise UnreadableFileError(f"{name} in {path} is {value!r}, which is no possible value.")
+    return value
+
+
+def _check_sizes(config: BackboneConfig, path: Path) -> None:
+    sizes = asdict(config)
+    for name in (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "patch_size",
+        "num_channels",
+    ):
+        if sizes[name] < 1:
+            raise UnreadableFileError(f"{name} in {path} is {sizes[name]}; it must be positive.")
+    if config.hidden_size % config.num_attention_heads:
+        raise UnreadableFileError(
+            f"{path} has {config.num_attention_heads} attention heads, which do not divide its "
+            f"hidden_size {config.hidden_size}."
+        )
+    if config.patch_size & (config.patch_size - 1):
+        raise UnreadableFileError(
+            f"patch_size in {path} is {config.patch_size}; it must be a power of two."
+        )
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
+
+    Raises:
+        UnreadableFileError: there is no such file, or it holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UnreadableFileError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UnreadableFileError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise UnreadableFileError(f"{path} holds no JSON object.")
+    return content
+
+
+def model_config(
+    backbone: BackboneConfig,
+    heads: HeadSizes,
+    image_size: tuple[int, int],
+    classes: ClassNames,
+) -> dict[str, Any]:
+    """The config.json of a converted model: an `EomtDinov3Config` as transformers 5.23 reads it.
+
+    Args:
+        backbone: the backbone's configuration.
+        heads: the sizes that EoMT adds.
+        image_size: (height, width) in pixels; a square one is written as one number.
+        classes: one name per class.
+    """
+    height, width = image_size
+    values: dict[str, Any] = {
+        **asdict(backbone),
+        "architectures": ["EomtDinov3ForUniversalSegmentation"],
+        "model_type": "eomt_dinov3",
+        "dtype": "float32",
+        "image_size": height if height == width else [height, width],
+        "num_queries": heads.num_queries,
+        "num_blocks": heads.num_blocks,
+        "num_upscale_blocks": backbone.num_upscale_blocks,
+        "no_object_weight": NO_OBJECT_WEIGHT,
+        "rope_parameters": {"rope_type": "default", "rope_theta": backbone.rope_theta},
+        "id2label": {str(i): name for i, name in enumerate(classes.names)},
+        "label2id": {name: i for i, name in enumerate(classes.names)},
+        "stuff_classes": list(classes.stuff),
+    }
+    del values["rope_theta"]
+    return dict(sorted(values.items()))
+
+
+def preprocessor_config(task: Task, image_size: tuple[int, int]) -> dict[str, Any]:
+    """The preprocessor_config.json of a converted model, for transformers' EomtImageProcessor.
+
+    Pictures for panoptic and instance segmentation are made to fit and padded. For semantic
+    segmentation the shorter side is made to fit and windows slide along the longer one, as
+    the original evaluates (github.com/tue-mps/eomt training/mask_classification_semantic.py).
+    """
+    height, width = image_size
+    windows = task == "semantic"
+    if height != width:
+        size: dict[str, int | None] = {"height": height, "width": width}
+    else:
+        size = {"shortest_edge": height, "longest_edge": None if windows else height}
+    return {
+        "do_normalize": True,
+        "do_pad": not windows,
+        "do_rescale": True,
+        "do_resize": True,
+        "do_split_image": windows,
+        "ignore_index": None,
+        "image_mean": list(IMAGE_MEAN),
+        "image_processor_type": "EomtImageProcessor",
+        "image_std": list(IMAGE_STD),
+        "resample": 2,  # PIL's number for bilinear
+        "rescale_factor": 1 / 255,
+        "size": size,
+    }
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file as transformers does: two spaces, keys as given, a newline at the end."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
