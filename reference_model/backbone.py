@@ -1,0 +1,248 @@
+"""The DINOv3 vision transformer: embeddings, rotary positions, layers.
+
+Siméoni et al., "DINOv3" (arXiv 2508.10104). Parameter names are those of transformers'
+EomtDinov3ForUniversalSegmentation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from reference_model.activations import ACTIVATIONS
+from reference_model.config import EomtDinov3Config
+
+
+class Embeddings(nn.Module):
+    """Class token, register tokens and one token per patch, row by row."""
+
+    def __init__(self, config: EomtDinov3Config) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, size))
+        self.register_tokens = nn.Parameter(torch.zeros(1, config.num_register_tokens, size))
+        self.patch_embeddings = nn.Conv2d(
+            config.num_channels, size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        batch = pixel_values.shape[0]
+        # (batch, channels, height, width) -> (batch, hidden, rows, columns)
+        patches = self.patch_embeddings(pixel_values.to(self.patch_embeddings.weight.dtype))
+        cls_token = self.cls_token.expand(batch, -1, -1)
+        register_tokens = self.register_tokens.expand(batch, -1, -1)
+        # -> (batch, 1 + registers + rows * columns, hidden)
+        return torch.cat((cls_token, register_tokens, patches.flatten(2).transpose(1, 2)), dim=1)
+
+
+class RotaryEmbedding(nn.Module):
+    """Angles by which pairs of a head's dimensions turn at a patch's position.
+
+    DINOv3's: coordinates of patch centres in [-1, 1] times 2π times theta^(-4k / head size), the
+    first quarter of the dimensions for rows, the second for columns, and both again for the
+    partners. In training the coordinates are shifted, jittered and rescaled at random.
+    """
+
+    def __init__(self, config: EomtDinov3Config) -> None:
+        super().__init__()
+        self.head_size = config.head_size
+        self.theta = config.rope_theta
+        self.shift = config.pos_embed_shift
+        self.jitter = config.pos_embed_jitter
+        self.rescale = config.pos_embed_rescale
+
+    def forward(
+        self, grid: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of every patch's angles, each (rows * columns, head size)."""
+        rows, columns = (
+            torch.arange(0.5, count, dtype=torch.float32, device=device) / count for count in grid
+        )
+        centres = torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)
+        coordinates = 2 * centres.flatten(0, 1) - 1  # (patches, 2)
+        if self.training:
+            coordinates = self.augment(coordinates)
+
+        # float32 up to here, whatever the dtype: bfloat16 angles would merge neighbouring patches
+        exponents = torch.arange(0, 1, 4 / self.head_size, dtype=torch.float32, device=device)
+        frequencies = 1 / self.theta**exponents  # (head size / 4,)
+        angles = 2 * math.pi * coordinates[:, :, None] * frequencies
+        angles = angles.flatten(1).tile(2)  # (patches, head size)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def augment(self, coordinates: Tensor) -> Tensor:
+        if self.shift is not None:  # per axis, uniform in [-shift, shift]
+            coordinates = coordinates + coordinates.new_empty(2).uniform_(-self.shift, self.shift)
+        if self.jitter is not None:  # per axis, log-uniform in [1 / jitter, jitter]
+            bound = math.log(self.jitter)
+            coordinates = coordinates * coordinates.new_empty(2).uniform_(-bound, bound).exp()
+        if self.rescale is not None:  # both axes alike, log-uniform in [1 / rescale, rescale]
+            bound = math.log(self.rescale)
+            coordinates = coordinates * coordinates.new_empty(1).uniform_(-bound, bound).exp()
+        return coordinates
+
+
+def rotate_patches(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the patch tokens, the last ones, and leaves queries, class and register tokens.
+
+    Args:
+        x: queries or keys of the attention, (batch, heads, tokens, head size).
+        cos: (patches, head size).
+        sin: (patches, head size).
+    """
+    x = x.clone(memory_format=torch.contiguous_format)  # attention is faster on whole heads
+    patches = x[:, :, -cos.shape[0] :]
+    first, second = patches.chunk(2, dim=-1)
+    across = torch.cat((-second, first), dim=-1) * sin
+    patches.mul_(cos).add_(across)
+    return x
+
+
+class Attention(nn.Module):
+    def __init__(self, config: EomtDinov3Config) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.head_size = config.head_size
+        self.dropout = config.attention_dropout
+        self.q_proj = nn.Linear(size, size, bias=config.query_bias)
+        self.k_proj = nn.Linear(size, size, bias=config.key_bias)
+        self.v_proj = nn.Linear(size, size, bias=config.value_bias)
+        self.o_proj = nn.Linear(size, size, bias=config.proj_bias)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        # (batch, tokens, hidden) -> (batch, heads, tokens, head size)
+        query, key, value = (
+            projection(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        x = F.scaled_dot_product_attention(
+            rotate_patches(query, *rope),
+            rotate_patches(key, *rope),
+            value,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+        )
+        output: Tensor = self.o_proj(x.transpose(1, 2).flatten(2))  # (batch, tokens, hidden)
+        return output
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: EomtDinov3Config) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.down_proj(self.activation(self.up_proj(x)))
+        return output
+
+
+class GatedMlp(Mlp):
+    def __init__(self, config: EomtDinov3Config) -> None:
+        super().__init__(config)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return output
+
+
+class LayerScale(nn.Module):
+    def __init__(self, config: EomtDinov3Config) -> None:
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.full((config.hidden_size,), config.layerscale_value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.lambda1
+
+
+class DropPath(nn.Module):
+    """In training, leaves a branch out for random pictures (Huang et al., arXiv 1603.09382)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        kept = torch.rand(x.shape[0], 1, 1, dtype=x.dtype, device=x.device) >= self.rate
+        return x / (1 - self.rate) * kept
+
+
+class Layer(nn.Module):
+    def __init__(self, config: EomtDinov3Config) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = Attention(config)
+        self.layer_scale1 = LayerScale(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = GatedMlp(config) if config.use_gated_mlp else Mlp(config)
+        self.layer_scale2 = LayerScale(config)
+        self.drop_path = DropPath(config.drop_path_rate)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
+        """One transformer layer.
+
+        Args:
+            x: tokens, patches last, (batch, tokens, hidden).
+            rope: cosine and sine for the patches, each (patches, head size).
+            mask: True where a token (third axis) may look at a token (last axis),
+                (batch, 1, tokens, tokens).
+        """
+        # add_ into what layer scale puts out: a copy less in each of the residual sums
+        x = self.drop_path(self.layer_scale1(self.attention(self.norm1(x), rope, mask))).add_(x)
+        output: Tensor = self.drop_path(self.layer_scale2(self.mlp(self.norm2(x)))).add_(x)
+        return output
+
+
+class Dinov3Backbone(nn.Module):
+    """The bare backbone, whose parameters bear the segmentation model's names.
+
+    A DINOv3 file in transformers' layout fits once `layer.N.` is renamed to `layers.N.`, `norm.`
+    to `layernorm.`, and `embeddings.mask_token`, which only pretraining uses, is left out.
+    """
+
+    def __init__(self, config: EomtDinov3Config) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.embeddings = Embeddings(config)
+        self.rope_embeddings = RotaryEmbedding(config)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Normalised tokens (batch, 1 + registers + patches, hidden).
+
+        Args:
+            pixel_values: (batch, channels, height, width), rescaled and normalised.
+
+        Raises:
+            ValueError: height or width is not a multiple of the patch size.
+        """
+        grid = patch_grid(pixel_values, self.patch_size)
+        x = self.embeddings(pixel_values)
+        rope = self.rope_embeddings(grid, x.dtype, x.device)
+        for layer in self.layers:
+            x = layer(x, rope)
+        output: Tensor = self.layernorm(x)
+        return output
+
+
+def patch_grid(pixel_values: Tensor, patch_size: int) -> tuple[int, int]:
+    """Rows and columns of patches in (batch, channels, height, width).
+
+    Raises:
+        ValueError: height or width is not a multiple of the patch size.
+    """
+    height, width = pixel_values.shape[-2:]
+    if height % patch_size or width % patch_size:
+        raise ValueError(
+            f"pixel_values are {height} pixels high and {width} wide; "
+            f"expected multiples of the patch size {patch_size}"
+        )
+    return height // patch_size, width // patch_size

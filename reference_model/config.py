@@ -1,0 +1,331 @@
+"""EomtDinov3Config: the sizes of a model and the names of its classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.constants import CONFIG_NAME
+
+from reference_model.activations import ACTIVATIONS
+
+MODEL_TYPE = "eomt_dinov3"
+ROPE_TYPE = "default"
+ROPE_THETA = 100.0  # DINOv3's
+
+_POSITIVE = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "num_channels",
+    "patch_size",
+    "num_queries",
+    "num_blocks",
+    "num_upscale_blocks",
+)
+_SWITCHES = ("query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias", "use_gated_mlp")
+_RATES = ("hidden_dropout_prob", "attention_dropout", "drop_path_rate")
+_NUMBERS = ("initializer_range", "layer_norm_eps", "layerscale_value", "no_object_weight")
+
+
+@dataclass(frozen=True)
+class EomtDinov3Config:
+    """Configuration of an EoMT-DINOv3 model: the keys of transformers' EomtDinov3Config.
+
+    Values that cannot work raise ValueError with the key and the value.
+
+    Attributes:
+        image_size: side of a square, or (height, width), in pixels, as in training. The network
+            itself takes any multiples of `patch_size`.
+        num_blocks: how many of the last layers also see the queries.
+        num_upscale_blocks: doublings of the patch grid before the masks are read from it;
+            None asks for the original's rule, max(1, log2(patch_size) - 2).
+        hidden_act: activation of the layers' MLPs only; mask head and upscaling use GELU.
+        rope_parameters: `rope_type`, always "default", and `rope_theta`, the frequencies' base.
+        id2label: class names by class id.
+        stuff_classes: ids of the classes without instances, where they are known.
+        extra: the keys of a config.json that are not ours, carried along.
+    """
+
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    intermediate_size: int = 4096
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.0
+    attention_dropout: float = 0.0
+    drop_path_rate: float = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-6
+    layerscale_value: float = 1.0
+    image_size: int | tuple[int, int] = 640
+    patch_size: int = 16
+    num_channels: int = 3
+    num_register_tokens: int = 4
+    query_bias: bool = True
+    key_bias: bool = False
+    value_bias: bool = True
+    proj_bias: bool = True
+    mlp_bias: bool = True
+    use_gated_mlp: bool = False
+    rope_parameters: Mapping[str, Any] = field(
+        default_factory=lambda: {"rope_type": ROPE_TYPE, "rope_theta": ROPE_THETA}
+    )
+    pos_embed_shift: float | None = None
+    pos_embed_jitter: float | None = None
+    pos_embed_rescale: float | None = 2.0
+    num_queries: int = 200
+    num_blocks: int = 4
+    num_upscale_blocks: int = None  # type: ignore[assignment]
+    no_object_weight: float = 0.1
+    class_weight: float = 2.0
+    mask_weight: float = 5.0
+    dice_weight: float = 5.0
+    train_num_points: int = 12544
+    oversample_ratio: float = 3.0
+    importance_sample_ratio: float = 0.75
+    id2label: Mapping[int, str] = field(default_factory=lambda: _unnamed_labels(2))
+    stuff_classes: tuple[int, ...] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._check_sizes()
+        self._check_rope()
+        self._check_classes()
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes, "no object" not counted."""
+        return len(self.id2label)
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        return {label: index for index, label in self.id2label.items()}
+
+    @property
+    def rope_theta(self) -> float:
+        return float(self.rope_parameters["rope_theta"])
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """The class token and the register tokens."""
+        return 1 + self.num_register_tokens
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The configuration that a parsed config.json describes.
+
+        A top-level `rope_theta` stands for `rope_parameters` where there are none, as in configs
+        written before transformers 5; `num_labels` stands for `id2label`.
+
+        Raises:
+            ValueError: a value cannot work.
+        """
+        values = dict(values)
+        model_type = values.pop("model_type", MODEL_TYPE)
+        if model_type != MODEL_TYPE:
+            raise _refusal("model_type", model_type, f"this is the configuration of {MODEL_TYPE}")
+
+        theta = values.pop("rope_theta", None)
+        given = values.get("rope_parameters") or {}
+        if not isinstance(given, Mapping):
+            raise _refusal("rope_parameters", given, "an object")
+        default = {"rope_type": ROPE_TYPE, "rope_theta": ROPE_THETA if theta is None else theta}
+        values["rope_parameters"] = default | dict(given)
+
+        values.pop("label2id", None)  # id2label says the same
+        num_labels = values.pop("num_labels", None)
+        if not (num_labels is None or (_is_int(num_labels) and num_labels > 0)):
+            raise _refusal("num_labels", num_labels, "a positive integer")
+        if values.get("id2label") is None:
+            values["id2label"] = _unnamed_labels(num_labels or 2)
+
+        own = {entry.name for entry in fields(cls)} - {"extra"}
+        config = cls(
+            **{key: value for key, value in values.items() if key in own},
+            extra={key: value for key, value in values.items() if key not in own},
+        )
+        if num_labels not in (None, config.num_labels):
+            raise _refusal("num_labels", num_labels, f"the {config.num_labels} of id2label")
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into config.json: `from_dict` gives back an equal configuration."""
+        values = asdict(self)
+        extra = values.pop("extra")
+        if self.stuff_classes is None:
+            del values["stuff_classes"]
+        return {
+            **extra,
+            **values,
+            "label2id": self.label2id,
+            "model_type": MODEL_TYPE,
+        }
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """The configuration in a config.json.
+
+        Raises:
+            ValueError: the file is not a JSON object, or a value cannot work; names the file.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                raise ValueError("expected a JSON object")
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> Self:
+        """The config.json of a folder or a Hub repository; parameters as everywhere on the Hub.
+
+        Raises:
+            FileNotFoundError: the folder has no config.json.
+            ValueError: as in `from_file`.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir():
+            return cls.from_file(folder / CONFIG_NAME)
+        return cls.from_file(
+            hf_hub_download(
+                str(pretrained_model_name_or_path),
+                CONFIG_NAME,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                force_download=force_download,
+            )
+        )
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Writes config.json into a folder, which is made if need be."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
+        (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+
+    def _check_sizes(self) -> None:
+        if self.num_upscale_blocks is None and _is_int(self.patch_size) and self.patch_size > 0:
+            rule = max(1, self.patch_size.bit_length() - 1 - 2)
+            object.__setattr__(self, "num_upscale_blocks", rule)
+        for key in _POSITIVE:
+            self._require(key, lambda value: _is_int(value) and value > 0, "a positive integer")
+        self._require("num_register_tokens", lambda n: _is_int(n) and n >= 0, "an integer from 0")
+        for key in _SWITCHES:
+            self._require(key, lambda value: isinstance(value, bool), "true or false")
+        for key in _RATES:
+            self._require(key, lambda p: _is_number(p) and 0 <= p < 1, "a number from 0 to below 1")
+        for key in ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"):
+            self._require(
+                key,
+                lambda value: value is None or (_is_number(value) and value > 0),
+                "a positive number or null",
+            )
+        for key in _NUMBERS:
+            self._require(key, lambda value: _is_number(value) and value >= 0, "a number from 0")
+        known = ", ".join(sorted(ACTIVATIONS))
+        self._require("hidden_act", lambda name: name in list(ACTIVATIONS), f"one of {known}")
+
+        heads, layers, patch_size = (
+            self.num_attention_heads,
+            self.num_hidden_layers,
+            self.patch_size,
+        )
+        self._require("hidden_size", lambda n: n % heads == 0, f"a multiple of {heads} heads")
+        self._require(
+            "hidden_size",
+            lambda n: n // heads % 4 == 0,
+            f"{heads} heads times a multiple of 4: sine and cosine of two coordinates",
+        )
+        self._require("patch_size", lambda n: n.bit_count() == 1, "a power of two")
+        self._require("num_blocks", lambda n: n <= layers, f"at most the {layers} hidden layers")
+
+        sides: tuple[Any, ...] = (
+            tuple(self.image_size)
+            if isinstance(self.image_size, list | tuple)
+            else (self.image_size,) * 2
+        )
+        self._require(
+            "image_size",
+            lambda _: (
+                len(sides) == 2
+                and all(_is_int(side) and side > 0 and side % patch_size == 0 for side in sides)
+            ),
+            f"a positive multiple of patch_size {patch_size}, or two as [height, width]",
+        )
+        if not _is_int(self.image_size):
+            object.__setattr__(self, "image_size", sides)
+
+    def _check_rope(self) -> None:
+        for key, value in self.rope_parameters.items():
+            if key not in ("rope_type", "rope_theta"):
+                raise _refusal(f"rope_parameters.{key}", value, "rope_type and rope_theta only")
+        rope_type: object = self.rope_parameters.get("rope_type")
+        theta: Any = self.rope_parameters.get("rope_theta")
+        if rope_type != ROPE_TYPE:
+            raise _refusal("rope_parameters.rope_type", rope_type, f'only "{ROPE_TYPE}" is known')
+        if not (_is_number(theta) and theta > 0):
+            raise _refusal("rope_parameters.rope_theta", theta, "a positive number")
+
+    def _check_classes(self) -> None:
+        try:
+            labels = {int(index): label for index, label in self.id2label.items()}
+        except (AttributeError, TypeError, ValueError):
+            labels = {}
+        if not labels or sorted(labels) != list(range(len(labels))):
+            raise _refusal("id2label", self.id2label, "a name for each class id from 0 on")
+        object.__setattr__(self, "id2label", labels)
+
+        if self.stuff_classes is not None:
+            self._require(
+                "stuff_classes",
+                lambda ids: (
+                    isinstance(ids, list | tuple)
+                    and all(_is_int(index) and index in labels for index in ids)
+                ),
+                f"a list of class ids below {len(labels)}",
+            )
+            object.__setattr__(self, "stuff_classes", tuple(self.stuff_classes))
+
+    def _require(self, key: str, works: Callable[[Any], bool], expected: str) -> None:
+        value = getattr(self, key)
+        if not works(value):
+            raise _refusal(key, value, expected)
+
+
+def _refusal(key: str, value: object, expected: str) -> ValueError:
+    return ValueError(f"{key} is {value!r}; expected {expected}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _unnamed_labels(count: int) -> dict[int, str]:
+    """Class names as transformers makes them up."""
+    return {index: f"LABEL_{index}" for index in range(count)}

@@ -1,0 +1,188 @@
+"""Loading and saving: folders and Hub repositories with config.json and safetensors files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, Self
+
+import torch
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub.constants import SAFETENSORS_INDEX_FILE, SAFETENSORS_SINGLE_FILE
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from reference_model.config import EomtDinov3Config
+
+MODEL_CARD = """\
+---
+{{ card_data }}
+---
+
+An EoMT-DINOv3 segmentation model. `EomtDinov3ForUniversalSegmentation.from_pretrained` loads it,
+in transformers and in the reference model of eomt-convert alike.
+"""
+
+FLOATING_POINT = {"F64", "F32", "F16", "BF16"}  # safetensors' names
+
+
+class EomtDinov3PreTrainedModel(
+    nn.Module,
+    ModelHubMixin,
+    model_card_template=MODEL_CARD,
+    library_name="transformers",
+    pipeline_tag="image-segmentation",
+    license="other",
+    license_name="dinov3-license",
+    license_link="https://ai.meta.com/resources/models-and-libraries/dinov3-license",
+):
+    """What models of this package share: from_pretrained, save_pretrained, push_to_hub.
+
+    `from_pretrained` takes a folder or a Hub repository, the usual parameters (`revision`, `token`,
+    `cache_dir`, `local_files_only`, `force_download`) and, besides:
+
+        config: an EomtDinov3Config instead of the config.json that is there.
+        dtype: torch.dtype of the weights; by default as in the file.
+        device: where the weights go; by default the CPU.
+
+    It reads `model.safetensors`, or the shards of `model.safetensors.index.json`, never pickles.
+    Every tensor goes straight into its place: nothing is initialised first. The model is in
+    evaluation mode. A missing, unexpected or wrongly shaped tensor raises ValueError with its name.
+
+    `save_pretrained` writes config.json, model.safetensors and, where there is none, README.md.
+    """
+
+    def __init__(self, config: EomtDinov3Config) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    @classmethod
+    def _from_pretrained(  # type: ignore[override]  # refuses keywords it does not know
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        config: EomtDinov3Config | dict[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+    ) -> Self:
+        def fetch(name: str) -> Path:
+            if Path(model_id).is_dir():
+                return Path(model_id) / name
+            return Path(
+                hf_hub_download(
+                    model_id,
+                    name,
+                    revision=revision,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    local_files_only=local_files_only,
+                    token=token,
+                )
+            )
+
+        if not isinstance(config, EomtDinov3Config):
+            config = EomtDinov3Config.from_file(fetch("config.json"))
+        with torch.device("meta"):
+            model = cls(config)
+        state = _read(_weight_files(model_id, fetch), model.state_dict(), dtype, str(device))
+        model.load_state_dict(state, assign=True)
+        return model.eval()
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        dtype = str(self.dtype).removeprefix("torch.")
+        extra = {"architectures": [type(self).__name__], **self.config.extra, "dtype": dtype}
+        replace(self.config, extra=extra).save_pretrained(save_directory)
+        # The weights may still be mapped from a file of this name: write beside it, then replace.
+        unfinished = save_directory / f"{SAFETENSORS_SINGLE_FILE}.unfinished"
+        state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(state, unfinished, metadata={"format": "pt"})
+        unfinished.replace(save_directory / SAFETENSORS_SINGLE_FILE)
+
+
+def _weight_files(model_id: str, fetch: Callable[[str], Path]) -> list[Path]:
+    """The one file of weights, or the shards that an index names."""
+    single = _fetch_if_there(SAFETENSORS_SINGLE_FILE, fetch)
+    if single is not None:
+        return [single]
+    index = _fetch_if_there(SAFETENSORS_INDEX_FILE, fetch)
+    if index is None:
+        raise FileNotFoundError(
+            f"{model_id} has neither {SAFETENSORS_SINGLE_FILE} nor {SAFETENSORS_INDEX_FILE}; "
+            "other formats of weights are not read"
+        )
+    return [fetch(name) for name in _shard_names(index)]
+
+
+def _fetch_if_there(name: str, fetch: Callable[[str], Path]) -> Path | None:
+    try:
+        path = fetch(name)
+    except EntryNotFoundError:
+        return None
+    return path if path.is_file() else None
+
+
+def _shard_names(index: Path) -> list[str]:
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{index}: not an index of safetensors shards") from error
+    for name in names:
+        # a backslash parts folders on Windows only, but such a name is no shard's anywhere
+        plain = isinstance(name, str) and name == PureWindowsPath(PurePosixPath(name).name).name
+        if not plain or not name.endswith(".safetensors"):
+            raise ValueError(f"{index}: {name!r} is not the plain name of a safetensors file")
+    return sorted(names)
+
+
+def _read(
+    paths: list[Path], expected: dict[str, Tensor], dtype: torch.dtype | None, device: str
+) -> dict[str, Tensor]:
+    """The tensors of `expected`, all of them and no others, out of safetensors files."""
+    with ExitStack() as stack:
+        source: dict[str, safe_open] = {}
+        for path in paths:
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt", device=device))
+            except (SafetensorError, FileNotFoundError) as error:
+                raise type(error)(f"{path}: {error}") from error
+            for name in file.keys():  # noqa: SIM118
+                if name in source:
+                    raise ValueError(f"{path}: {name} is in another shard as well")
+                source[name] = file
+
+        problems = [f"missing: {name}" for name in sorted(expected.keys() - source.keys())]
+        problems += [f"unexpected: {name}" for name in sorted(source.keys() - expected.keys())]
+        for name in sorted(expected.keys() & source.keys()):
+            stored: Any = source[name].get_slice(name)  # type: ignore[no-untyped-call]
+            wanted = tuple(expected[name].shape)
+            if tuple(stored.get_shape()) != wanted:
+                problems.append(f"shape {tuple(stored.get_shape())} instead of {wanted}: {name}")
+            elif stored.get_dtype() not in FLOATING_POINT:
+                problems.append(f"dtype {stored.get_dtype()} instead of floating point: {name}")
+        if problems:
+            raise ValueError(
+                f"{paths[0].parent}: the weights do not fit the model of config.json:\n  "
+                + "\n  ".join(problems)
+            )
+        return {
+            name: file.get_tensor(name).to(dtype)  # type: ignore[no-untyped-call]
+            for name, file in source.items()
+        }

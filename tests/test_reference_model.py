@@ -1,0 +1,463 @@
+"""The segmentation model: against recordings, against transformers, and its files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from recorded_models import (
+    NAMES,
+    converted_state_dict,
+    pixel_values,
+    read_json,
+    recorded_model,
+    recordings,
+)
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import EomtDinov3Config as TransformersConfig
+from transformers import EomtDinov3ForUniversalSegmentation as TransformersModel
+from transformers.models.eomt_dinov3 import modeling_eomt_dinov3
+
+from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
+
+PLAIN_AND_SQUARE = ("shapes_panoptic_128", "tiny_panoptic_64", "tiny_semantic_48")
+
+
+def small_config(**changes: Any) -> EomtDinov3Config:
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "num_blocks": 2,
+        "num_queries": 6,
+        "image_size": 64,
+        "pos_embed_rescale": None,
+        "initializer_range": 0.2,
+    }
+    return EomtDinov3Config(**(sizes | changes))
+
+
+def small_model(seed: int = 0, **changes: Any) -> EomtDinov3ForUniversalSegmentation:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return EomtDinov3ForUniversalSegmentation(small_config(**changes)).eval()
+
+
+def random_pixels(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(7))
+
+
+def transformers_twin(ours: EomtDinov3ForUniversalSegmentation) -> Any:
+    """Transformers' model with the same weights."""
+    values = ours.config.to_dict()
+    if not isinstance(values["image_size"], int):
+        values["image_size"] = values["image_size"][0]
+    # its loss asks for SciPy, which a forward pass doesn't need
+    with mock.patch.object(modeling_eomt_dinov3, "requires_backends"):
+        theirs: Any = TransformersModel(TransformersConfig.from_dict(values))
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    return theirs.eval()
+
+
+def close(output: Tensor, recorded: Tensor) -> None:
+    """Values reach 50; a like CPU gives less than 5e-5."""
+    assert_close(output[: len(recorded)], recorded, rtol=0, atol=2e-4)
+
+
+# --- what the original computed -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_weights_of_these_tests_are_those_of_the_right_conversion(name: str) -> None:
+    state, expected = converted_state_dict(name), read_json(name, "converted.json")["tensors"]
+    assert state.keys() == expected.keys()
+    for key, tensor in state.items():
+        assert hashlib.sha256(tensor.numpy().tobytes()).hexdigest() == expected[key]["sha256"], key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_bear_the_canonical_names_and_shapes(name: str) -> None:
+    expected = read_json(name, "converted.json")["tensors"]
+    own = recorded_model(name).state_dict()
+    assert {key: list(tensor.shape) for key, tensor in own.items()} == {
+        key: tensor["shape"] for key, tensor in expected.items()
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.inference_mode()
+def test_outputs_reproduce_the_recording(name: str) -> None:
+    recorded = recordings(name)
+    output = recorded_model(name)(pixel_values(name), output_hidden_states=True)
+    close(output.masks_queries_logits, recorded["mask_logits"])
+    close(output.class_queries_logits, recorded["class_logits"])
+    close(output.last_hidden_state, recorded["last_hidden_state"])
+    embeddings, *hidden_states = output.hidden_states
+    close(embeddings, recorded["patch_embeddings"])
+    assert len(hidden_states) == read_json(name, "recorded.json")["num_hidden_layers"]
+    for index, hidden_state in enumerate(hidden_states):
+        close(hidden_state, recorded[f"hidden_states.{index}"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.inference_mode()
+def test_masked_attention_reproduces_the_recording_in_every_block(name: str) -> None:
+    recorded, model = recordings(name), recorded_model(name)
+    model.attn_mask_probs.fill_(1)
+    output = model(pixel_values(name), output_block_logits=True)
+    assert len(output.block_logits) == model.config.num_blocks + 1
+    for index, (masks, classes) in enumerate(output.block_logits):
+        close(masks, recorded[f"masked.mask_logits.{index}"])
+        close(classes, recorded[f"masked.class_logits.{index}"])
+    assert output.block_logits[-1].masks_queries_logits is output.masks_queries_logits
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.inference_mode()
+def test_bfloat16_stays_near_the_recording(name: str) -> None:
+    output = recorded_model(name).bfloat16()(pixel_values(name))
+    for logits, recorded in (
+        (output.masks_queries_logits, recordings(name)["mask_logits"]),
+        (output.class_queries_logits, recordings(name)["class_logits"]),
+    ):
+        assert logits.dtype == torch.bfloat16
+        span = (recorded.max() - recorded.min()).item()
+        assert_close(logits.float(), recorded, rtol=0, atol=0.04 * span)
+
+
+# --- transformers' model --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PLAIN_AND_SQUARE)
+@torch.inference_mode()
+def test_transformers_takes_the_same_weights_and_gives_the_same_logits(name: str) -> None:
+    ours = recorded_model(name)
+    theirs, pixels = transformers_twin(ours), pixel_values(name)
+    output, expected = ours(pixels), theirs(pixels)
+    for key in ("masks_queries_logits", "class_queries_logits", "last_hidden_state"):
+        assert_close(getattr(output, key), getattr(expected, key), rtol=0, atol=2e-5)
+
+
+def test_training_mode_draws_what_transformers_draws() -> None:
+    ours = small_model(
+        pos_embed_shift=0.1,
+        pos_embed_jitter=1.2,
+        pos_embed_rescale=2.0,
+        hidden_dropout_prob=0.1,
+        drop_path_rate=0.1,
+    ).train()
+    ours.attn_mask_probs.copy_(torch.tensor([1.0, 0.5]))
+    theirs, pixels = transformers_twin(ours).train(), random_pixels(3, 3, 64, 64)
+    outputs = []
+    for model in (ours, theirs):
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            outputs.append(model(pixels))
+    assert_close(outputs[0].masks_queries_logits, outputs[1].masks_queries_logits)
+    assert_close(outputs[0].class_queries_logits, outputs[1].class_queries_logits)
+
+
+def test_gradients_are_those_of_transformers() -> None:
+    ours = small_model()
+    theirs, pixels = transformers_twin(ours), random_pixels(2, 3, 64, 64)
+    for model in (ours, theirs):
+        output = model(pixels)
+        (output.masks_queries_logits.sum() + output.class_queries_logits.sum()).backward()
+    expected = dict(theirs.named_parameters())
+    for key, parameter in ours.named_parameters():
+        gradient = expected[key].grad
+        assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item())
+
+
+# --- masked attention -----------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def test_each_block_has_a_mask_of_its_own() -> None:
+    """A block with probability 0 attends freely, also after a masked one."""
+    model, pixels = small_model(), random_pixels(1, 3, 64, 64)
+    with mock.patch.object(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        wraps=torch.nn.functional.scaled_dot_product_attention,
+    ) as attention:
+        model.attn_mask_probs.copy_(torch.tensor([1.0, 0.0]))
+        model(pixels)
+    masks = [call.kwargs["attn_mask"] for call in attention.call_args_list]
+    assert [mask is None for mask in masks] == [True, False, True]
+
+
+@torch.inference_mode()
+def test_block_logits_come_with_masking_off_and_do_not_change_the_outputs() -> None:
+    model, pixels = small_model(), random_pixels(1, 3, 64, 64)
+    model.attn_mask_probs.zero_()
+    plain, asked = model(pixels), model(pixels, output_block_logits=True)
+    assert plain.block_logits is None
+    assert len(asked.block_logits) == 3
+    assert torch.equal(plain.masks_queries_logits, asked.masks_queries_logits)
+
+
+@torch.inference_mode()
+def test_a_probability_below_one_frees_that_share_of_the_queries() -> None:
+    model = small_model(num_queries=1000)
+    tokens = torch.randn(1, 1000 + model.config.num_prefix_tokens + 16, 32)
+    prediction = model.predict(tokens, (4, 4))
+    prediction.masks_queries_logits.fill_(-1)  # every patch outside of every mask
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        mask = model.attention_mask(prediction, (4, 4), keep_probability=0.3)
+    may_look_at_patches = mask[0, 0, :1000, -16:].all(dim=-1)
+    assert abs(may_look_at_patches.float().mean().item() - 0.7) < 0.05
+    assert not mask[0, 0, :1000, -16:][~may_look_at_patches].any()
+    assert mask[0, 0, 1000:].all()
+    assert mask[0, 0, :, :-16].all()
+
+
+# --- shapes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "height", "width", "scale"),
+    [(4, 12, 20, 2), (8, 24, 40, 2), (16, 32, 80, 4), (32, 64, 32, 8)],
+)
+@pytest.mark.parametrize("masking", [0.0, 1.0])
+@torch.inference_mode()
+def test_any_multiple_of_the_patch_size_goes_through(
+    patch_size: int, height: int, width: int, scale: int, masking: float
+) -> None:
+    model = small_model(patch_size=patch_size, num_register_tokens=0)
+    model.attn_mask_probs.fill_(masking)
+    output = model(random_pixels(2, 3, height, width))
+    rows, columns = scale * height // patch_size, scale * width // patch_size
+    assert output.masks_queries_logits.shape == (2, 6, rows, columns)
+    assert output.class_queries_logits.shape == (2, 6, model.config.num_labels + 1)
+
+
+def test_a_size_that_patches_do_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"60 pixels high and 64 wide.* 16"):
+        small_model()(torch.zeros(1, 3, 60, 64))
+
+
+@torch.inference_mode()
+def test_patch_offsets_are_handed_through() -> None:
+    offsets = [torch.tensor([0, 0, 64])]
+    output = small_model()(random_pixels(1, 3, 64, 64), patch_offsets=offsets)
+    assert output.patch_offsets is offsets
+    output.patch_offsets = None
+    assert output.patch_offsets is None
+
+
+@torch.inference_mode()
+def test_hidden_states_come_on_request_and_queries_join_them_in_front() -> None:
+    model, pixels = small_model(), random_pixels(1, 3, 64, 64)
+    assert model(pixels).hidden_states is None
+    sizes = [state.shape[1] for state in model(pixels, output_hidden_states=True).hidden_states]
+    assert sizes == [21, 21, 27, 27]
+
+
+@torch.inference_mode()
+def test_mask_head_and_upscaling_use_gelu_whatever_the_layers_use() -> None:
+    gelu, tanh = small_model(), small_model(hidden_act="tanh")
+    tokens = torch.randn(1, 6 + 5 + 16, 32)
+    assert torch.equal(
+        gelu.predict(tokens, (4, 4)).masks_queries_logits,
+        tanh.predict(tokens, (4, 4)).masks_queries_logits,
+    )
+
+
+def test_a_new_model_is_ready_for_training() -> None:
+    model = small_model(layerscale_value=0.3, no_object_weight=0.2)
+    layer: Any = model.layers[0]
+    assert model.attn_mask_probs.tolist() == [1, 1]
+    assert_close(model.criterion.empty_weight, torch.tensor([1, 1, 0.2]))
+    assert_close(layer.layer_scale1.lambda1, torch.full((32,), 0.3))
+    assert 0.1 < layer.mlp.up_proj.weight.std().item() < 0.3
+    assert not model.class_predictor.bias.any()
+
+
+# --- files ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    small_model().save_pretrained(folder)
+    return folder
+
+
+def rewrite(folder: Path, change: dict[str, Tensor | None]) -> None:
+    """Replaces tensors of a saved model, or takes them out."""
+    state = load_file(folder / "model.safetensors") | change
+    kept = {key: tensor.clone() for key, tensor in state.items() if tensor is not None}
+    save_file(kept, folder / "model.safetensors")
+
+
+def shard(folder: Path) -> dict[str, str]:
+    """Cuts a saved model into two files and an index; returns the index's map."""
+    state = load_file(folder / "model.safetensors")
+    weight_map: dict[str, str] = {}
+    for part in (0, 1):
+        file = f"model-0000{part + 1}-of-00002.safetensors"
+        names = sorted(state)[part::2]
+        save_file({name: state[name] for name in names}, folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    (folder / "model.safetensors").unlink()
+    write_index(folder, weight_map)
+    return weight_map
+
+
+def write_index(folder: Path, weight_map: dict[str, str]) -> None:
+    text = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def assert_same_weights(
+    model: EomtDinov3ForUniversalSegmentation, other: EomtDinov3ForUniversalSegmentation
+) -> None:
+    expected = other.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_saved_model_comes_back_the_same_and_in_evaluation_mode(saved: Path) -> None:
+    model = EomtDinov3ForUniversalSegmentation.from_pretrained(saved)
+    assert_same_weights(model, small_model())
+    assert not model.training
+    assert model.device == torch.device("cpu")
+    assert model.dtype == torch.float32
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert model.config.hidden_size == 32
+
+
+def test_a_saved_model_is_one_that_transformers_loads_strictly(saved: Path) -> None:
+    with safe_open(saved / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert json.loads((saved / "config.json").read_text())["model_type"] == "eomt_dinov3"
+    theirs = transformers_twin(small_model())
+    theirs.load_state_dict(load_file(saved / "model.safetensors"), strict=True)
+
+
+def test_loading_draws_no_random_numbers(saved: Path) -> None:
+    before = torch.get_rng_state()
+    EomtDinov3ForUniversalSegmentation.from_pretrained(saved)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_loaded_model_can_be_saved_over_its_own_file(saved: Path) -> None:
+    EomtDinov3ForUniversalSegmentation.from_pretrained(saved).save_pretrained(saved)
+    again = EomtDinov3ForUniversalSegmentation.from_pretrained(saved)
+    assert_same_weights(again, small_model())
+    assert not list(saved.glob("*.unfinished"))
+
+
+def test_weights_are_cast_on_request_and_the_config_says_so(saved: Path) -> None:
+    model = EomtDinov3ForUniversalSegmentation.from_pretrained(saved, dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
+    model.save_pretrained(saved)
+    assert json.loads((saved / "config.json").read_text())["dtype"] == "bfloat16"
+    assert EomtDinov3ForUniversalSegmentation.from_pretrained(saved).dtype == torch.bfloat16
+
+
+def test_unknown_keys_of_the_config_survive_the_model(saved: Path) -> None:
+    values = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(values | {"_source": "here"}))
+    EomtDinov3ForUniversalSegmentation.from_pretrained(saved).save_pretrained(saved)
+    assert json.loads((saved / "config.json").read_text())["_source"] == "here"
+
+
+def test_a_config_can_be_given(saved: Path) -> None:
+    (saved / "config.json").unlink()
+    model = EomtDinov3ForUniversalSegmentation.from_pretrained(saved, config=small_config())
+    assert_same_weights(model, small_model())
+
+
+def test_shards_are_put_together(saved: Path) -> None:
+    shard(saved)
+    model = EomtDinov3ForUniversalSegmentation.from_pretrained(saved)
+    assert_same_weights(model, small_model())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layers.1.norm1.weight": None}, "missing: layers.1.norm1.weight"),
+        ({"attn_mask_probs": None}, "missing: attn_mask_probs"),
+        ({"mask_head.fc4.bias": torch.zeros(1)}, "unexpected: mask_head.fc4.bias"),
+        ({"query.weight": torch.zeros(7, 32)}, r"shape \(7, 32\) .*\(6, 32\): query.weight"),
+        ({"query.weight": torch.zeros(6, 32, dtype=torch.int8)}, "I8 .*: query.weight"),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(
+    saved: Path, change: dict[str, Tensor | None], message: str
+) -> None:
+    rewrite(saved, change)
+    with pytest.raises(ValueError, match=message):
+        EomtDinov3ForUniversalSegmentation.from_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../model.safetensors",
+        "/model.safetensors",
+        "a/b.safetensors",
+        "a\\b.safetensors",
+        "x.bin",
+    ],
+)
+def test_a_shard_outside_of_the_folder_is_refused(saved: Path, name: Any) -> None:
+    write_index(saved, shard(saved) | {"query.weight": name})
+    with pytest.raises(ValueError, match=r"index\.json: .* plain name"):
+        EomtDinov3ForUniversalSegmentation.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'])
+def test_a_broken_index_is_named(saved: Path, text: str) -> None:
+    shard(saved)
+    (saved / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json: "):
+        EomtDinov3ForUniversalSegmentation.from_pretrained(saved)
+
+
+def test_a_missing_shard_is_named(saved: Path) -> None:
+    shard(saved)
+    (saved / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model-00002-of-00002"):
+        EomtDinov3ForUniversalSegmentation.from_pretrained(saved)
+
+
+def test_a_tensor_in_two_shards_is_refused(saved: Path) -> None:
+    weight_map = shard(saved)
+    second = saved / "model-00002-of-00002.safetensors"
+    twice = next(name for name, file in weight_map.items() if file != second.name)
+    save_file(load_file(second) | {twice: torch.zeros(1)}, second)
+    with pytest.raises(ValueError, match=f"{twice} is in another shard"):
+        EomtDinov3ForUniversalSegmentation.from_pretrained(saved)
+
+
+def test_a_broken_file_is_named(saved: Path) -> None:
+    (saved / "model.safetensors").write_bytes(b"not tensors at all")
+    with pytest.raises(Exception, match=r"model\.safetensors"):
+        EomtDinov3ForUniversalSegmentation.from_pretrained(saved)
+
+
+def test_pickled_weights_are_not_read(saved: Path) -> None:
+    torch.save(load_file(saved / "model.safetensors"), saved / "pytorch_model.bin")
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor"):
+        EomtDinov3ForUniversalSegmentation.from_pretrained(saved)
+
+
+def test_a_folder_without_a_config_is_refused(saved: Path) -> None:
+    (saved / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        EomtDinov3ForUniversalSegmentation.from_pretrained(saved)
