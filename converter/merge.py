@@ -108,11 +108,15 @@ def _chunks(
     row: Row, files: Mapping[Source, TensorFile], allow_nonfinite: bool
 ) -> Iterator["Array"]:
     """The elements of a row, a chunk at a time, as flat float32 arrays."""
+    import numpy as np
+
     for start in range(0, row.size, CHUNK):
         stop = min(start + CHUNK, row.size)
-        chunk = _compute(row, files, start, stop)
-        if not allow_nonfinite:
-            _check_finite(row, files, chunk, start, stop)
+        # what overflows is an error below, or was asked for
+        with np.errstate(over="ignore", invalid="ignore"):
+            chunk = _compute(row, files, start, stop)
+            if not allow_nonfinite:
+                _check_finite(row, files, chunk, start, stop)
         yield chunk
 
 
@@ -143,9 +147,8 @@ def _check_finite(
     import numpy as np
 
     # A finite sum has only finite terms, and is cheaper to take than a mask of every element.
-    with np.errstate(all="ignore"):
-        if np.isfinite(chunk.sum()) or np.isfinite(chunk).all():
-            return
+    if np.isfinite(chunk.sum()) or np.isfinite(chunk).all():
+        return
     for operand in row.operands:
         file = files[operand.source]
         if not np.isfinite(file.read(operand.name, start, stop)).all():

@@ -74,7 +74,6 @@ def staged(place: Path, *, size: int) -> Iterator[Stage]:
     area = place.parent / f".{place.name}.eomt-convert"
     with _os_errors(place):
         missing = _missing_folders(place.parent)
-        place.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock = _lock(area, place)
             try:
@@ -85,9 +84,9 @@ def staged(place: Path, *, size: int) -> Iterator[Stage]:
                 yield Stage(folder, area)
             finally:
                 _clear(area)
-                # under the lock, so that no other process can have taken the file meanwhile
                 (area / "lock").unlink()
-                area.rmdir()
+                with suppress(OSError):  # from here on another process may have the area
+                    area.rmdir()
                 os.close(lock)
         finally:
             for folder in missing:
@@ -115,11 +114,12 @@ def _missing_folders(folder: Path) -> list[Path]:
 def _lock(area: Path, place: Path) -> int:
     """Takes the lock of an area, which the system releases when the process that has it is gone."""
     while True:
+        place.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError):
             area.mkdir()
         try:
             lock = os.open(area / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        except FileNotFoundError:  # the area went away between the two lines
+        except FileNotFoundError:  # another process has removed the area since
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,61 @@
+"""What tests share: the offline checkpoints, converted once, and the command line."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from hub_server import Hub, point_client_at, running_hub
+
+import converter
+from converter.cli import main
+
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+NAMES = (
+    "shapes_panoptic_128",
+    "tiny_panoptic_64",
+    "tiny_panoptic_48x80",
+    "tiny_semantic_48",
+    "tiny_instance_64_gated",
+)
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The converted folder of an offline checkpoint, made once; not to be written to."""
+    folder = tmp_path_factory.mktemp("converted")
+
+    def convert(name: str) -> Path:
+        if not (folder / name).exists():
+            converter.convert(name, folder / name)
+        return folder / name
+
+    return convert
+
+
+@pytest.fixture
+def model(converted: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A converted tiny_panoptic_64 of one's own, to change."""
+    folder = tmp_path / "model"
+    shutil.copytree(converted("tiny_panoptic_64"), folder)
+    return folder
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs `eomt-convert` with these arguments in a working directory of the test's own."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str | Path) -> Result:
+        return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+    return run
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """An empty Hub, which this process's client uses without a token."""
+    with running_hub() as hub:
+        point_client_at(monkeypatch, hub, tmp_path / "home")
+        yield hub

@@ -1,0 +1,59 @@
+"""Files of class names."""
+
+from pathlib import Path
+
+import pytest
+
+from converter.class_names import ClassNames, read, unnamed
+from converter.errors import UnreadableFileError
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "labels"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_one_name_a_line(tmp_path: Path) -> None:
+    assert read(written(tmp_path, "cat\n\n  traffic light \n")).names == ("cat", "traffic light")
+
+
+def test_a_json_list(tmp_path: Path) -> None:
+    assert read(written(tmp_path, '["cat", "dog"]')) == ClassNames(("cat", "dog"))
+
+
+def test_json_categories_tell_stuff_from_things(tmp_path: Path) -> None:
+    text = """{"categories": [{"id": 1, "name": "sky", "isthing": false},
+                              {"id": 0, "name": "cat", "isthing": true}]}"""
+    assert read(written(tmp_path, text)) == ClassNames(("cat", "sky"), stuff=(1,))
+
+
+def test_categories_that_say_nothing_of_things_have_no_stuff(tmp_path: Path) -> None:
+    text = '{"categories": [{"id": 0, "name": "wall"}]}'
+    assert read(written(tmp_path, text)) == ClassNames(("wall",))
+
+
+def test_names_for_classes_that_nobody_named() -> None:
+    assert unnamed(2).names == ("LABEL_0", "LABEL_1")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "no class name"),
+        ("[]", "no class name"),
+        ("[1]", "not text"),
+        ("[[", "not valid JSON"),
+        ('{"names": ["cat"]}', "another form"),
+        ('{"categories": [{"id": 0}]}', "another form"),
+        ('{"categories": [{"id": 1, "name": "cat"}]}', "gaps"),
+    ],
+)
+def test_other_forms_are_refused(tmp_path: Path, text: str, complaint: str) -> None:
+    with pytest.raises(UnreadableFileError, match=complaint):
+        read(written(tmp_path, text))
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UnreadableFileError, match="nowhere"):
+        read(tmp_path / "nowhere")

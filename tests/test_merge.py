@@ -1,0 +1,188 @@
+"""Carrying a plan out."""
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import FIXTURES, NAMES
+from safetensors.torch import load_file, save_file
+
+from converter import merge as merging
+from converter.configs import read_backbone_config
+from converter.errors import UnreadableFileError
+from converter.merge import Merged, merge, output_size
+from converter.plan import make_plan
+from converter.tensorfiles import TensorFile
+
+
+def merged(backbone: Path, delta: Path, output: Path, *, allow_nonfinite: bool = False) -> Merged:
+    with TensorFile(backbone / "model.safetensors") as base, TensorFile(delta) as change:
+        config = read_backbone_config(backbone / "config.json")
+        plan = make_plan(base.tensors, change.tensors, config)
+        assert not output.exists()
+        result = merge(
+            plan,
+            {"backbone": base, "delta": change},
+            output,
+            allow_nonfinite=allow_nonfinite,
+        )
+        assert output_size(plan) == output.stat().st_size == result.size
+    return result
+
+
+def of_fixture(name: str, output: Path) -> Merged:
+    folder = FIXTURES / name
+    return merged(folder / "backbone", folder / "delta" / "pytorch_model.bin", output)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_tensor_has_the_digest_of_the_right_conversion(name: str, tmp_path: Path) -> None:
+    result = of_fixture(name, tmp_path / "model.safetensors")
+
+    right = json.loads((FIXTURES / name / "converted.json").read_text())["tensors"]
+    stored = load_file(result.path)
+    assert {n: list(t.shape) for n, t in stored.items()} == {
+        n: e["shape"] for n, e in right.items()
+    }
+    assert {n: hashlib.sha256(t.numpy().tobytes()).hexdigest() for n, t in stored.items()} == {
+        n: entry["sha256"] for n, entry in right.items()
+    }
+    assert result.tensors == {n: entry["sha256"] for n, entry in right.items()}
+
+
+def test_the_file_is_the_one_that_safetensors_would_write(tmp_path: Path) -> None:
+    result = of_fixture("tiny_panoptic_64", tmp_path / "ours.safetensors")
+    theirs = tmp_path / "theirs.safetensors"
+    save_file(load_file(result.path), theirs, metadata={"format": "pt"})
+
+    assert result.path.read_bytes() == theirs.read_bytes()
+
+
+def test_digests_of_output_and_inputs_are_those_of_the_files(tmp_path: Path) -> None:
+    result = of_fixture("tiny_semantic_48", tmp_path / "model.safetensors")
+
+    folder = FIXTURES / "tiny_semantic_48"
+    recorded = json.loads((folder / "recorded.json").read_text())["sha256"]
+    assert result.sha256 == hashlib.sha256(result.path.read_bytes()).hexdigest()
+    assert result.inputs == {
+        "backbone": recorded["backbone/model.safetensors"],
+        "delta": recorded["delta/pytorch_model.bin"],
+    }
+
+
+def test_tensors_larger_than_a_chunk_come_out_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = of_fixture("tiny_panoptic_64", tmp_path / "whole.safetensors")
+    monkeypatch.setattr(merging, "CHUNK", 100)
+
+    parts = of_fixture("tiny_panoptic_64", tmp_path / "parts.safetensors")
+
+    assert parts.sha256 == whole.sha256
+    assert parts.tensors == whole.tensors
+
+
+def changed_delta(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    state = torch.load(FIXTURES / "tiny_panoptic_64" / "delta" / "pytorch_model.bin")
+    change(state)
+    torch.save(state, folder / "delta.bin")
+    return folder / "delta.bin"
+
+
+def test_class_weights_that_the_delta_lacks_are_ones_and_a_tenth(tmp_path: Path) -> None:
+    delta = changed_delta(tmp_path, lambda state: state.pop("criterion.empty_weight"))
+    backbone = FIXTURES / "tiny_panoptic_64" / "backbone"
+
+    result = merged(backbone, delta, tmp_path / "model.safetensors")
+
+    weights = load_file(result.path)["criterion.empty_weight"]
+    assert torch.equal(weights, torch.tensor([1.0] * 7 + [0.1]))
+    right = json.loads((FIXTURES / "tiny_panoptic_64" / "converted.json").read_text())["tensors"]
+    assert result.tensors["criterion.empty_weight"] == right["criterion.empty_weight"]["sha256"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_no_numbers_are_named(tmp_path: Path, value: float) -> None:
+    name = "network.encoder.backbone.blocks.1.mlp.up_proj.weight"
+    delta = changed_delta(tmp_path, lambda state: state[name].view(-1)[77].fill_(value))
+    backbone = FIXTURES / "tiny_panoptic_64" / "backbone"
+
+    with pytest.raises(UnreadableFileError, match=rf"{name} in the delta .* NaN or infinity"):
+        merged(backbone, delta, tmp_path / "model.safetensors")
+
+    allowed = merged(backbone, delta, tmp_path / "allowed.safetensors", allow_nonfinite=True)
+    assert not load_file(allowed.path)["layers.1.mlp.up_proj.weight"].isfinite().all()
+
+
+def test_a_sum_that_overflows_is_named(tmp_path: Path) -> None:
+    largest = torch.finfo(torch.float32).max
+    name = "network.encoder.backbone.norm.bias"
+    delta = changed_delta(tmp_path, lambda state: state[name].fill_(largest))
+    backbone = tmp_path / "backbone"
+    backbone.mkdir()
+    source = FIXTURES / "tiny_panoptic_64" / "backbone"
+    (backbone / "config.json").write_bytes((source / "config.json").read_bytes())
+    state = load_file(source / "model.safetensors")
+    state["norm.bias"].fill_(largest)
+    save_file(state, backbone / "model.safetensors")
+
+    with pytest.raises(UnreadableFileError, match=r"layernorm\.bias overflows float32"):
+        merged(backbone, delta, tmp_path / "model.safetensors")
+
+
+def test_large_finite_weights_whose_sum_overflows_are_no_error(tmp_path: Path) -> None:
+    name = "network.class_head.weight"
+    delta = changed_delta(tmp_path, lambda state: state[name].fill_(3e38))
+    backbone = FIXTURES / "tiny_panoptic_64" / "backbone"
+
+    result = merged(backbone, delta, tmp_path / "model.safetensors")
+
+    assert load_file(result.path)["class_predictor.weight"].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_deltas_of_other_types_are_added_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    name = "network.encoder.backbone.norm.weight"
+    change = torch.load(FIXTURES / "tiny_panoptic_64" / "delta" / "pytorch_model.bin")[name].to(
+        dtype
+    )
+    delta = changed_delta(tmp_path, lambda state: state.update({name: change}))
+    backbone = FIXTURES / "tiny_panoptic_64" / "backbone"
+
+    result = merged(backbone, delta, tmp_path / "model.safetensors")
+
+    base = load_file(backbone / "model.safetensors")["norm.weight"]
+    assert torch.equal(load_file(result.path)["layernorm.weight"], base + change.float())
+
+
+def test_a_source_that_ends_early_is_named(tmp_path: Path) -> None:
+    folder = FIXTURES / "tiny_panoptic_64"
+    backbone = tmp_path / "backbone"
+    backbone.mkdir()
+    (backbone / "config.json").write_bytes((folder / "backbone" / "config.json").read_bytes())
+    weights = backbone / "model.safetensors"
+    weights.write_bytes((folder / "backbone" / "model.safetensors").read_bytes())
+    with TensorFile(weights) as base, TensorFile(folder / "delta" / "pytorch_model.bin") as delta:
+        plan = make_plan(
+            base.tensors, delta.tensors, read_backbone_config(backbone / "config.json")
+        )
+        with weights.open("r+b") as file:
+            file.truncate(weights.stat().st_size - 1000)
+
+        with pytest.raises(UnreadableFileError, match="became shorter"):
+            merge(plan, {"backbone": base, "delta": delta}, tmp_path / "model.safetensors")
+
+
+def test_the_header_is_padded_so_that_tensors_are_aligned(tmp_path: Path) -> None:
+    result = of_fixture("tiny_panoptic_48x80", tmp_path / "model.safetensors")
+
+    with result.path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+    assert length % 8 == 0
+    with TensorFile(result.path) as file_:
+        assert np.array_equal(file_.read("attn_mask_probs"), np.zeros(1, np.float32))

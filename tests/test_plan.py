@@ -1,0 +1,210 @@
+"""The plan: complete, or refused with the reason."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from conftest import FIXTURES, NAMES
+
+from converter.configs import BackboneConfig, read_backbone_config
+from converter.errors import PlanError
+from converter.plan import Plan, make_plan
+from converter.tensorfiles import TensorFile, TensorInfo
+
+LAYOUTS = json.loads((FIXTURES / "layouts.json").read_text())
+
+Tensors = dict[str, TensorInfo]
+
+
+def tensors(shapes: Mapping[str, list[int]]) -> Tensors:
+    return {name: TensorInfo("F32", tuple(shape), 0) for name, shape in shapes.items()}
+
+
+def config(backbone: str) -> BackboneConfig:
+    values = dict(LAYOUTS["backbones"][backbone])
+    del values["layouts"]
+    return BackboneConfig(**values)
+
+
+def backbone(name: str) -> Tensors:
+    return tensors(LAYOUTS["backbones"][name]["layouts"]["transformers"])
+
+
+def published(name: str) -> dict[str, Any]:
+    return LAYOUTS["checkpoints"][name]  # type: ignore[no-any-return]
+
+
+SMALL = published("coco_panoptic_eomt_small_640_dinov3")
+
+
+def plan_of_small(base: Tensors | None = None, delta: Tensors | None = None) -> Plan:
+    return make_plan(
+        backbone("vits16") if base is None else base,
+        tensors(SMALL["delta"]) if delta is None else delta,
+        config("vits16"),
+    )
+
+
+@pytest.mark.parametrize("name", LAYOUTS["checkpoints"])
+def test_published_checkpoints_give_the_tensors_of_the_model(name: str) -> None:
+    checkpoint = published(name)
+    plan = make_plan(
+        backbone(checkpoint["backbone"]),
+        tensors(checkpoint["delta"]),
+        config(checkpoint["backbone"]),
+    )
+
+    assert {row.name: list(row.shape) for row in plan.rows} == checkpoint["converted"]
+    assert plan.heads.num_queries == checkpoint["num_queries"]
+    assert plan.heads.num_classes == checkpoint["num_classes"]
+    assert plan.heads.num_blocks == checkpoint["num_blocks"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_input_is_used_once_or_dropped_for_a_reason(name: str) -> None:
+    folder = FIXTURES / name
+    with (
+        TensorFile(folder / "backbone" / "model.safetensors") as base,
+        TensorFile(folder / "delta" / "pytorch_model.bin") as delta,
+    ):
+        plan = make_plan(
+            base.tensors, delta.tensors, read_backbone_config(folder / "backbone" / "config.json")
+        )
+        given = [f"backbone:{n}" for n in base.tensors] + [f"delta:{n}" for n in delta.tensors]
+
+    used = [str(operand) for row in plan.rows for operand in row.operands]
+    dropped = [str(entry.operand) for entry in plan.dropped]
+    assert sorted(used + dropped) == sorted(given)
+    assert all(entry.reason for entry in plan.dropped)
+
+
+def test_backbone_tensors_are_sums_and_heads_are_copies() -> None:
+    rows = {row.name: row.recipe for row in plan_of_small().rows}
+
+    assert rows["layers.3.norm1.bias"] == (
+        "backbone:layer.3.norm1.bias + delta:network.encoder.backbone.blocks.3.norm1.bias"
+    )
+    assert rows["mask_head.fc2.weight"] == "delta:network.mask_head.2.weight"
+    assert rows["attn_mask_probs"] == "zeros"
+
+
+def test_class_weights_that_the_delta_lacks_are_made() -> None:
+    delta = tensors(SMALL["delta"])
+    del delta["criterion.empty_weight"]
+
+    rows = {row.name: row for row in plan_of_small(delta=delta).rows}
+
+    assert rows["criterion.empty_weight"].recipe == "ones, 0.1 last"
+    assert rows["criterion.empty_weight"].shape == (134,)
+
+
+def test_counts_add_up() -> None:
+    assert plan_of_small().counts() == {
+        "tensors": 231,
+        "added": 210,
+        "copied": 20,
+        "filled": 1,
+        "renamed": 229,
+        "dropped": 4,
+    }
+
+
+def test_a_delta_for_another_backbone_is_refused_with_both_sizes() -> None:
+    with pytest.raises(PlanError) as caught:
+        make_plan(backbone("vitb16"), tensors(SMALL["delta"]), config("vitb16"))
+
+    assert "[1, 1, 384]" in caught.value.message
+    assert "[1, 1, 768]" in caught.value.message
+    assert "it is of ViT-S (384 wide, 12 layers)" in caught.value.remedy
+    assert "the backbone given is ViT-B (768 wide, 12 layers)" in caught.value.remedy
+
+
+def test_a_gated_backbone_of_the_same_width_is_refused() -> None:
+    with pytest.raises(PlanError, match=r"ViT-S\+ \(384 wide, 12 layers, gated\)"):
+        make_plan(backbone("vits16plus"), tensors(SMALL["delta"]), config("vits16plus"))
+
+
+def test_swapped_files_are_refused_as_swapped() -> None:
+    with pytest.raises(PlanError, match="Are --delta and --backbone swapped"):
+        make_plan(tensors(SMALL["delta"]), backbone("vits16"), config("vits16"))
+
+
+def test_a_config_of_another_backbone_than_its_weights_is_named_as_the_cause() -> None:
+    with pytest.raises(
+        PlanError, match=r"config\.json describes ViT-B .* its weights are of ViT-S"
+    ):
+        make_plan(backbone("vits16"), tensors(SMALL["delta"]), config("vitb16"))
+
+
+@pytest.mark.parametrize(
+    "name", ["layer.7.mlp.up_proj.weight", "norm.bias", "embeddings.register_tokens"]
+)
+def test_a_missing_backbone_tensor_is_named_with_its_shape(name: str) -> None:
+    base = backbone("vits16")
+    shape = list(base.pop(name).shape)
+
+    with pytest.raises(PlanError, match="missing from the backbone") as caught:
+        plan_of_small(base=base)
+    assert str(shape) in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "name", ["network.mask_head.4.bias", "network.encoder.backbone.blocks.11.norm2.weight"]
+)
+def test_a_missing_delta_tensor_is_named(name: str) -> None:
+    delta = tensors(SMALL["delta"])
+    del delta[name]
+
+    with pytest.raises(PlanError, match="missing from the delta"):
+        plan_of_small(delta=delta)
+
+
+def test_a_tensor_that_is_left_over_is_named() -> None:
+    delta = tensors(SMALL["delta"] | {"network.surprise": [3, 4]})
+
+    with pytest.raises(PlanError, match=r"network\.surprise \[3, 4\] in the delta is left over"):
+        plan_of_small(delta=delta)
+
+
+def test_a_layer_too_many_is_left_over() -> None:
+    extra = {"network.encoder.backbone.blocks.12.norm1.bias": [384]}
+
+    with pytest.raises(PlanError, match=r"blocks\.12\.norm1\.bias \[384\] .* left over"):
+        plan_of_small(delta=tensors(SMALL["delta"] | extra))
+
+
+def test_a_wrong_shape_is_named_with_both_shapes() -> None:
+    delta = tensors(SMALL["delta"] | {"network.q.weight": [200, 383]})
+
+    with pytest.raises(PlanError, match=r"\[200, 383\], the model needs \[200, 384\]"):
+        plan_of_small(delta=delta)
+
+
+def test_whole_numbers_are_no_weights() -> None:
+    delta = tensors(SMALL["delta"])
+    delta["network.q.weight"] = TensorInfo("I64", (200, 384), 0)
+
+    with pytest.raises(PlanError, match=r"network\.q\.weight in the delta holds I64"):
+        plan_of_small(delta=delta)
+
+
+def test_a_config_with_absurdly_many_layers_is_refused_at_once() -> None:
+    from dataclasses import replace
+
+    with pytest.raises(PlanError, match="speaks of 1000000000 layers"):
+        make_plan(
+            backbone("vits16"),
+            tensors(SMALL["delta"]),
+            replace(config("vits16"), num_hidden_layers=10**9),
+        )
+
+
+def test_a_file_of_no_known_layout_is_refused_with_what_it_has() -> None:
+    with pytest.raises(PlanError, match=r"it has fc\.weight"):
+        plan_of_small(delta=tensors({"fc.weight": [1]}))
+
+
+def test_a_converted_model_is_not_taken_for_a_delta() -> None:
+    with pytest.raises(PlanError, match="converted already"):
+        plan_of_small(delta=tensors(SMALL["converted"]))
