@@ -137,42 +137,57 @@ def _no_weights(place: str, names: Sequence[str]) -> str:
 
 def _download(source: HubSource, access: Access) -> Fetched:
     import huggingface_hub
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import constants
 
+    if access.local_files_only or constants.HF_HUB_OFFLINE:
+        return _find_in_cache(source, access)
     with _explained(source):
-        if access.local_files_only or constants.HF_HUB_OFFLINE:
-            folder = Path(
-                huggingface_hub.snapshot_download(
-                    source.repo_id,
-                    revision=source.revision,
-                    cache_dir=access.cache_dir,
-                    local_files_only=True,
-                )
-            )
-            names = sorted(entry.name for entry in folder.iterdir())
-            commit = folder.name
-        else:
-            info = HfApi(token=access.token).model_info(source.repo_id, revision=source.revision)
-            names = [sibling.rfilename for sibling in info.siblings or ()]
-            commit = info.sha or source.revision
+        api = huggingface_hub.HfApi(token=access.token)
+        info = api.model_info(source.repo_id, revision=source.revision)
+        names = [sibling.rfilename for sibling in info.siblings or ()]
         weights = _choose_weights(names)
         if weights is None:
             raise AccessError(_no_weights(f"{source.repo_id} at {source.revision}", names))
-        paths = {
-            name: Path(
-                huggingface_hub.hf_hub_download(
+        paths = {}
+        revision = source.revision
+        for name in ("config.json", weights):
+            if name in names:
+                file = huggingface_hub.hf_hub_download(
                     source.repo_id,
                     name,
-                    revision=commit,
+                    revision=revision,
                     token=access.token,
                     cache_dir=access.cache_dir,
-                    local_files_only=access.local_files_only,
                 )
-            )
-            for name in ("config.json", weights)
-            if name in names
-        }
-    return Fetched(paths[weights], paths.get("config.json"), source.repo_id, commit)
+                paths[name] = Path(file)
+                # The first download resolves the branch, and notes in the cache what it resolved
+                # to; the rest comes from that very commit. The path is .../snapshots/COMMIT/NAME.
+                revision = paths[name].parent.name
+    return Fetched(paths[weights], paths.get("config.json"), source.repo_id, revision)
+
+
+def _find_in_cache(source: HubSource, access: Access) -> Fetched:
+    from huggingface_hub import constants, scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repositories = scan_cache_dir(access.cache_dir or constants.HF_HUB_CACHE).repos
+    except CacheNotFound:
+        repositories = frozenset()
+    for repository in repositories:
+        if (repository.repo_type, repository.repo_id) != ("model", source.repo_id):
+            continue
+        for revision in repository.revisions:
+            if source.revision in {revision.commit_hash, *revision.refs}:
+                paths = {file.file_name: file.file_path for file in revision.files}
+                weights = _choose_weights(sorted(paths))
+                if weights is not None:
+                    config = paths.get("config.json")
+                    return Fetched(paths[weights], config, source.repo_id, revision.commit_hash)
+    raise AccessError(
+        f"{source.repo_id} at {source.revision} is not in the cache, or its weights are not.",
+        "Run once with a connection, without --offline and HF_HUB_OFFLINE.",
+    )
 
 
 @contextmanager
@@ -198,11 +213,10 @@ def _explained(source: HubSource) -> Iterator[None]:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise AccessError(f"{repo} has no revision {source.revision!r}.") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+    except errors.LocalEntryNotFoundError as error:
         raise AccessError(
-            f"{repo} at {source.revision} is not in the cache, or not all of it, and the Hub was "
-            "not asked or did not answer.",
-            "Run once without --offline and HF_HUB_OFFLINE, with a connection.",
+            f"{repo} at {source.revision} is not in the cache, and the Hub did not answer.",
+            "Check the connection and HF_ENDPOINT.",
         ) from error
     except errors.HFValidationError as error:
         raise UsageError(f"{repo!r} is no valid name of a repository: {error}") from error
