@@ -66,6 +66,10 @@ class Session:
         if self.debug:
             self._say("".join(traceback.format_exception(error)))
         self._say(f"Error: {error}")
+        if isinstance(error, OutputsDifferError):
+            from converter import report
+
+            self._say("\n".join(report.verdict(error.conversion.verdict)))
         if self.as_json:
             content: dict[str, Any] = {
                 "error": {

@@ -85,7 +85,7 @@ DINOV3_TRANSFORMERS = Layout(
     signature=("embeddings.patch_embeddings.weight", "norm.weight"),
     table={
         "embeddings.cls_token": "embeddings.cls_token",
-        "embeddings.mask_token": Dropped("only masked image modelling uses the mask token"),
+        "embeddings.mask_token": Dropped("only masked image modelling uses it"),
         "embeddings.register_tokens": "embeddings.register_tokens",
         "embeddings.patch_embeddings.weight": "embeddings.patch_embeddings.weight",
         "embeddings.patch_embeddings.bias": "embeddings.patch_embeddings.bias",
@@ -95,6 +95,8 @@ DINOV3_TRANSFORMERS = Layout(
     },
 )
 
+_PIXEL_STATISTICS = Dropped("preprocessor_config.json has mean and deviation")
+
 EOMT_TUE = Layout(
     name="eomt-tue",
     title="EoMT weights in TU/e's layout",
@@ -102,10 +104,10 @@ EOMT_TUE = Layout(
     signature=("network.q.weight", "network.class_head.weight"),
     table={
         "network.attn_mask_probs": Dropped(
-            "the schedule of masked attention belongs to training; the model gets zeros (off)"
+            "masked attention fades out in training; the model gets zeros (off)"
         ),
-        "network.encoder.pixel_mean": Dropped("preprocessor_config.json has the mean"),
-        "network.encoder.pixel_std": Dropped("preprocessor_config.json has the deviation"),
+        "network.encoder.pixel_mean": _PIXEL_STATISTICS,
+        "network.encoder.pixel_std": _PIXEL_STATISTICS,
         "network.encoder.backbone.patch_embed.cls_token": "embeddings.cls_token",
         "network.encoder.backbone.patch_embed.register_tokens": "embeddings.register_tokens",
         "network.encoder.backbone.patch_embed.patch_embeddings.weight": (

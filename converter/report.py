@@ -1,6 +1,5 @@
 """What was planned, done and found, for people who read a terminal."""
 
-from collections import Counter
 from collections.abc import Iterable
 
 from converter.catalog import CATALOG
@@ -46,8 +45,12 @@ def _tensors(plan: Plan) -> list[str]:
         f"tensors   {counts['tensors']}: {counts['added']} added, {counts['copied']} copied, "
         f"{counts['filled']} filled; {counts['renamed']} of them renamed",
     ]
-    for reason, count in Counter(dropped.reason for dropped in plan.dropped).items():
-        lines.append(f"dropped   {count}: {reason}")
+    by_reason: dict[str, list[str]] = {}
+    for dropped in plan.dropped:
+        by_reason.setdefault(dropped.reason, []).append(str(dropped.operand))
+    for reason, names in by_reason.items():
+        shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+        lines.append(f"dropped   {shown}: {reason}")
     return lines
 
 
