@@ -6,6 +6,7 @@ keeps every other object as an inert placeholder, and refuses a program that ask
 library's means of running code.
 """
 
+import math
 import pickletools
 import sys
 from collections.abc import Callable, Mapping
@@ -44,6 +45,7 @@ _HARMLESS = {
     "builtins.slice",
     "builtins.str",
     "builtins.tuple",
+    "builtins.xrange",
     "collections.Counter",
     "collections.OrderedDict",
     "collections.defaultdict",
@@ -60,12 +62,20 @@ _HARMLESS = {
     "pathlib.PurePosixPath",
     "pathlib.PureWindowsPath",
     "pathlib.WindowsPath",
+    "pathlib._local.PosixPath",
+    "pathlib._local.WindowsPath",
     "types.SimpleNamespace",
     "uuid.UUID",
 }
 
-# Python 2's names of modules that run code, and the modules behind os
-_RUNS_CODE = sys.stdlib_module_names | {"__builtin__", "commands", "posix", "nt"}
+# Python 2's names of modules, which pickles keep up to protocol 2, torch's own
+_PYTHON_2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg", "commands": "subprocess"}
+
+# the limits of numpy and torch: axes of a tensor, and bytes of one
+_MAX_AXES = 64
+_MAX_BYTES = 2**63 - 1
+
+_MAX_NAME = 500
 
 
 class UnsafePickleError(ValueError):
@@ -104,6 +114,29 @@ class PickledTensor:
     stride: tuple[int, ...]
 
 
+def is_count(value: Any) -> bool:
+    """Whether a value is a number of elements or bytes, or a position in a file."""
+    return type(value) is int and 0 <= value <= _MAX_BYTES
+
+
+def is_shape(value: Any) -> bool:
+    """Whether a value is the shape of a tensor that numpy can hold, whatever its element type.
+
+    numpy counts an empty axis as one of length 1, and the largest elements have 8 bytes.
+    """
+    return (
+        type(value) in (list, tuple)
+        and len(value) <= _MAX_AXES
+        and all(map(is_count, value))
+        and math.prod(max(length, 1) for length in value) <= _MAX_BYTES // 8
+    )
+
+
+def is_name(value: Any) -> bool:
+    """Whether a value can be shown as a name: not endless, nothing that steers a terminal."""
+    return type(value) is str and len(value) <= _MAX_NAME and value.isprintable()
+
+
 def read_pickle(data: bytes) -> Any:
     """Reads one pickle into dicts, lists, tuples, plain values, `PickledTensor` and `Inert`.
 
@@ -115,13 +148,19 @@ def read_pickle(data: bytes) -> Any:
         return _Machine().run(data)
     except ValueError:
         raise
-    except (LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+    # pickletools warns of an unknown escape in a text; whoever makes warnings errors gets this one
+    except (LookupError, TypeError, AttributeError, OverflowError, DeprecationWarning) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def _look_up(module: str, name: str) -> Inert:
+    module = _PYTHON_2_MODULES.get(module, module)
     full = f"{module}.{name}"
-    if module.partition(".")[0] in _RUNS_CODE and full not in _HARMLESS:
+    if not is_name(full):
+        raise ValueError("it names something that no module has")
+    # A name may have dots: what "os.system" means in the module torch, is os.system.
+    modules = {module.partition(".")[0], *name.split(".")[:-1]}
+    if modules & sys.stdlib_module_names and full not in _HARMLESS:
         raise UnsafePickleError(full)
     return Inert(full)
 
@@ -143,18 +182,21 @@ def _call(function: Any, arguments: Any) -> Any:
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any) -> PickledTensor | Inert:
     if isinstance(storage, Inert):
         return storage
-    counts = (offset, *shape, *stride)
-    if len(shape) != len(stride) or not all(type(n) is int and n >= 0 for n in counts):
+    if not (is_shape(shape) and _are_strides(stride, len(shape)) and is_count(offset)):
         raise ValueError("a tensor has an impossible shape, stride or offset")
     if not isinstance(storage, Storage):
         raise ValueError("a tensor has no storage")
     return PickledTensor(storage, offset, tuple(shape), tuple(stride))
 
 
+def _are_strides(value: Any, axes: int) -> bool:
+    return type(value) in (list, tuple) and len(value) == axes and all(map(is_count, value))
+
+
 def _storage(identifier: Any) -> Storage | Inert:
     """A persistent id: ("storage", class, key, device, number of elements)."""
     kind, storage_class, key, _device, size = identifier
-    if kind != "storage" or type(key) is not str or type(size) is not int or size < 0:
+    if kind != "storage" or type(key) is not str or not is_count(size):
         raise ValueError("a storage has another form than torch gives it")
     dtype = _STORAGE_DTYPES.get(storage_class.name.removeprefix("torch."))
     return Storage(key, dtype, size) if dtype else Inert(storage_class.name)
@@ -179,7 +221,8 @@ class _Machine:
             elif name in _CONSTANTS:
                 self.push(_CONSTANTS[name]())
             elif name in _MEMO_PUTS:
-                if argument > len(data):
+                # text can hold any number, also such as collide in the hash table of the memo
+                if not 0 <= argument <= len(data):
                     raise ValueError("it numbers more objects than it can hold")
                 self.memo[argument] = self.stack[-1]
             elif name in _MEMO_GETS:

@@ -1,0 +1,22 @@
+"""Files as a stranger could make them: containers of the two formats around any content."""
+
+import io
+import json
+import struct
+import zipfile
+from typing import Any
+
+
+def safetensors_file(header: Any, data: bytes = b"") -> bytes:
+    """A safetensors file with this header, JSON or bytes."""
+    content = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(content)) + content + data
+
+
+def torch_file(pickle: bytes, records: dict[str, bytes], *, compression: int = 0) -> bytes:
+    """A torch file with this pickle and these records, such as ``data/0``."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, content in {"data.pkl": pickle, **records}.items():
+            archive.writestr(f"model/{name}", content)
+    return buffer.getvalue()
