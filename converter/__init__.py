@@ -14,6 +14,7 @@ from converter.conversion import Conversion, convert
 from converter.errors import (
     AccessError,
     EomtConvertError,
+    MismatchError,
     NotVerifiedError,
     OutputError,
     OutputsDifferError,
@@ -28,6 +29,7 @@ __all__ = [
     "Conversion",
     "EomtConvertError",
     "Level",
+    "MismatchError",
     "NotVerifiedError",
     "OutputError",
     "OutputsDifferError",

@@ -1,6 +1,7 @@
 """The names of a model's classes, and which of them are stuff."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -31,6 +32,21 @@ def of_dataset(name: str) -> ClassNames:
     """The class names of a dataset that comes with the package, such as ``coco_panoptic``."""
     file = resources.files("converter") / "labels" / f"{name}.json"
     return _parse(file.read_text(encoding="utf-8"), f"{name}.json")
+
+
+def of_config(config: Mapping[str, Any], count: int) -> ClassNames:
+    """The class names in a model's config.json; placeholders where it has none.
+
+    Raises:
+        UnreadableFileError: its id2label or stuff_classes have another form.
+    """
+    labels = config.get("id2label") or {str(i): name for i, name in enumerate(unnamed(count).names)}
+    stuff = config.get("stuff_classes") or []
+    try:
+        names = tuple(labels[str(i)] for i in range(len(labels)))
+        return _checked(names, tuple(int(i) for i in stuff), "config.json")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnreadableFileError("config.json has an id2label of another form.") from error
 
 
 def read(path: Path) -> ClassNames:

@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import click
 
 from converter import __version__
 from converter.catalog import Task
+from converter.conversion import Dtype
 from converter.errors import EomtConvertError, OutputsDifferError, UsageError
+from converter.inspection import WeightsKind
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -64,12 +66,12 @@ class Session:
     def fail(self, error: EomtConvertError) -> NoReturn:
         """Ends the command with what happened and what to do about it."""
         if self.debug:
-            self._say("".join(traceback.format_exception(error)))
-        self._say(f"Error: {error}")
+            self.say("".join(traceback.format_exception(error)))
+        self.say(f"Error: {error}")
         if isinstance(error, OutputsDifferError):
             from converter import report
 
-            self._say("\n".join(report.verdict(error.conversion.verdict)))
+            self.say("\n".join(report.verdict(error.conversion.verdict)))
         if self.as_json:
             content: dict[str, Any] = {
                 "error": {
@@ -83,7 +85,8 @@ class Session:
             click.echo(json.dumps(content, indent=2, ensure_ascii=False))
         sys.exit(error.exit_code)
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Prints what is not the result, such as a warning."""
         click.echo(self._without_token(text), err=True)
 
     def _without_token(self, text: str) -> str:
@@ -99,7 +102,7 @@ class Session:
         except EomtConvertError as error:
             self.fail(error)
         except KeyboardInterrupt:
-            self._say("Interrupted; nothing was left behind.")
+            self.say("Interrupted; nothing was left behind.")
             sys.exit(INTERRUPTED)
 
 
@@ -142,6 +145,31 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option("--delta", metavar=SOURCE, help="Other delta weights than the catalogue's.")
 @click.option("--backbone", metavar=SOURCE, help="Another DINOv3 backbone than the catalogue's.")
+@click.option(
+    "--weights",
+    type=click.Choice(["auto", "delta", "absolute"]),
+    default="auto",
+    help="What --delta is; auto tells from the statistics of its layer norms.",
+)
+@click.option(
+    "--backbone-layout",
+    type=click.Choice(["transformers", "meta", "timm"]),
+    help="The backbone's layout. [default: told from its names]",
+)
+@click.option(
+    "--backbone-config",
+    type=click.Path(path_type=Path),
+    help="The backbone's config.json, in transformers' format.",
+)
+@click.option(
+    "--check-backbone", is_flag=True, help="Run the backbone; compare with Meta's recorded outputs."
+)
+@click.option(
+    "--image",
+    type=click.Path(path_type=Path),
+    help="The picture for --check-backbone. [default: downloaded]",
+)
+@click.option("--allow-mismatch", is_flag=True, help="Merge a pair that does not belong together.")
 @click.option("--task", type=click.Choice(["panoptic", "instance", "semantic"]))
 @click.option("--image-size", type=ImageSize(), help="In pixels.")
 @click.option(
@@ -149,6 +177,13 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     type=click.Path(path_type=Path),
     help="Class names: one a line, a JSON list, or JSON categories with isthing.",
 )
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    help="Type of the model's weights; sums are taken in float32 and rounded once.",
+)
+@click.option("--max-shard-size", metavar="SIZE", help="Largest file of weights, such as 2GB.")
 @click.option(
     "--recorded",
     type=click.Path(path_type=Path),
@@ -172,9 +207,17 @@ def main(
     output: Path | None,
     delta: str | None,
     backbone: str | None,
+    weights: WeightsKind | Literal["auto"],
+    backbone_layout: str | None,
+    backbone_config: Path | None,
+    check_backbone: bool,
+    image: Path | None,
+    allow_mismatch: bool,
     task: Task | None,
     image_size: tuple[int, int] | None,
     labels: Path | None,
+    dtype: Dtype,
+    max_shard_size: str | None,
     recorded: Path | None,
     verify: bool,
     require_verified: bool,
@@ -217,9 +260,17 @@ def main(
                 output,
                 delta=delta,
                 backbone=backbone,
+                weights=weights,
+                backbone_layout=backbone_layout,
+                backbone_config=backbone_config,
+                check_backbone=check_backbone,
+                image=image,
+                allow_mismatch=allow_mismatch,
                 task=task,
                 image_size=image_size,
                 labels=labels,
+                dtype=dtype,
+                max_shard_size=max_shard_size,
                 recorded=recorded,
                 verify=verify,
                 require_verified=require_verified,
@@ -235,6 +286,8 @@ def main(
         if dry_run:
             session.show(report.plan_table(conversion.plan), conversion.to_dict())
         else:
+            for line in report.warnings(conversion.pair):
+                session.say(line)
             place = str(output or f"./{conversion.output.name if conversion.output else ''}")
             session.show(report.summary(conversion, place), conversion.to_dict())
 
@@ -302,10 +355,10 @@ def inspect_command(
         from converter import report
         from converter.inspection import inspect
         from converter.sources import Access, fetch, parse_source
-        from converter.tensorfiles import TensorFile
+        from converter.tensorfiles import open_tensors
 
         fetched = fetch(parse_source(source), Access(token, cache_dir, offline))
-        with TensorFile(fetched.weights) as file:
+        with open_tensors(fetched.weights) as file:
             found = inspect(file)
         session.show(report.inspection(found), found.to_dict())
 

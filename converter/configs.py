@@ -94,12 +94,29 @@ def read_backbone_config(path: Path) -> BackboneConfig:
     Raises:
         UnreadableFileError: it cannot be read, is of another model, or lacks or mistypes a value.
     """
+    return _read_config(
+        path,
+        "dinov3_vit",
+        "Give the folder or repository of the DINOv3 backbone that the delta was made from.",
+    )
+
+
+def read_model_config(path: Path) -> BackboneConfig:
+    """Reads what the config.json of a converted model says of its backbone.
+
+    Raises:
+        UnreadableFileError: it cannot be read, is of another model, or lacks or mistypes a value.
+    """
+    return _read_config(path, "eomt_dinov3", "Give the folder of an EoMT-DINOv3 model.")
+
+
+def _read_config(path: Path, model_type: str, remedy: str) -> BackboneConfig:
     content = read_json_object(path)
-    if content.get("model_type") != "dinov3_vit":
+    if content.get("model_type") != model_type:
         raise UnreadableFileError(
             f"{path} is the configuration of a {content.get('model_type')!r} model, not of a "
-            "DINOv3 backbone ('dinov3_vit').",
-            "Give the folder or repository of the DINOv3 backbone that the delta was made from.",
+            f"{model_type!r}.",
+            remedy,
         )
     # transformers 5 keeps the base under rope_parameters, 4.56 beside the other values
     rope = content.get("rope_parameters") or {}
@@ -168,34 +185,42 @@ def read_json_object(path: Path) -> dict[str, Any]:
 def model_config(
     backbone: BackboneConfig,
     heads: HeadSizes,
-    image_size: tuple[int, int],
+    image_size: tuple[int, int] | None,
     classes: ClassNames,
+    *,
+    dtype: str = "float32",
+    own: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The config.json of a converted model: an `EomtDinov3Config` as transformers 5.23 reads it.
 
     Args:
         backbone: the backbone's configuration.
         heads: the sizes that EoMT adds.
-        image_size: (height, width) in pixels; a square one is written as one number.
+        image_size: (height, width) in pixels; a square one is written as one number. None to
+            keep the one of ``own``.
         classes: one name per class.
+        dtype: of the weights.
+        own: the config.json that the weights came with, whose other values are kept.
     """
-    height, width = image_size
     values: dict[str, Any] = {
+        "no_object_weight": NO_OBJECT_WEIGHT,
         **asdict(backbone),
+        "rope_parameters": {"rope_type": "default", "rope_theta": backbone.rope_theta},
+        **(own or {}),
         "architectures": ["EomtDinov3ForUniversalSegmentation"],
         "model_type": "eomt_dinov3",
-        "dtype": "float32",
-        "image_size": height if height == width else [height, width],
+        "dtype": dtype,
         "num_queries": heads.num_queries,
         "num_blocks": heads.num_blocks,
         "num_upscale_blocks": backbone.num_upscale_blocks,
-        "no_object_weight": NO_OBJECT_WEIGHT,
-        "rope_parameters": {"rope_type": "default", "rope_theta": backbone.rope_theta},
         "id2label": {str(i): name for i, name in enumerate(classes.names)},
         "label2id": {name: i for i, name in enumerate(classes.names)},
         "stuff_classes": list(classes.stuff),
     }
-    del values["rope_theta"]
+    values.pop("rope_theta", None)
+    if image_size is not None:
+        height, width = image_size
+        values["image_size"] = height if height == width else [height, width]
     return dict(sorted(values.items()))
 
 

@@ -1,11 +1,11 @@
 """The whole job: from the name of a checkpoint to a verified folder that transformers loads."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from converter import __version__, class_names
 from converter.catalog import Checkpoint, Task, find
@@ -15,26 +15,43 @@ from converter.configs import (
     model_config,
     preprocessor_config,
     read_backbone_config,
+    read_json_object,
+    read_model_config,
     write_json,
 )
 from converter.errors import (
     EomtConvertError,
+    MismatchError,
     NotVerifiedError,
     OutputsDifferError,
-    UnreadableFileError,
     UsageError,
 )
-from converter.inspection import decide, signs_of_a_delta
-from converter.merge import Merged, merge, output_size
+from converter.inspection import Evidence, WeightsKind, decide, signs_of_a_delta
+from converter.layouts import BACKBONE_LAYOUTS, EOMT_TRANSFORMERS, recognise
+from converter.merge import Digests, Files, Merged, merge, sharding_of
+from converter.pairing import PairCheck, check_absolute, check_outputs, check_pair
 from converter.plan import Plan, Source, make_plan
 from converter.recorded import find_recorded
-from converter.sources import Access, Fetched, HubSource, LocalSource, fetch, parse_source
+from converter.sources import (
+    Access,
+    Fetched,
+    HubSource,
+    LocalSource,
+    fetch,
+    fetch_config,
+    parse_source,
+)
 from converter.staging import Stage, check_place, staged
-from converter.tensorfiles import TensorFile
-from converter.verification import WEIGHTS, Verdict, check, unverified
+from converter.tensorfiles import open_tensors, parse_size
+from converter.verification import Verdict, check, unverified
 
 # room for the files beside the weights
 _SMALL_FILES = 1 << 20
+
+# safetensors' names of the element types that a model may have
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 # called with what is being done, and how many bytes of how many are done
 Progress = Callable[[str, int, int], None]
@@ -46,19 +63,54 @@ class Job:
 
     Attributes:
         checkpoint: the catalogue's entry, if one was named.
-        task: what the model segments.
-        image_size: (height, width) in pixels.
-        sources: where the weights come from.
+        task: what the model segments; None where it was not said.
+        image_size: (height, width) in pixels; None where it was not said.
+        eomt: where EoMT's weights come from.
+        weights: what they are; ``auto`` to tell from their statistics.
+        backbone: where the backbone comes from; None where none was named.
+        backbone_layout: its layout; None to tell from its names.
+        backbone_config: its config.json, if one was given.
         labels: a file of class names, if one was given.
         recorded: the recorded outputs to check against, if there are any.
+        dtype: of the model's weights.
+        max_shard_size: bytes of tensors in one file; None for one file.
     """
 
     checkpoint: Checkpoint | None
-    task: Task
-    image_size: tuple[int, int]
-    sources: Mapping[Source, LocalSource | HubSource]
+    task: Task | None
+    image_size: tuple[int, int] | None
+    eomt: LocalSource | HubSource
+    weights: WeightsKind | Literal["auto"]
+    backbone: LocalSource | HubSource | None
+    backbone_layout: str | None
+    backbone_config: Path | None
     labels: Path | None
     recorded: Path | None
+    dtype: Dtype
+    max_shard_size: int | None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The files of a job, open, and what they are.
+
+    Attributes:
+        fetched: the files by their source.
+        files: the same, open.
+        weights: what EoMT's weights are.
+        evidence: the signs that this was told from; empty if it was said.
+        own_config: config.json of EoMT's weights, where they are in transformers' layout.
+        own_preprocessor: likewise, preprocessor_config.json, if there is one.
+        backbone_config: configuration of the backbone; None to tell from its shapes.
+    """
+
+    fetched: Mapping[Source, Fetched]
+    files: Files
+    weights: WeightsKind
+    evidence: tuple[Evidence, ...]
+    own_config: dict[str, Any] | None
+    own_preprocessor: dict[str, Any] | None
+    backbone_config: BackboneConfig | None
 
 
 @dataclass(frozen=True)
@@ -67,40 +119,48 @@ class Conversion:
 
     Attributes:
         job: what was asked for.
+        inputs: the files that were read, and what they are; closed by now.
         plan: how every tensor comes about.
-        sources: the files that were read.
+        pair: what is known of whether delta and backbone belong together.
         output: the folder that was written; None if nothing was.
         files: size in bytes and SHA-256 of every file in it.
         verdict: what is known of the result.
     """
 
     job: Job
+    inputs: Inputs
     plan: Plan
-    sources: Mapping[Source, Fetched]
+    pair: tuple[PairCheck, ...]
     output: Path | None
-    files: Mapping[str, tuple[int, str]]
+    files: Digests
     verdict: Verdict
+
+    @property
+    def sources(self) -> Mapping[Source, Fetched]:
+        """The files that were read."""
+        return self.inputs.fetched
 
     def to_dict(self) -> dict[str, Any]:
         """The conversion as JSON shows it."""
         return {
             "checkpoint": self.job.checkpoint.name if self.job.checkpoint else None,
             "task": self.job.task,
-            "image_size": list(self.job.image_size),
+            "image_size": list(self.job.image_size) if self.job.image_size else None,
+            "dtype": self.job.dtype,
+            "weights": self.inputs.weights,
+            "evidence": [sign.to_dict() for sign in self.inputs.evidence],
+            "pair": [check.to_dict() for check in self.pair],
             "sources": {
                 role: {
                     "repo": source.repo_id,
                     "revision": source.revision,
                     "path": str(source.weights),
-                    "size": source.weights.stat().st_size,
+                    "size": source.size,
                 }
                 for role, source in self.sources.items()
             },
             "output": str(self.output) if self.output else None,
-            "files": {
-                name: {"size": size, "sha256": digest}
-                for name, (size, digest) in self.files.items()
-            },
+            "files": _listed(self.files),
             "plan": self.plan.to_dict(),
             **self.verdict.to_dict(),
         }
@@ -112,9 +172,17 @@ def convert(
     *,
     delta: str | None = None,
     backbone: str | None = None,
+    weights: WeightsKind | Literal["auto"] = "auto",
+    backbone_layout: str | None = None,
+    backbone_config: str | Path | None = None,
+    check_backbone: bool = False,
+    image: str | Path | None = None,
+    allow_mismatch: bool = False,
     task: Task | None = None,
     image_size: int | tuple[int, int] | None = None,
     labels: str | Path | None = None,
+    dtype: Dtype = "float32",
+    max_shard_size: int | str | None = None,
     recorded: str | Path | None = None,
     verify: bool = True,
     require_verified: bool = False,
@@ -127,19 +195,27 @@ def convert(
     local_files_only: bool = False,
     progress: Progress = lambda *_: None,
 ) -> Conversion:
-    """Converts a delta and its backbone into a model, and checks what it computes.
+    """Converts EoMT's weights and their backbone into a model, and checks what it computes.
 
     ``converter.convert("coco_panoptic_large_640")`` downloads what is needed and writes the model
     to ``./coco_panoptic_large_640``.
 
     Args:
-        checkpoint: a name of the catalogue's; not needed where delta and backbone are given.
+        checkpoint: a name of the catalogue's; not needed where the files are given.
         output: folder to write; by default the checkpoint's name, in the working directory.
-        delta: other delta weights than the catalogue's: a file, a folder, or owner/name[@revision].
-        backbone: likewise, another backbone in transformers' layout.
+        delta: other weights than the catalogue's: a file, a folder, or owner/name[@revision].
+        backbone: likewise, another backbone; absolute weights need none.
+        weights: whether ``delta`` is one, or absolute; by default told from its statistics.
+        backbone_layout: transformers, meta or timm; by default told from the names.
+        backbone_config: the backbone's config.json, in transformers' format.
+        check_backbone: whether to run the backbone and compare with Meta's recorded outputs.
+        image: the picture they were recorded on; by default it is downloaded.
+        allow_mismatch: whether a pair is merged that does not belong together.
         task: panoptic, instance or semantic; needed without a checkpoint.
         image_size: in pixels, one number or (height, width); needed without a checkpoint.
         labels: file of class names; by default the catalogue's, or LABEL_0 and so on.
+        dtype: of the model's weights; sums are taken in float32 and rounded once.
+        max_shard_size: bytes of tensors in one file, or a size such as ``2GB``; by default all.
         recorded: recorded outputs to check against; by default those of the offline checkpoints.
         verify: whether to check.
         require_verified: whether to refuse if there is nothing to check against.
@@ -158,19 +234,28 @@ def convert(
         AccessError: a repository or a file in it is missing, gated, or not in the cache.
         UnreadableFileError: a file is missing, broken, or of another kind than it should be.
         PlanError: the weights do not add up to a model.
+        MismatchError: delta and backbone do not belong together.
         OutputError: the output cannot be written.
         NotVerifiedError: a check was required and there is nothing to check against.
         OutputsDifferError: the model does not compute what was recorded; ``conversion`` has the
             details.
     """
-    job = _resolve(checkpoint, delta, backbone, task, image_size, labels, recorded)
-    if require_verified and not verify:
-        raise UsageError("require_verified and no verification contradict each other.")
-    if require_verified and job.recorded is None:
-        raise NotVerifiedError(
-            "There are no recorded outputs to check this model against, and a check was required.",
-            "Give recorded outputs with --recorded, or convert without --require-verified.",
-        )
+    entry = find(checkpoint) if checkpoint else None
+    job = Job(
+        checkpoint=entry,
+        task=task or (entry.task if entry else None),
+        image_size=_height_and_width(image_size) or (entry.image_size if entry else None),
+        eomt=_source(delta, entry, "delta"),
+        weights=weights,
+        backbone=_source(backbone, entry, "backbone") if backbone or entry else None,
+        backbone_layout=backbone_layout,
+        backbone_config=_path(backbone_config),
+        labels=_path(labels),
+        recorded=_recorded(recorded, entry),
+        dtype=dtype,
+        max_shard_size=_bytes(max_shard_size),
+    )
+    _check_requirements(job, verify=verify, required=require_verified)
     place = _place(job, output)
     rejected = place.with_name(f"{place.name}.unverified")
     if not dry_run:
@@ -178,29 +263,39 @@ def convert(
         if keep_unverified:
             check_place(rejected, force=force)
 
-    access = Access(token, Path(cache_dir) if cache_dir else None, local_files_only)
-    sources = {role: fetch(source, access) for role, source in job.sources.items()}
-    with _opened(sources) as files:
-        config = _backbone_config(sources["backbone"])
-        plan = make_plan(files["backbone"].tensors, files["delta"].tensors, config)
-        _check_image_size(job.image_size, config.patch_size)
-        classes = _class_names(job, plan.heads.num_classes)
+    access = Access(token, _path(cache_dir), local_files_only)
+    with ExitStack() as stack:
+        inputs = _open_inputs(job, access, stack, dry_run=dry_run)
+        plan = make_plan(
+            inputs.files[_role(inputs.weights)].tensors,
+            inputs.files["backbone"].tensors if "backbone" in inputs.files else None,
+            inputs.backbone_config,
+            backbone_layout=BACKBONE_LAYOUTS[backbone_layout] if backbone_layout else None,
+            dtype=DTYPES[dtype],
+        )
+        classes = _class_names(job, inputs, plan.heads.num_classes)
+        _check_image_size(job, plan.config.patch_size)
         if dry_run:
             verdict = unverified("Nothing was converted (--dry-run).")
-            return Conversion(job, plan, sources, None, {}, verdict)
-        _check_delta(files["delta"])
-        with staged(place, size=output_size(plan) + _SMALL_FILES) as stage:
-            merged = _merge(plan, files, stage, allow_nonfinite, progress)
-            _write_configs(job, plan, config, classes, stage.folder)
+            return Conversion(job, inputs, plan, (), None, {}, verdict)
+
+        pair = _check_pair(job, inputs, plan, allow_mismatch=allow_mismatch)
+        if check_backbone:
+            pair += (check_outputs(inputs.files, plan, _path(image), access),)
+            _refuse_mismatch(pair, allow_mismatch=allow_mismatch)
+        size = sharding_of(plan, job.max_shard_size).size + _SMALL_FILES
+        with staged(place, size=size) as stage:
+            merged = _merge(job, plan, inputs, stage, allow_nonfinite, progress)
+            pair += _check_digests(inputs, merged, allow_mismatch=allow_mismatch)
+            _write_configs(job, inputs, plan, classes, stage.folder)
             if verify:
                 verdict = check(stage.folder, job.recorded, merged.tensors)
             else:
                 verdict = unverified("Verification was switched off (--no-verify).")
-            _write_history(job, plan, sources, merged, verdict, stage.folder)
-            written = _files(stage.folder, merged)
+            files = _write_history(job, inputs, plan, pair, merged, verdict, stage.folder)
             if verdict.verdict != "failed":
                 stage.publish(place)
-                return Conversion(job, plan, sources, place, written, verdict)
+                return Conversion(job, inputs, plan, pair, place, files, verdict)
             if keep_unverified:
                 stage.publish(rejected)
             kept = rejected if keep_unverified else None
@@ -209,50 +304,51 @@ def convert(
                 f"It was kept as {kept}, to look at."
                 if kept
                 else f"Nothing was left at {place}; --keep-unverified keeps it beside.",
-                conversion=Conversion(job, plan, sources, kept, written, verdict),
+                conversion=Conversion(job, inputs, plan, pair, kept, files, verdict),
             )
 
 
-def _resolve(
-    name: str | None,
-    delta: str | None,
-    backbone: str | None,
-    task: Task | None,
-    image_size: int | tuple[int, int] | None,
-    labels: str | Path | None,
-    recorded: str | Path | None,
-) -> Job:
-    entry = find(name) if name else None
-    roles: dict[Source, LocalSource | HubSource] = {}
-    given_sources: dict[Source, str | None] = {"backbone": backbone, "delta": delta}
-    for role, given in given_sources.items():
-        if given:
-            roles[role] = parse_source(given)
-        elif entry:
-            roles[role] = entry.source(role)
-    task = task or (entry.task if entry else None)
-    image_size = image_size or (entry.image_size if entry else None)
-    if "delta" not in roles or "backbone" not in roles or task is None or image_size is None:
-        needed = {
-            "--delta": delta is None,
-            "--backbone": backbone is None,
-            "--task": task is None,
-            "--image-size": image_size is None,
-        }
-        missing = [option for option, absent in needed.items() if absent]
-        raise UsageError(
-            f"Without --checkpoint, {' and '.join(missing)} must be given.",
-            "eomt-convert list shows the checkpoints that have a name.",
-        )
-    evidence = Path(recorded).expanduser() if recorded else (entry.recorded if entry else None)
-    return Job(
-        checkpoint=entry,
-        task=task,
-        image_size=(image_size, image_size) if isinstance(image_size, int) else image_size,
-        sources=roles,
-        labels=Path(labels).expanduser() if labels else None,
-        recorded=find_recorded(evidence) if evidence else None,
+# from what was asked for to a job --------------------------------------------------------------
+
+
+def _source(
+    given: str | None, entry: Checkpoint | None, role: Literal["backbone", "delta"]
+) -> LocalSource | HubSource:
+    if given:
+        return parse_source(given)
+    if entry:
+        return entry.source(role)
+    raise UsageError(
+        f"Without --checkpoint, --{role} must be given.",
+        "eomt-convert list shows the checkpoints that have a name.",
     )
+
+
+def _path(given: str | Path | None) -> Path | None:
+    return Path(given).expanduser() if given else None
+
+
+def _height_and_width(given: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    return (given, given) if isinstance(given, int) else given
+
+
+def _bytes(given: int | str | None) -> int | None:
+    return parse_size(given) if isinstance(given, str) else given
+
+
+def _recorded(given: str | Path | None, entry: Checkpoint | None) -> Path | None:
+    place = _path(given) or (entry.recorded if entry else None)
+    return find_recorded(place) if place else None
+
+
+def _check_requirements(job: Job, *, verify: bool, required: bool) -> None:
+    if required and not verify:
+        raise UsageError("--require-verified and --no-verify contradict each other.")
+    if required and job.recorded is None:
+        raise NotVerifiedError(
+            "There are no recorded outputs to check this model against, and a check was required.",
+            "Give recorded outputs with --recorded, or convert without --require-verified.",
+        )
 
 
 def _place(job: Job, output: str | Path | None) -> Path:
@@ -262,67 +358,186 @@ def _place(job: Job, output: str | Path | None) -> Path:
     return Path(name).expanduser().resolve()
 
 
-@contextmanager
-def _opened(sources: Mapping[Source, Fetched]) -> Iterator[dict[Source, TensorFile]]:
-    with ExitStack() as stack:
-        yield {
-            role: stack.enter_context(TensorFile(source.weights))
-            for role, source in sources.items()
-        }
+# from a job to open files ----------------------------------------------------------------------
 
 
-def _backbone_config(backbone: Fetched) -> BackboneConfig:
-    if backbone.config is None:
-        raise UnreadableFileError(
-            f"There is no config.json beside the backbone's weights in {backbone.title}.",
-            "Shapes do not tell the number of heads: put the backbone's config.json beside them.",
+def _role(weights: WeightsKind) -> Source:
+    return "delta" if weights == "delta" else "weights"
+
+
+def _open_inputs(job: Job, access: Access, stack: ExitStack, *, dry_run: bool) -> Inputs:
+    """Fetches and opens EoMT's weights, and the backbone if they are a delta to one."""
+    eomt = fetch(job.eomt, access)
+    eomt_file = open_tensors(eomt.weights)
+    stack.enter_context(eomt_file)
+    converted = recognise(eomt_file.tensors) is EOMT_TRANSFORMERS
+    evidence: tuple[Evidence, ...] = ()
+    weights: WeightsKind
+    if job.weights != "auto":
+        weights = job.weights
+    elif converted:
+        weights = "absolute"
+    elif dry_run:  # which reads no weights
+        weights = "delta"
+    else:
+        evidence = signs_of_a_delta(eomt_file)
+        weights = _decided(evidence, eomt.title)
+
+    _check_enough(job, weights, converted=converted)
+    own = read_json_object(eomt.config) if converted and eomt.config else None
+    own_preprocessor = None
+    if own and eomt.config and (eomt.config.parent / "preprocessor_config.json").is_file():
+        own_preprocessor = read_json_object(eomt.config.parent / "preprocessor_config.json")
+    fetched: dict[Source, Fetched] = {_role(weights): eomt}
+    files: dict[Source, Any] = {_role(weights): eomt_file}
+    if weights == "delta" and job.backbone:
+        fetched = {"backbone": fetch(job.backbone, access), **fetched}
+        backbone_file = open_tensors(fetched["backbone"].weights)
+        stack.enter_context(backbone_file)
+        files = {"backbone": backbone_file, **files}
+    config = _backbone_config(job, fetched, access, converted=converted)
+    return Inputs(fetched, files, weights, evidence, own, own_preprocessor, config)
+
+
+def _decided(evidence: tuple[Evidence, ...], title: str) -> WeightsKind:
+    kind = decide(evidence)
+    if kind is None:
+        signs = "; ".join(f"{sign.finding} ({sign.speaks_for})" for sign in evidence)
+        raise EomtConvertError(
+            f"Whether the weights in {title} are a delta or absolute cannot be told: "
+            f"{signs or 'they show no sign of either'}.",
+            "Say it with --weights delta or --weights absolute.",
         )
-    return read_backbone_config(backbone.config)
+    return kind
 
 
-def _check_image_size(image_size: tuple[int, int], patch_size: int) -> None:
-    height, width = image_size
-    if min(image_size) < 1 or height % patch_size or width % patch_size:
+def _check_enough(job: Job, weights: WeightsKind, *, converted: bool) -> None:
+    needed = {
+        "--backbone": weights == "delta" and job.backbone is None,
+        "--task": job.task is None and not converted,
+        "--image-size": job.image_size is None and not converted,
+    }
+    missing = [option for option, needs in needed.items() if needs]
+    if missing:
+        raise UsageError(
+            f"Without --checkpoint, {' and '.join(missing)} must be given.",
+            "The weights are a delta, which is added to a backbone."
+            if missing[0] == "--backbone"
+            else "eomt-convert list shows the checkpoints that have a name.",
+        )
+
+
+def _backbone_config(
+    job: Job, fetched: Mapping[Source, Fetched], access: Access, *, converted: bool
+) -> BackboneConfig | None:
+    """The backbone's configuration, from the first place that has one; None to use its shapes."""
+    if job.backbone_config:
+        return read_backbone_config(job.backbone_config)
+    if converted:
+        config = fetched["weights"].config if "weights" in fetched else None
+        return read_model_config(config) if config else None
+    if "backbone" in fetched:
+        beside = fetched["backbone"].config
+    else:
+        beside = fetch_config(job.backbone, access) if job.backbone else None
+    # timm's repositories have a config.json too, of another kind
+    if beside and read_json_object(beside).get("model_type") is not None:
+        return read_backbone_config(beside)
+    if job.checkpoint and job.checkpoint.offline:
+        beside = fetch_config(job.checkpoint.source("backbone"), access)
+        return read_backbone_config(beside) if beside else None
+    return None
+
+
+# checks before and after merging ---------------------------------------------------------------
+
+
+def _check_image_size(job: Job, patch_size: int) -> None:
+    if job.image_size is None:
+        return
+    height, width = job.image_size
+    if min(job.image_size) < 1 or height % patch_size or width % patch_size:
         raise UsageError(
             f"An image size of {height}x{width} is no multiple of the patch size {patch_size}."
         )
 
 
-def _class_names(job: Job, count: int) -> ClassNames:
+def _class_names(job: Job, inputs: Inputs, count: int) -> ClassNames:
     if job.labels:
         classes, origin = class_names.read(job.labels), str(job.labels)
     elif job.checkpoint:
         classes, origin = job.checkpoint.class_names(count), job.checkpoint.name
+    elif inputs.own_config:
+        classes, origin = class_names.of_config(inputs.own_config, count), "config.json"
     else:
         classes, origin = class_names.unnamed(count), ""
     if len(classes.names) != count:
         raise EomtConvertError(
-            f"{origin} has {len(classes.names)} class names, the delta has {count} classes.",
+            f"{origin} has {len(classes.names)} class names, the weights have {count} classes.",
             "--labels takes a file with as many names, in the order of the class ids.",
         )
     return classes
 
 
-def _check_delta(file: TensorFile) -> None:
-    evidence = signs_of_a_delta(file)
-    if any(sign.speaks_for == "absolute" for sign in evidence):
-        kind = decide(evidence) or "perhaps absolute"
-        raise EomtConvertError(
-            f"The weights in {file.path} are {kind}, not a delta to a backbone: "
-            + "; ".join(f"{sign.finding} ({sign.speaks_for})" for sign in evidence)
-            + ". Added to a backbone they would give a model that runs and segments nonsense.",
-            "Give the delta that was published, pytorch_model.bin.",
+def _check_pair(
+    job: Job, inputs: Inputs, plan: Plan, *, allow_mismatch: bool
+) -> tuple[PairCheck, ...]:
+    pair: tuple[PairCheck, ...]
+    if "backbone" not in inputs.files:
+        evidence = inputs.evidence or signs_of_a_delta(inputs.files["weights"])
+        pair = (check_absolute(evidence),) if evidence else ()
+        _refuse_mismatch(pair, allow_mismatch=allow_mismatch)
+        return pair
+    published = job.checkpoint is not None and not job.checkpoint.offline
+    pair = check_pair(
+        inputs.files["backbone"],
+        inputs.files["delta"],
+        plan,
+        expected_data="lvd1689m" if published else None,
+    )
+    _refuse_mismatch(pair, allow_mismatch=allow_mismatch)
+    return pair
+
+
+def _check_digests(
+    inputs: Inputs, merged: Merged, *, allow_mismatch: bool
+) -> tuple[PairCheck, ...]:
+    """Holds what was read against the digests that the Hub gives."""
+    checks = []
+    for role, source in inputs.fetched.items():
+        for name, (_, digest) in merged.inputs[role].items():
+            expected = source.digests.get(name)
+            if expected is None:
+                continue
+            status: Literal["passed", "failed"] = "passed" if digest == expected else "failed"
+            finding = f"{name} of {source.repo_id} has the Hub's SHA-256"
+            if digest != expected:
+                finding = (
+                    f"{name} of {source.repo_id} has the SHA-256 {digest[:12]}..., the Hub says "
+                    f"{expected[:12]}...: the download is damaged, delete it from the cache"
+                )
+            checks.append(PairCheck("hub-digest", status, f"{finding}."))
+    _refuse_mismatch(tuple(checks), allow_mismatch=allow_mismatch)
+    return tuple(checks)
+
+
+def _refuse_mismatch(pair: tuple[PairCheck, ...], *, allow_mismatch: bool) -> None:
+    failed = [check.finding for check in pair if check.status == "failed"]
+    if failed and not allow_mismatch:
+        raise MismatchError(
+            "The weights do not belong together: " + " ".join(failed),
+            "Give the delta as it was published, and the backbone that it was made from. "
+            "--allow-mismatch converts them all the same.",
         )
 
 
+# writing ---------------------------------------------------------------------------------------
+
+
 def _merge(
-    plan: Plan,
-    files: Mapping[Source, TensorFile],
-    stage: Stage,
-    allow_nonfinite: bool,
-    progress: Progress,
+    job: Job, plan: Plan, inputs: Inputs, stage: Stage, allow_nonfinite: bool, progress: Progress
 ) -> Merged:
-    done, total = 0, output_size(plan)
+    done, total = 0, sum(row.nbytes for row in plan.rows)
 
     def advance(count: int) -> None:
         nonlocal done
@@ -330,49 +545,70 @@ def _merge(
         progress("Merging", done, total)
 
     return merge(
-        plan, files, stage.folder / WEIGHTS, allow_nonfinite=allow_nonfinite, advance=advance
+        plan,
+        inputs.files,
+        stage.folder,
+        max_shard_size=job.max_shard_size,
+        allow_nonfinite=allow_nonfinite,
+        advance=advance,
     )
 
 
-def _write_configs(
-    job: Job, plan: Plan, config: BackboneConfig, classes: ClassNames, folder: Path
-) -> None:
-    values = model_config(config, plan.heads, job.image_size, classes)
+def _write_configs(job: Job, inputs: Inputs, plan: Plan, classes: ClassNames, folder: Path) -> None:
+    values = model_config(
+        plan.config, plan.heads, job.image_size, classes, dtype=job.dtype, own=inputs.own_config
+    )
     write_json(folder / "config.json", values)
-    write_json(folder / "preprocessor_config.json", preprocessor_config(job.task, job.image_size))
+    own = inputs.own_preprocessor
+    if job.task is None or job.image_size is None:
+        if own is None:
+            raise UsageError(
+                "The weights come without a preprocessor_config.json: --task and --image-size must "
+                "be given."
+            )
+        write_json(folder / "preprocessor_config.json", own)
+    else:
+        write_json(
+            folder / "preprocessor_config.json", preprocessor_config(job.task, job.image_size)
+        )
 
 
 def _write_history(
     job: Job,
+    inputs: Inputs,
     plan: Plan,
-    sources: Mapping[Source, Fetched],
+    pair: tuple[PairCheck, ...],
     merged: Merged,
     verdict: Verdict,
     folder: Path,
-) -> None:
-    """Writes conversion.json, which depends on nothing but what was converted."""
+) -> Digests:
+    """Writes conversion.json, which depends on nothing but what was converted.
+
+    Returns:
+        Size and digest of every file in the folder.
+    """
+    configs = [folder / "config.json", folder / "preprocessor_config.json"]
+    files = dict(sorted({**merged.files, **_digests(configs)}.items()))
     history = {
         "tool": {"name": "eomt-convert", "version": __version__},
         "checkpoint": job.checkpoint.name if job.checkpoint else None,
         "task": job.task,
+        "dtype": job.dtype,
+        "weights": inputs.weights,
         "sources": {
             role: {
                 "repo": source.repo_id,
                 "revision": source.revision,
-                "files": {
-                    source.weights.name: {
-                        "size": source.weights.stat().st_size,
-                        "sha256": merged.inputs[role],
-                    },
-                    **_described([source.config] if source.config and role == "backbone" else []),
-                },
+                "files": _listed(
+                    {
+                        **merged.inputs[role],
+                        **_digests([source.config] if source.config and role == "backbone" else []),
+                    }
+                ),
             }
-            for role, source in sources.items()
+            for role, source in inputs.fetched.items()
         },
-        "files": {
-            WEIGHTS: {"size": merged.size, "sha256": merged.sha256},
-            **_described([folder / "config.json", folder / "preprocessor_config.json"]),
-        },
+        "files": _listed(files),
         "tensors": {
             row.name: {
                 "shape": list(row.shape),
@@ -385,24 +621,19 @@ def _write_history(
         "dropped": [
             {"tensor": str(dropped.operand), "reason": dropped.reason} for dropped in plan.dropped
         ],
+        "pair": [check.to_dict() for check in pair],
         "verdict": verdict.record(),
     }
     write_json(folder / "conversion.json", history)
+    return dict(sorted({**files, **_digests([folder / "conversion.json"])}.items()))
 
 
-def _described(paths: list[Path]) -> dict[str, dict[str, Any]]:
-    return {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _files(folder: Path, merged: Merged) -> dict[str, tuple[int, str]]:
+def _digests(paths: list[Path]) -> Digests:
     return {
-        path.name: (
-            path.stat().st_size,
-            merged.sha256 if path == merged.path else _sha256(path),
-        )
-        for path in sorted(folder.iterdir())
+        path.name: (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
+        for path in paths
     }
+
+
+def _listed(files: Digests) -> dict[str, dict[str, Any]]:
+    return {name: {"size": size, "sha256": digest} for name, (size, digest) in files.items()}

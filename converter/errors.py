@@ -31,6 +31,10 @@ class PlanError(EomtConvertError):
     """Weights that do not add up to a model: tensors missing, left over or of a wrong shape."""
 
 
+class MismatchError(EomtConvertError):
+    """A delta and a backbone that do not belong together."""
+
+
 class OutputError(EomtConvertError):
     """The output cannot be written where it was asked for."""
 

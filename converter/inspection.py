@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from converter.layouts import EOMT_TUE, recognise
-from converter.tensorfiles import TensorFile
+from converter.layouts import EOMT_TUE, plain_name, recognise
+from converter.tensorfiles import ShardedTensorFile, TensorFile
 
 WeightsKind = Literal["delta", "absolute"]
 
@@ -21,6 +21,10 @@ class Evidence:
 
     finding: str
     speaks_for: WeightsKind
+
+    def to_dict(self) -> dict[str, Any]:
+        """The sign as JSON shows it."""
+        return {"finding": self.finding, "speaks_for": self.speaks_for}
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,7 @@ class Inspection:
             "format": self.format,
             "layout": self.layout,
             "weights": self.weights,
-            "evidence": [
-                {"finding": sign.finding, "speaks_for": sign.speaks_for} for sign in self.evidence
-            ],
+            "evidence": [sign.to_dict() for sign in self.evidence],
             "parameters": self.parameters,
             "tensors": {
                 name: {"dtype": dtype, "shape": list(shape)}
@@ -62,7 +64,7 @@ class Inspection:
         }
 
 
-def inspect(file: TensorFile) -> Inspection:
+def inspect(file: TensorFile | ShardedTensorFile) -> Inspection:
     """Looks at a file's header, and at the small tensors that tell a delta.
 
     Raises:
@@ -84,13 +86,14 @@ def inspect(file: TensorFile) -> Inspection:
     )
 
 
-def signs_of_a_delta(file: TensorFile) -> tuple[Evidence, ...]:
+def signs_of_a_delta(file: TensorFile | ShardedTensorFile) -> tuple[Evidence, ...]:
     """Signs of whether weights in TU/e's layout are a delta to a backbone, or absolute."""
     import numpy as np
 
+    names = {plain_name(name): name for name in file.tensors}
     signs = []
-    if "network.encoder.pixel_std" in file.tensors:
-        std = file.read("network.encoder.pixel_std").reshape(-1)
+    if "network.encoder.pixel_std" in names:
+        std = file.read(names["network.encoder.pixel_std"]).reshape(-1)
         values = ", ".join(f"{value:g}" for value in std[:3])
         if not std.any():
             signs.append(Evidence(f"pixel_std is {values}: the same as the backbone's", "delta"))
@@ -99,9 +102,9 @@ def signs_of_a_delta(file: TensorFile) -> tuple[Evidence, ...]:
 
     norms = [
         name
-        for name in file.tensors
-        if name.startswith("network.encoder.backbone.")
-        and name.endswith(("norm.weight", "norm1.weight", "norm2.weight"))
+        for plain, name in names.items()
+        if plain.startswith("network.encoder.backbone.")
+        and plain.endswith(("norm.weight", "norm1.weight", "norm2.weight"))
     ]
     if norms:
         weights = np.concatenate([file.read(name).reshape(-1) for name in norms])

@@ -9,14 +9,26 @@ from typing import TYPE_CHECKING
 
 from converter.configs import NO_OBJECT_WEIGHT
 from converter.errors import UnreadableFileError
-from converter.plan import Plan, Row, Source
-from converter.tensorfiles import SafetensorsWriter, TensorFile, safetensors_header
+from converter.plan import Operand, Plan, Row, Source
+from converter.tensorfiles import (
+    ShardedTensorFile,
+    Sharding,
+    TensorFile,
+    WeightsWriter,
+    shard,
+)
 
 if TYPE_CHECKING:
     from converter.tensorfiles import Array
 
-# elements that are read, added, hashed and written at a time: 8 MiB of float32
-CHUNK = 1 << 21
+# elements that are read, added, digested and written at a time: 2 MiB of float32, so that the few
+# buffers they pass through stay in the processor's cache
+CHUNK = 1 << 19
+
+Files = Mapping[Source, TensorFile | ShardedTensorFile]
+
+# size in bytes and SHA-256 of files, by name
+Digests = Mapping[str, tuple[int, str]]
 
 
 @dataclass(frozen=True)
@@ -24,77 +36,73 @@ class Merged:
     """What was written.
 
     Attributes:
-        path: the safetensors file.
-        size: its size in bytes.
-        sha256: its digest.
+        files: size and digest of every file that was written.
         tensors: digest of every tensor's little-endian bytes, by name.
-        inputs: digest of every input file, by source.
+        inputs: size and digest of every file that was read, by source.
     """
 
-    path: Path
-    size: int
-    sha256: str
+    files: Digests
     tensors: Mapping[str, str]
-    inputs: Mapping[Source, str]
+    inputs: Mapping[Source, Digests]
 
 
-def output_size(plan: Plan) -> int:
-    """Size in bytes of the file that a plan makes."""
-    tensors = {row.name: (row.dtype, row.shape) for row in plan.rows}
-    return len(safetensors_header(tensors)) + sum(4 * row.size for row in plan.rows)
+def sharding_of(plan: Plan, max_shard_size: int | None = None) -> Sharding:
+    """The files that a plan's tensors go to, none of them larger than this many bytes."""
+    buffers = ("attn_mask_probs", "criterion.empty_weight")
+    return shard(
+        {row.name: (row.dtype, row.shape) for row in plan.rows},
+        max_shard_size,
+        parameters=sum(row.size for row in plan.rows if row.name not in buffers),
+    )
 
 
 def merge(
     plan: Plan,
-    files: Mapping[Source, TensorFile],
-    path: Path,
+    files: Files,
+    folder: Path,
     *,
+    max_shard_size: int | None = None,
     allow_nonfinite: bool = False,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Merged:
-    """Writes a plan's tensors to a safetensors file.
+    """Writes a plan's tensors to a folder, as model.safetensors or its shards.
 
-    Sums are taken in float32. Digests of the inputs, of every tensor and of the output are computed
-    on the way.
+    Sums are taken in float32 and rounded once, to the plan's type. Digests of the inputs, of every
+    tensor and of the outputs are computed on the way.
 
     Args:
         plan: what to write.
         files: the sources that its rows name.
-        path: the file to create.
+        folder: where to write.
+        max_shard_size: bytes of tensors in a file; None for one file.
         allow_nonfinite: whether weights may be NaN or infinite.
         advance: called with the number of bytes written since it was called last.
 
     Raises:
-        UnreadableFileError: a source ends early, or a weight is NaN or infinite.
-        FileExistsError: there is such a file already.
-        OSError: the file cannot be written.
+        UnreadableFileError: a source was changed meanwhile, or a weight is NaN, infinite or too
+            large for its type.
+        OSError: a file cannot be written.
     """
-    header = {row.name: (row.dtype, row.shape) for row in plan.rows}
-    digests: dict[str, str] = {}
-    # SHA-256 takes most of the time and leaves the interpreter free: two threads read and digest
-    # the inputs, while the one that computes hands each chunk to two that digest and write it.
+    digests = {row.name: hashlib.sha256() for row in plan.rows}
+    # SHA-256 takes most of the time and leaves the interpreter free: a thread for each input reads
+    # and digests it, while the one that computes hands each chunk to two that digest and write it.
     with (
         ThreadPoolExecutor(len(files) + 2) as threads,
-        SafetensorsWriter(path, header) as writer,
+        WeightsWriter(folder, sharding_of(plan, max_shard_size)) as writer,
     ):
-        inputs = {source: threads.submit(file.sha256) for source, file in files.items()}
+        inputs = {source: threads.submit(file.digests) for source, file in files.items()}
         pending: list[Future[None]] = []
-        for row in plan.rows:
-            digest = hashlib.sha256()
-            for chunk in _chunks(row, files, allow_nonfinite):
-                _finish(pending)
-                pending = [
-                    threads.submit(writer.write, chunk),
-                    threads.submit(digest.update, chunk.data),
-                ]
-                advance(chunk.nbytes)
+        for row, chunk in _chunks(plan, files, allow_nonfinite):
             _finish(pending)
-            digests[row.name] = digest.hexdigest()
+            pending = [
+                threads.submit(writer.write, chunk),
+                threads.submit(digests[row.name].update, chunk.data),
+            ]
+            advance(chunk.nbytes)
+        _finish(pending)
         return Merged(
-            path=path,
-            size=writer.size,
-            sha256=writer.sha256(),
-            tensors=digests,
+            files=writer.files,
+            tensors={name: digest.hexdigest() for name, digest in digests.items()},
             inputs={source: future.result() for source, future in inputs.items()},
         )
 
@@ -104,59 +112,110 @@ def _finish(pending: list[Future[None]]) -> None:
         future.result()
 
 
-def _chunks(
-    row: Row, files: Mapping[Source, TensorFile], allow_nonfinite: bool
-) -> Iterator["Array"]:
-    """The elements of a row, a chunk at a time, as flat float32 arrays."""
+def _chunks(plan: Plan, files: Files, allow_nonfinite: bool) -> Iterator[tuple[Row, "Array"]]:
+    """The elements of every row, a chunk at a time, as flat arrays of the row's type.
+
+    A chunk is overwritten when the one after the next is asked for.
+    """
     import numpy as np
 
-    for start in range(0, row.size, CHUNK):
-        stop = min(start + CHUNK, row.size)
-        # what overflows is an error below, or was asked for
-        with np.errstate(over="ignore", invalid="ignore"):
-            chunk = _compute(row, files, start, stop)
-            if not allow_nonfinite:
-                _check_finite(row, files, chunk, start, stop)
-        yield chunk
+    buffer, other, addend = np.empty((3, CHUNK), np.float32)
+    for row in plan.rows:
+        for start in range(0, row.size, CHUNK):
+            stop = min(start + CHUNK, row.size)
+            # what overflows is an error below, or was asked for
+            with np.errstate(over="ignore", invalid="ignore"):
+                chunk = _compute(row, files, start, stop, buffer, addend)
+                rounded = round_to(chunk, row.dtype)
+                if not allow_nonfinite:
+                    _check_finite(row, files, chunk, rounded, start, stop)
+            yield row, rounded
+            buffer, other = other, buffer
 
 
-def _compute(row: Row, files: Mapping[Source, TensorFile], start: int, stop: int) -> "Array":
+def _compute(
+    row: Row, files: Files, start: int, stop: int, buffer: "Array", addend: "Array"
+) -> "Array":
+    """Elements [start, stop) of a row in float32, in ``buffer`` if they can be put there."""
     import numpy as np
 
+    values = buffer[: stop - start]
     match row.operation:
         case "zeros":
-            return np.zeros(stop - start, np.float32)
+            values.fill(0)
+            return values
         case "class weights":
-            chunk = np.ones(stop - start, np.float32)
-            chunk[row.size - 1 - start :] = NO_OBJECT_WEIGHT
-            return chunk
+            values.fill(1)
+            values[row.size - 1 - start :] = NO_OBJECT_WEIGHT
+            return values
         case "copy":
             (operand,) = row.operands
-            return files[operand.source].read(operand.name, start, stop).astype(np.float32)
+            return _read(operand, row, files, start, stop, buffer)
         case "add":
-            first, second = (
-                files[operand.source].read(operand.name, start, stop).astype(np.float32, copy=False)
-                for operand in row.operands
+            first, second = row.operands
+            return np.add(
+                _read(first, row, files, start, stop, buffer),
+                _read(second, row, files, start, stop, addend),
+                out=values,
             )
-            return np.add(first, second, out=first)
+
+
+def _read(
+    operand: Operand, row: Row, files: Files, start: int, stop: int, out: "Array | None" = None
+) -> "Array":
+    """Elements [start, stop) of an operand, which has as many as its row, in float32."""
+    import numpy as np
+
+    if operand.part is None:
+        return np.zeros(stop - start, np.float32)
+    begin = operand.part.index * row.size
+    values = files[operand.source].read(operand.part.name, begin + start, begin + stop, out)
+    return values.astype(np.float32, copy=False)
+
+
+def round_to(values: "Array", dtype: str) -> "Array":
+    """Rounds float32 numbers to the nearest of a type, ties to even; bfloat16 comes as its bits."""
+    import numpy as np
+
+    if dtype == "F32":
+        return values
+    if dtype == "F16":
+        return values.astype(np.float16)
+    bits = values.view(np.uint32)
+    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    # rounding up could carry a NaN's last bits into a number
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
 def _check_finite(
-    row: Row, files: Mapping[Source, TensorFile], chunk: "Array", start: int, stop: int
+    row: Row, files: Files, chunk: "Array", rounded: "Array", start: int, stop: int
 ) -> None:
     import numpy as np
 
     # A finite sum has only finite terms, and is cheaper to take than a mask of every element.
     if np.isfinite(chunk.sum()) or np.isfinite(chunk).all():
-        return
+        if row.dtype == "F32" or _all_finite(rounded):
+            return
+        raise UnreadableFileError(
+            f"{row.name} overflows {row.dtype}: its largest value is {np.abs(chunk).max():.3g}.",
+            "Choose --dtype bfloat16 or float32; --allow-nonfinite converts it all the same.",
+        )
     for operand in row.operands:
-        file = files[operand.source]
-        if not np.isfinite(file.read(operand.name, start, stop)).all():
+        if not np.isfinite(_read(operand, row, files, start, stop)).all():
+            path = files[operand.source].path
             raise UnreadableFileError(
-                f"{operand.name} in the {operand.source} ({file.path.name}) holds NaN or infinity.",
+                f"{operand.part} in the {operand.source} ({path.name}) holds NaN or infinity.",
                 "The file may be damaged; --allow-nonfinite converts it all the same.",
             )
     raise UnreadableFileError(
         f"{row.name} overflows float32: {row.recipe}.",
         "--allow-nonfinite converts it all the same.",
     )
+
+
+def _all_finite(rounded: "Array") -> bool:
+    import numpy as np
+
+    if rounded.dtype == np.uint16:  # bfloat16: an exponent of ones is what is not finite
+        return not bool(((rounded & 0x7F80) == 0x7F80).any())
+    return bool(np.isfinite(rounded).all())

@@ -11,12 +11,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from converter.backbones import config_from_shapes, describe, size_of
 from converter.configs import NO_OBJECT_WEIGHT, BackboneConfig, HeadSizes
 from converter.errors import PlanError
-from converter.layouts import MODEL, Dropped, Kind, Layout, recognise, split_number
-from converter.tensorfiles import TensorInfo
+from converter.layouts import (
+    EOMT_TRANSFORMERS,
+    MODEL,
+    Kind,
+    Layout,
+    Part,
+    Translation,
+    recognise,
+    translate,
+)
+from converter.tensorfiles import ITEM_SIZES, TensorInfo
 
-Source = Literal["backbone", "delta"]
+# where a tensor comes from: a delta is added to a backbone, absolute weights stand alone
+Source = Literal["backbone", "delta", "weights"]
 Operation = Literal["add", "copy", "zeros", "class weights"]
 Tensors = Mapping[str, TensorInfo]
 
@@ -32,15 +43,8 @@ _OPTIONAL = {
     "mlp.gate_proj.bias": "use_gated_mlp",
 }
 
-# (hidden size, layers, gated MLP) of the published DINOv3 backbones
-_KNOWN_SIZES = {
-    (384, 12, False): "ViT-S",
-    (384, 12, True): "ViT-S+",
-    (768, 12, False): "ViT-B",
-    (1024, 24, False): "ViT-L",
-    (1280, 32, True): "ViT-H+",
-    (4096, 40, True): "ViT-7B",
-}
+# what files leave out where it is all zeros
+_ZERO_UNLESS_THERE = ("attention.q_proj.bias", "attention.v_proj.bias")
 
 # of a long list of wrong tensors, this many are named
 _SHOWN = 5
@@ -48,18 +52,18 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor of a source.
+    """A tensor of a source, or a part of a fused one.
 
     Attributes:
         source: which file it is in.
-        name: its name there.
+        part: where it is in that file; None stands for zeros that the file leaves out.
     """
 
     source: Source
-    name: str
+    part: Part | None
 
     def __str__(self) -> str:
-        return f"{self.source}:{self.name}"
+        return f"{self.source}:{self.part}" if self.part else "zeros"
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class Row:
 
     @property
     def recipe(self) -> str:
-        """The recipe in one line, such as ``backbone:norm.bias + delta:network...norm.bias``."""
+        """The recipe in one line, such as ``backbone:norm.bias + delta:network.q.weight``."""
         match self.operation:
             case "zeros":
                 return "zeros"
@@ -100,7 +104,12 @@ class Row:
     @property
     def renamed(self) -> bool:
         """Whether it has another name than in the file it comes from."""
-        return any(operand.name != self.name for operand in self.operands)
+        return any(operand.part and operand.part.name != self.name for operand in self.operands)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.size * ITEM_SIZES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -118,11 +127,13 @@ class Plan:
     Attributes:
         rows: in the order in which they are written.
         dropped: input tensors that are left out.
-        heads: the sizes found in the weights.
+        config: the backbone's configuration.
+        heads: the sizes that EoMT adds, found in its weights.
     """
 
     rows: tuple[Row, ...]
     dropped: tuple[DroppedTensor, ...]
+    config: BackboneConfig
     heads: HeadSizes
 
     def counts(self) -> dict[str, int]:
@@ -158,45 +169,64 @@ class Plan:
         }
 
 
-def make_plan(backbone: Tensors, delta: Tensors, config: BackboneConfig) -> Plan:
-    """Plans the conversion of a delta to a backbone.
+def make_plan(
+    eomt: Tensors,
+    backbone: Tensors | None,
+    config: BackboneConfig | None,
+    *,
+    backbone_layout: Layout | None = None,
+    dtype: str = "F32",
+) -> Plan:
+    """Plans a conversion.
 
     Args:
-        backbone: tensors of the backbone's file.
-        delta: tensors of the delta's file.
-        config: the backbone's config.json.
+        eomt: tensors of the file with EoMT's weights.
+        backbone: tensors of the backbone that they are a delta to; None if they are absolute.
+        config: the backbone's config.json; None to read the sizes off the shapes of a backbone
+            that is published.
+        backbone_layout: the backbone's layout; by default the one that its names are of.
+        dtype: element type of the model, as safetensors names it.
 
     Raises:
         PlanError: a tensor is missing, left over or of a wrong shape, or a file is of another
             layout than it should be. The message names tensors, shapes and the likeliest cause.
     """
-    base = _Translated("backbone", backbone)
-    head = _Translated("delta", delta)
-    base.check_kind("backbone")
-    head.check_kind("eomt")
-    cause = _likeliest_cause(base, head, config)
-    sizes = _head_sizes(head, cause)
-    if config.num_hidden_layers > len(backbone):
+    base = None
+    if backbone is not None:
+        base = _Weights("backbone", backbone, "backbone", backbone_layout)
+    head = _Weights("delta" if base else "weights", eomt, "eomt")
+    if base and head.translation.layout is EOMT_TRANSFORMERS:
         raise PlanError(
-            f"config.json speaks of {config.num_hidden_layers} layers, the backbone's file has "
-            f"{len(backbone)} tensors.",
+            f"{head} are {EOMT_TRANSFORMERS.title}: converted already, not a delta.",
+            "Convert them again with --weights absolute, or check them with eomt-convert verify.",
+        )
+    if config is None:
+        config = config_from_shapes(base.translation if base else head.translation)
+    cause = _likeliest_cause(base, head, config)
+    heads = _head_sizes(head, cause)
+    most = max(len(eomt), len(backbone or ()))
+    if config.num_hidden_layers > most:
+        raise PlanError(
+            f"config.json speaks of {config.num_hidden_layers} layers, there are {most} tensors.",
             cause,
         )
 
     rows, problems = [], []
-    needed = model_shapes(config, sizes)
+    needed = model_shapes(config, heads)
     for name, shape in sorted(needed.items()):
         in_backbone = name.startswith(("embeddings.", "layers.", "layernorm."))
-        row = _row(name, shape, [base, head] if in_backbone else [head])
+        row = _row(name, shape, dtype, [base, head] if base and in_backbone else [head])
         if isinstance(row, Row):
             rows.append(row)
         else:
             problems += row
-    for translated in (base, head):
-        problems += translated.left_over(needed)
+    sources = [base, head] if base else [head]
+    for weights in sources:
+        problems += weights.left_over(needed)
     if problems:
         raise PlanError(_list_of(problems), cause)
-    return Plan(tuple(rows), base.dropped + head.dropped, sizes)
+    dropped = tuple(entry for weights in sources for entry in weights.dropped)
+    return Plan(tuple(rows), dropped, config, heads)
 
 
 def model_shapes(config: BackboneConfig, heads: HeadSizes) -> dict[str, tuple[int, ...]]:
@@ -232,124 +262,118 @@ def _numbered(pattern: str, config: BackboneConfig) -> list[str]:
     return [pattern.format(i) for i in range(config.num_upscale_blocks)]
 
 
-class _Translated:
+class _Weights:
     """The tensors of a source under their canonical names."""
 
-    def __init__(self, source: Source, tensors: Tensors) -> None:
+    def __init__(
+        self, source: Source, tensors: Tensors, kind: Kind, layout: Layout | None = None
+    ) -> None:
         self.source = source
-        self.tensors = tensors
-        self.layout: Layout | None = recognise(tensors)
-        self.names: dict[str, str] = {}
-        self.unknown: list[str] = []
-        dropped = []
-        for name in tensors:
-            target = self.layout.canonical(name) if self.layout else None
-            if isinstance(target, Dropped):
-                dropped.append(DroppedTensor(Operand(source, name), target.reason))
-            elif target is None:
-                self.unknown.append(name)
-            else:
-                self.names[target] = name
-        self.dropped = tuple(dropped)
-
-    def check_kind(self, kind: Kind) -> None:
+        layout = layout or recognise(tensors)
         wanted = "a DINOv3 backbone" if kind == "backbone" else "EoMT weights"
-        if self.layout is None:
-            first = ", ".join(list(self.tensors)[:3]) or "no tensor at all"
+        if layout is None:
+            first = ", ".join(list(tensors)[:3]) or "no tensor at all"
             raise PlanError(
-                f"The {self.source} is of no layout that is known: it has {first}, ...",
+                f"The {source}'s layout is none that is known: it has {first}, ...",
                 f"Expected {wanted}. eomt-convert inspect shows what is in a file.",
             )
-        if self.layout.kind != kind or self.layout.name == "eomt-transformers":
-            swapped = self.layout.kind != kind and self.layout.name != "eomt-transformers"
+        if layout.kind != kind:
             raise PlanError(
-                f"The {self.source} is {self.layout.title}, not {wanted}.",
-                "Are --delta and --backbone swapped?"
-                if swapped
-                else "It is converted already: eomt-convert verify checks it.",
+                f"The {source} is {layout.title}, not {wanted}.",
+                "Are --delta and --backbone swapped?",
             )
+        self.translation: Translation = translate(tensors, layout)
 
-    def info(self, name: str) -> TensorInfo | None:
-        return self.tensors[self.names[name]] if name in self.names else None
+    def __str__(self) -> str:
+        return f"The {self.source}"
 
-    def left_over(self, needed: Mapping[str, tuple[int, ...]]) -> list[str]:
-        extra = [name for canonical, name in self.names.items() if canonical not in needed]
+    @property
+    def dropped(self) -> list[DroppedTensor]:
         return [
-            f"{name} {list(self.tensors[name].shape)} in the {self.source} is left over: the model "
-            "has no place for it"
-            for name in extra + self.unknown
+            DroppedTensor(Operand(self.source, part), reason)
+            for part, reason in self.translation.dropped
         ]
 
-    def describe(self) -> tuple[int, int, bool] | None:
-        """(hidden size, layers, gated MLP), as far as the shapes tell."""
-        norm = self.info("layernorm.weight")
-        layers = {split_number(name)[1] for name in self.names if name.startswith("layers.")}
-        gated = any(".gate_proj." in name for name in self.names)
-        return (norm.size, len(layers), gated) if norm else None
+    def operand(self, name: str, shape: tuple[int, ...]) -> Operand | str:
+        """Where a canonical tensor is, or what is wrong with it."""
+        part = self.translation.parts.get(name)
+        if part is None:
+            if self.source == "backbone" and name.endswith(_ZERO_UNLESS_THERE):
+                return Operand(self.source, None)
+            return f"{name} {list(shape)} is missing from the {self.source}"
+        found = self.translation.shape(name)
+        if found != shape:
+            return (
+                f"{part} in the {self.source} has the shape {list(found or ())}, the model needs "
+                f"{list(shape)}"
+            )
+        dtype = self.translation.tensors[part.name].dtype
+        if not dtype.startswith(("F", "BF")):
+            return f"{part} in the {self.source} holds {dtype}, not floating point numbers"
+        return Operand(self.source, part)
+
+    def left_over(self, needed: Mapping[str, tuple[int, ...]]) -> list[str]:
+        extra = [part for name, part in self.translation.parts.items() if name not in needed]
+        extra += [Part(name) for name in self.translation.unknown]
+        return [
+            f"{part} {list(self.translation.tensors[part.name].shape)} in the {self.source} is "
+            "left over: the model has no place for it"
+            for part in extra
+        ]
 
 
-def _row(name: str, shape: tuple[int, ...], sources: list[_Translated]) -> Row | list[str]:
+def _row(name: str, shape: tuple[int, ...], dtype: str, sources: list[_Weights]) -> Row | list[str]:
     """The row of a tensor; a list of what is wrong if it cannot be made."""
     if name == "attn_mask_probs":
-        return Row(name, shape, "F32", "zeros", ())
-    if name == "criterion.empty_weight" and sources[0].info(name) is None:
-        return Row(name, shape, "F32", "class weights", ())
-    problems = []
-    for source in sources:
-        info = source.info(name)
-        if info is None:
-            problems.append(f"{name} {list(shape)} is missing from the {source.source}")
-        elif info.shape != shape:
-            problems.append(
-                f"{source.names[name]} in the {source.source} has the shape {list(info.shape)}, "
-                f"the model needs {list(shape)}"
-            )
-        elif not info.dtype.startswith(("F", "BF")):
-            problems.append(f"{source.names[name]} in the {source.source} holds {info.dtype}")
+        return Row(name, shape, dtype, "zeros", ())
+    if name == "criterion.empty_weight" and name not in sources[0].translation.parts:
+        return Row(name, shape, dtype, "class weights", ())
+    found = [source.operand(name, shape) for source in sources]
+    problems = [problem for problem in found if isinstance(problem, str)]
     if problems:
         return problems
-    operands = tuple(Operand(source.source, source.names[name]) for source in sources)
-    return Row(name, shape, "F32", "add" if len(operands) == 2 else "copy", operands)
+    operands = tuple(operand for operand in found if isinstance(operand, Operand))
+    return Row(name, shape, dtype, "add" if len(operands) == 2 else "copy", operands)
 
 
-def _head_sizes(head: _Translated, cause: str) -> HeadSizes:
-    queries = head.info("query.weight")
-    classes = head.info("class_predictor.weight")
-    # dropped, but its length is the number of blocks
-    blocks = head.tensors.get("network.attn_mask_probs")
-    if queries is None or classes is None or blocks is None:
-        raise PlanError("network.attn_mask_probs is missing from the delta.", cause)
-    if not queries.shape or not classes.shape or len(blocks.shape) != 1 or classes.shape[0] < 2:
+def _head_sizes(head: _Weights, cause: str) -> HeadSizes:
+    weights = head.translation
+    # dropped or replaced by zeros, but its length is the number of blocks
+    blocks = next(
+        (
+            info.shape
+            for name, info in weights.tensors.items()
+            if name.endswith("attn_mask_probs") and len(info.shape) == 1
+        ),
+        None,
+    )
+    queries, classes = weights.shape("query.weight"), weights.shape("class_predictor.weight")
+    if blocks is None:
+        raise PlanError(f"attn_mask_probs is missing from the {head.source}.", cause)
+    if not queries or not classes or classes[0] < 2:
         raise PlanError(
-            f"The delta's heads have impossible shapes: network.q.weight {list(queries.shape)}, "
-            f"network.class_head.weight {list(classes.shape)}, network.attn_mask_probs "
-            f"{list(blocks.shape)}.",
+            f"The heads of the {head.source} have impossible shapes: {list(queries or ())} for "
+            f"queries, {list(classes or ())} for classes.",
             cause,
         )
-    return HeadSizes(queries.shape[0], classes.shape[0] - 1, blocks.shape[0])
+    return HeadSizes(queries[0], classes[0] - 1, blocks[0])
 
 
-def _likeliest_cause(base: _Translated, head: _Translated, config: BackboneConfig) -> str:
+def _likeliest_cause(base: _Weights | None, head: _Weights, config: BackboneConfig) -> str:
     configured = (config.hidden_size, config.num_hidden_layers, config.use_gated_mlp)
-    found, wanted = base.describe(), head.describe()
-    if found and found != configured:
+    wanted = size_of(head.translation)
+    found = size_of(base.translation) if base else wanted
+    if found != configured:
         return (
-            f"The backbone's config.json describes {_model(configured)}, its weights are of "
-            f"{_model(found)}: they do not belong together."
+            f"The backbone's config.json describes {describe(configured)}, its weights are of "
+            f"{describe(found)}: they do not belong together."
         )
-    if found and wanted and found != wanted:
+    if found != wanted:
         return (
-            f"The delta was made for another backbone: it is of {_model(wanted)}, the backbone "
-            f"given is {_model(found)}."
+            f"The delta was made for another backbone: it is of {describe(wanted)}, the backbone "
+            f"given is {describe(found)}."
         )
     return "A file may be incomplete, or saved by another version of the training code."
-
-
-def _model(size: tuple[int, int, bool]) -> str:
-    hidden, layers, gated = size
-    name = _KNOWN_SIZES.get(size)
-    gate = ", gated" if gated else ""
-    return f"{name or 'a model'} ({hidden} wide, {layers} layers{gate})"
 
 
 def _list_of(problems: list[str]) -> str:

@@ -1,10 +1,12 @@
 """What was planned, done and found, for people who read a terminal."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from converter.catalog import CATALOG
 from converter.conversion import Conversion
 from converter.inspection import Inspection
+from converter.pairing import PairCheck
 from converter.plan import Plan
 from converter.sources import Fetched
 from converter.verification import Verdict
@@ -19,11 +21,18 @@ def summary(conversion: Conversion, place: str) -> str:
     """
     lines = [
         *(f"{role:<9} {_source(source)}" for role, source in conversion.sources.items()),
+        *(f"weights   {sign.finding}: {sign.speaks_for}" for sign in conversion.inputs.evidence),
+        *_pair(conversion.pair),
         *_tensors(conversion.plan),
         f"output    {place} ({_size(sum(size for size, _ in conversion.files.values()))})",
         *verdict(conversion.verdict),
     ]
-    height, width = conversion.job.image_size
+    height, width = conversion.job.image_size or (0, 0)
+    if conversion.job.dtype == "float16":
+        lines.append(
+            "note      float16 overflows at 65504: activations may where float32's do not; "
+            "bfloat16 is the safer choice"
+        )
     if height != width:
         lines.append(
             f"note      transformers builds square models only: at {height}x{width} this one runs "
@@ -33,10 +42,22 @@ def summary(conversion: Conversion, place: str) -> str:
 
 
 def _source(source: Fetched) -> str:
-    size = _size(source.weights.stat().st_size)
+    size = _size(source.size)
     if source.repo_id:
         return f"{source.repo_id} at {source.revision}, {source.weights.name} ({size})"
     return f"{source.weights} ({size})"
+
+
+def _pair(pair: Iterable[PairCheck]) -> list[str]:
+    made = [check for check in pair if check.status in ("passed", "failed")]
+    left = [check.check for check in pair if check.status == "not checked"]
+    lines = [f"pair      {check.check} {check.status}: {check.finding}" for check in made]
+    return lines + ([f"pair      not checked: {', '.join(left)}"] if left else [])
+
+
+def warnings(pair: Iterable[PairCheck]) -> list[str]:
+    """What may be wrong with a pair, a line each."""
+    return [f"Warning: {check.finding}" for check in pair if check.status == "flagged"]
 
 
 def _tensors(plan: Plan) -> list[str]:
@@ -65,25 +86,27 @@ def verdict(found: Verdict) -> list[str]:
         elif level.level == "structure" and level.status == "passed":
             line += f": {figures['tensors']} tensors, {figures['parameters']:,} parameters"
         elif level.level == "numbers" and figures:
-            line += f": {_differences(figures['compared'], figures['tolerance'])}"
+            line += f": {_differences(figures)}"
         elif level.reason and level.reason != found.reason:
             line += f": {level.reason}"
         lines.append(line)
     return lines
 
 
-def _differences(compared: dict[str, dict[str, float | None]], tolerance: float) -> str:
+def _differences(figures: Mapping[str, Any]) -> str:
     """The largest difference of each kind of tensor, such as hidden_states for all its layers."""
     largest: dict[str, float | None] = {}
-    for name, figures in compared.items():
+    for name, compared in figures["compared"].items():
         kind = name.rstrip("0123456789").rstrip(".")
-        values = [figures["max_abs"], largest.get(kind, 0.0)]
-        largest[kind] = None if None in values else max(v for v in values if v is not None)
+        values = [compared["max_abs"], largest.get(kind, 0.0)]
+        largest[kind] = None if None in values else max(values)
     shown = ", ".join(
-        f"{kind} {'shape differs' if value is None else f'{value:.2g}'}"
+        f"{kind} {'not to be compared' if value is None else f'{value:.2g}'}"
         for kind, value in largest.items()
     )
-    return f"largest differences {shown} (tolerance {tolerance:g})"
+    relative = figures["relative_tolerance"]
+    tolerance = f"{relative:.1%} of the range" if relative else f"{figures['tolerance']:g}"
+    return f"largest differences {shown} (tolerance {tolerance})"
 
 
 def plan_table(plan: Plan) -> str:

@@ -1,15 +1,29 @@
 """From what a user names - a file, a folder, a Hub repository - to files on this machine."""
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from converter.errors import AccessError, EomtConvertError, UnreadableFileError, UsageError
-from converter.tensorfiles import WEIGHT_SUFFIXES
+from converter.tensorfiles import WEIGHT_SUFFIXES, WEIGHTS, WEIGHTS_INDEX, shard_names
 
 # the file names that weights are published under, the safer format first
-_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+_WEIGHT_FILES = (WEIGHTS, WEIGHTS_INDEX, "pytorch_model.bin")
+
+
+# the same weights in repositories that are not gated
+OPEN_BACKBONES = {
+    "facebook/dinov3-vits16-pretrain-lvd1689m": "timm/vit_small_patch16_dinov3.lvd1689m",
+    "facebook/dinov3-vits16plus-pretrain-lvd1689m": "timm/vit_small_plus_patch16_dinov3.lvd1689m",
+    "facebook/dinov3-vitb16-pretrain-lvd1689m": "timm/vit_base_patch16_dinov3.lvd1689m",
+    "facebook/dinov3-vitl16-pretrain-lvd1689m": "timm/vit_large_patch16_dinov3.lvd1689m",
+    "facebook/dinov3-vitl16-pretrain-sat493m": "timm/vit_large_patch16_dinov3.sat493m",
+    "facebook/dinov3-vith16plus-pretrain-lvd1689m": "timm/vit_huge_plus_patch16_dinov3.lvd1689m",
+    "facebook/dinov3-vit7b16-pretrain-lvd1689m": "timm/vit_7b_patch16_dinov3.lvd1689m",
+    "facebook/dinov3-vit7b16-pretrain-sat493m": "timm/vit_7b_patch16_dinov3.sat493m",
+}
 
 
 @dataclass(frozen=True)
@@ -56,12 +70,21 @@ class Fetched:
         config: the config.json beside it, if there is one.
         repo_id: the repository they come from; None for local files.
         revision: its commit; None for local files.
+        shards: the files that ``weights`` is the index of, if it is one.
+        digests: SHA-256 of its large files, where the Hub told it.
     """
 
     weights: Path
     config: Path | None
     repo_id: str | None = None
     revision: str | None = None
+    shards: tuple[Path, ...] = ()
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Size of the weights in bytes."""
+        return sum(path.stat().st_size for path in self.shards or (self.weights,))
 
     @property
     def title(self) -> str:
@@ -83,7 +106,7 @@ def parse_source(text: str) -> LocalSource | HubSource:
         path.exists()
         or path.is_absolute()
         or text.startswith((".", "~"))
-        or path.suffix in WEIGHT_SUFFIXES
+        or text.endswith((*WEIGHT_SUFFIXES, ".index.json"))
     ):
         return LocalSource(path)
     repo_id, _, revision = text.partition("@")
@@ -106,6 +129,36 @@ def fetch(source: LocalSource | HubSource, access: Access) -> Fetched:
     return _find(source.path) if isinstance(source, LocalSource) else _download(source, access)
 
 
+def fetch_config(source: LocalSource | HubSource, access: Access) -> Path | None:
+    """Finds a source's config.json, without its weights; None if it has none.
+
+    Raises:
+        AccessError: a repository is missing, gated, or not in the cache when only that may be used.
+    """
+    if isinstance(source, LocalSource):
+        folder = source.path if source.path.is_dir() else source.path.parent
+        config = folder / "config.json"
+        return config if config.is_file() else None
+
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    offline = access.local_files_only or constants.HF_HUB_OFFLINE
+    with _explained(source):
+        try:
+            downloaded = huggingface_hub.hf_hub_download(
+                source.repo_id,
+                "config.json",
+                revision=source.revision,
+                token=access.token,
+                cache_dir=access.cache_dir,
+                local_files_only=offline,
+            )
+        except errors.RemoteEntryNotFoundError:
+            return None
+    return Path(downloaded)
+
+
 def _find(path: Path) -> Fetched:
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
@@ -116,7 +169,20 @@ def _find(path: Path) -> Fetched:
     elif not path.exists():
         raise UnreadableFileError(f"There is no file or folder {path}.")
     config = path.parent / "config.json"
-    return Fetched(path, config if config.is_file() else None)
+    return Fetched(path, config if config.is_file() else None, shards=_shards(path))
+
+
+def _shards(weights: Path) -> tuple[Path, ...]:
+    if not weights.name.endswith(".index.json"):
+        return ()
+    shards = tuple(weights.parent / name for name in shard_names(weights))
+    for shard in shards:
+        if not shard.is_file():
+            raise UnreadableFileError(
+                f"{shard} is missing, a shard that {weights.name} speaks of.",
+                "Fetch or copy all the shards.",
+            )
+    return shards
 
 
 def _choose_weights(names: Sequence[str]) -> str | None:
@@ -145,25 +211,42 @@ def _download(source: HubSource, access: Access) -> Fetched:
         api = huggingface_hub.HfApi(token=access.token)
         info = api.model_info(source.repo_id, revision=source.revision)
         names = [sibling.rfilename for sibling in info.siblings or ()]
-        weights = _choose_weights(names)
-        if weights is None:
+        name = _choose_weights(names)
+        if name is None:
             raise AccessError(_no_weights(f"{source.repo_id} at {source.revision}", names))
-        paths = {}
         revision = source.revision
-        for name in ("config.json", weights):
-            if name in names:
-                file = huggingface_hub.hf_hub_download(
+
+        def download(name: str) -> Path:
+            return Path(
+                huggingface_hub.hf_hub_download(
                     source.repo_id,
                     name,
                     revision=revision,
                     token=access.token,
                     cache_dir=access.cache_dir,
                 )
-                paths[name] = Path(file)
-                # The first download resolves the branch, and notes in the cache what it resolved
-                # to; the rest comes from that very commit. The path is .../snapshots/COMMIT/NAME.
-                revision = paths[name].parent.name
-    return Fetched(paths[weights], paths.get("config.json"), source.repo_id, revision)
+            )
+
+        weights = download(name)
+        # The first download resolves the branch, and notes in the cache what it resolved to; the
+        # rest comes from that very commit. The path is .../snapshots/COMMIT/NAME.
+        revision = weights.parent.name
+        config = download("config.json") if "config.json" in names else None
+        shards: tuple[Path, ...] = ()
+        if name.endswith(".index.json"):
+            shards = tuple(download(shard) for shard in shard_names(weights))
+    return Fetched(
+        weights, config, source.repo_id, revision, shards, _hub_digests((weights, *shards))
+    )
+
+
+def _hub_digests(paths: Sequence[Path]) -> dict[str, str]:
+    """What the Hub says that the SHA-256 of files in its cache is.
+
+    The client keeps a large file under the digest that the Hub gave for it, and does not check it.
+    """
+    blobs = {path.name: path.resolve().name for path in paths}
+    return {name: blob for name, blob in blobs.items() if re.fullmatch("[0-9a-f]{64}", blob)}
 
 
 def _find_in_cache(source: HubSource, access: Access) -> Fetched:
@@ -182,8 +265,15 @@ def _find_in_cache(source: HubSource, access: Access) -> Fetched:
                 paths = {file.file_name: file.file_path for file in revision.files}
                 weights = _choose_weights(sorted(paths))
                 if weights is not None:
-                    config = paths.get("config.json")
-                    return Fetched(paths[weights], config, source.repo_id, revision.commit_hash)
+                    shards = _shards(paths[weights])
+                    return Fetched(
+                        paths[weights],
+                        paths.get("config.json"),
+                        source.repo_id,
+                        revision.commit_hash,
+                        shards,
+                        _hub_digests((paths[weights], *shards)),
+                    )
     raise AccessError(
         f"{source.repo_id} at {source.revision} is not in the cache, or its weights are not.",
         "Run once with a connection, without --offline and HF_HUB_OFFLINE.",
@@ -202,9 +292,14 @@ def _explained(source: HubSource) -> Iterator[None]:
     except EomtConvertError:
         raise
     except errors.GatedRepoError as error:
+        remedy = f"Ask for access at {page}, then {log_in}."
+        if open_repo := OPEN_BACKBONES.get(repo):
+            remedy += (
+                f"\nOr take timm's copy, which is not gated: --backbone {open_repo}. DINOv3's "
+                "licence holds for it and for the merged weights all the same."
+            )
         raise AccessError(
-            f"{repo} is gated, and this login has no access to it.",
-            f"Ask for access at {page}, then {log_in}.",
+            f"{repo} is gated, and this login has no access to it.", remedy
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise AccessError(

@@ -21,6 +21,8 @@ TINY = FIXTURES / "tiny_panoptic_64"
 
 Command = Callable[..., Result]
 
+DELTA = str(TINY / "delta")
+
 RUN = "from converter.cli import main; main()"
 
 
@@ -115,7 +117,8 @@ def test_an_image_size_of_another_form_is_wrong_usage(command: Command, size: st
         ([], 2, "nothing to convert"),
         (["--checkpoint", "coco_panoptic_lage_640"], 2, "Did you mean coco_panoptic_large_640"),
         (["--nonsense"], 2, "No such option"),
-        (["--delta", "x.bin"], 2, "--backbone and --task and --image-size must be given"),
+        (["--delta", "x.bin"], 2, "--output must be given"),
+        (["--delta", DELTA, "--output", "o"], 2, "--backbone and --task and --image-size must"),
         (["--json", "list"], 2, "Options of list stand behind its name"),
         (["--checkpoint", "tiny_panoptic_64", "--delta", "x.bin"], 1, "no file or folder x.bin"),
         (["--checkpoint", "tiny_panoptic_64", "--output", "/dev/null"], 1, "is a file"),

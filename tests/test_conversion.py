@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from conftest import FIXTURES, NAMES
 from hub_server import Hub
 from safetensors.torch import load_file, save_file
@@ -20,7 +19,6 @@ from converter.errors import (
     OutputError,
     OutputsDifferError,
     PlanError,
-    UnreadableFileError,
     UsageError,
 )
 
@@ -141,7 +139,12 @@ def test_files_of_ones_own_need_no_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("left_out", "missing"),
-    [("delta", "--delta"), ("task", "--task"), ("image_size", "--image-size")],
+    [
+        ("delta", "--delta"),
+        ("backbone", "--backbone"),
+        ("task", "--task"),
+        ("image_size", "--image-size"),
+    ],
 )
 def test_what_is_needed_without_a_name_is_listed(
     tmp_path: Path, left_out: str, missing: str
@@ -168,7 +171,7 @@ def test_labels_of_another_number_are_refused(tmp_path: Path) -> None:
     labels = tmp_path / "labels.txt"
     labels.write_text("a\nb")
 
-    with pytest.raises(EomtConvertError, match="has 2 class names, the delta has 7 classes"):
+    with pytest.raises(EomtConvertError, match="has 2 class names, the weights have 7 classes"):
         converter.convert("tiny_panoptic_64", tmp_path / "out", labels=labels)
     assert names(tmp_path) == ["labels.txt"]
 
@@ -302,31 +305,22 @@ def test_two_backbones_swapped_are_told_apart(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-def test_a_backbone_without_its_config_is_refused(tmp_path: Path) -> None:
+def test_a_backbone_of_unknown_size_needs_its_config(tmp_path: Path) -> None:
     shutil.copy(TINY / "backbone" / "model.safetensors", tmp_path / "backbone.safetensors")
+    files: dict[str, Any] = {"delta": DELTA, "backbone": str(tmp_path / "backbone.safetensors")}
 
-    with pytest.raises(UnreadableFileError, match=r"no config\.json beside"):
-        converter.convert(
-            "tiny_panoptic_64", tmp_path / "out", backbone=str(tmp_path / "backbone.safetensors")
-        )
+    with pytest.raises(PlanError, match="--backbone-config"):
+        converter.convert(output=tmp_path / "out", task="panoptic", image_size=64, **files)
 
-
-def test_absolute_weights_are_not_added_to_a_backbone(tmp_path: Path) -> None:
-    state = torch.load(TINY / "delta" / "pytorch_model.bin")
-    base = load_file(TINY / "backbone" / "model.safetensors")
-    state["network.encoder.pixel_std"] += torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
-    for name in state:
-        if name.endswith(("norm1.weight", "norm2.weight")):
-            state[name] += base[
-                name.removeprefix("network.encoder.backbone.").replace("blocks", "layer")
-            ]
-    torch.save(state, tmp_path / "absolute.bin")
-
-    with pytest.raises(EomtConvertError, match="absolute, not a delta"):
-        converter.convert(
-            "tiny_panoptic_64", tmp_path / "out", delta=str(tmp_path / "absolute.bin")
-        )
-    assert names(tmp_path) == ["absolute.bin"]
+    conversion = converter.convert(
+        output=tmp_path / "out",
+        task="panoptic",
+        image_size=64,
+        backbone_config=TINY / "backbone" / "config.json",
+        recorded=TINY,
+        **files,
+    )
+    assert conversion.verdict.verdict == "passed"
 
 
 @pytest.fixture

@@ -270,7 +270,7 @@ def test_a_child_process_uses_the_hub_and_its_token(hub: Hub, tmp_path: Path) ->
     environment = client_environment(hub, tmp_path / "child", token=ANN)
 
     command = [sys.executable, "-c", program]
-    printed = subprocess.check_output(command, env=environment, text=True)  # noqa: S603
+    printed = subprocess.check_output(command, env=environment, text=True)
 
     path = Path(printed.strip())
     assert path.read_bytes() == CONFIG

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,34 +17,55 @@ from safetensors.torch import load_file, save_file
 from converter import merge as merging
 from converter.configs import read_backbone_config
 from converter.errors import UnreadableFileError
-from converter.merge import Merged, merge, output_size
+from converter.merge import Merged, merge, round_to, sharding_of
 from converter.plan import make_plan
 from converter.tensorfiles import TensorFile
 
 
-def merged(backbone: Path, delta: Path, output: Path, *, allow_nonfinite: bool = False) -> Merged:
+@dataclass(frozen=True)
+class Result:
+    merged: Merged
+    path: Path
+
+    @property
+    def tensors(self) -> Mapping[str, str]:
+        return self.merged.tensors
+
+
+def merged(
+    backbone: Path,
+    delta: Path,
+    folder: Path,
+    *,
+    dtype: str = "F32",
+    max_shard_size: int | None = None,
+    allow_nonfinite: bool = False,
+) -> Result:
+    folder.mkdir(parents=True)
     with TensorFile(backbone / "model.safetensors") as base, TensorFile(delta) as change:
         config = read_backbone_config(backbone / "config.json")
-        plan = make_plan(base.tensors, change.tensors, config)
-        assert not output.exists()
+        plan = make_plan(change.tensors, base.tensors, config, dtype=dtype)
         result = merge(
             plan,
             {"backbone": base, "delta": change},
-            output,
+            folder,
+            max_shard_size=max_shard_size,
             allow_nonfinite=allow_nonfinite,
         )
-        assert output_size(plan) == output.stat().st_size == result.size
-    return result
+    assert set(result.files) == {path.name for path in folder.iterdir()}
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    assert sharding_of(plan, max_shard_size).size == size
+    return Result(result, folder / "model.safetensors")
 
 
-def of_fixture(name: str, output: Path) -> Merged:
+def of_fixture(name: str, output: Path, **options: Any) -> Result:
     folder = FIXTURES / name
-    return merged(folder / "backbone", folder / "delta" / "pytorch_model.bin", output)
+    return merged(folder / "backbone", folder / "delta" / "pytorch_model.bin", output, **options)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_tensor_has_the_digest_of_the_right_conversion(name: str, tmp_path: Path) -> None:
-    result = of_fixture(name, tmp_path / "model.safetensors")
+    result = of_fixture(name, tmp_path / "out")
 
     right = json.loads((FIXTURES / name / "converted.json").read_text())["tensors"]
     stored = load_file(result.path)
@@ -56,7 +79,7 @@ def test_every_tensor_has_the_digest_of_the_right_conversion(name: str, tmp_path
 
 
 def test_the_file_is_the_one_that_safetensors_would_write(tmp_path: Path) -> None:
-    result = of_fixture("tiny_panoptic_64", tmp_path / "ours.safetensors")
+    result = of_fixture("tiny_panoptic_64", tmp_path / "ours")
     theirs = tmp_path / "theirs.safetensors"
     save_file(load_file(result.path), theirs, metadata={"format": "pt"})
 
@@ -64,26 +87,32 @@ def test_the_file_is_the_one_that_safetensors_would_write(tmp_path: Path) -> Non
 
 
 def test_digests_of_output_and_inputs_are_those_of_the_files(tmp_path: Path) -> None:
-    result = of_fixture("tiny_semantic_48", tmp_path / "model.safetensors")
+    result = of_fixture("tiny_semantic_48", tmp_path / "out")
 
     folder = FIXTURES / "tiny_semantic_48"
     recorded = json.loads((folder / "recorded.json").read_text())["sha256"]
-    assert result.sha256 == hashlib.sha256(result.path.read_bytes()).hexdigest()
-    assert result.inputs == {
-        "backbone": recorded["backbone/model.safetensors"],
-        "delta": recorded["delta/pytorch_model.bin"],
+    content = result.path.read_bytes()
+    assert result.merged.files == {
+        "model.safetensors": (len(content), hashlib.sha256(content).hexdigest())
+    }
+    weights, change = folder / "backbone/model.safetensors", folder / "delta/pytorch_model.bin"
+    assert result.merged.inputs == {
+        "backbone": {
+            weights.name: (weights.stat().st_size, recorded["backbone/model.safetensors"])
+        },
+        "delta": {change.name: (change.stat().st_size, recorded["delta/pytorch_model.bin"])},
     }
 
 
 def test_tensors_larger_than_a_chunk_come_out_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = of_fixture("tiny_panoptic_64", tmp_path / "whole.safetensors")
+    whole = of_fixture("tiny_panoptic_64", tmp_path / "whole")
     monkeypatch.setattr(merging, "CHUNK", 100)
 
-    parts = of_fixture("tiny_panoptic_64", tmp_path / "parts.safetensors")
+    parts = of_fixture("tiny_panoptic_64", tmp_path / "parts")
 
-    assert parts.sha256 == whole.sha256
+    assert parts.merged.files == whole.merged.files
     assert parts.tensors == whole.tensors
 
 
@@ -98,7 +127,7 @@ def test_class_weights_that_the_delta_lacks_are_ones_and_a_tenth(tmp_path: Path)
     delta = changed_delta(tmp_path, lambda state: state.pop("criterion.empty_weight"))
     backbone = FIXTURES / "tiny_panoptic_64" / "backbone"
 
-    result = merged(backbone, delta, tmp_path / "model.safetensors")
+    result = merged(backbone, delta, tmp_path / "out")
 
     weights = load_file(result.path)["criterion.empty_weight"]
     assert torch.equal(weights, torch.tensor([1.0] * 7 + [0.1]))
@@ -113,9 +142,9 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path, value: float) -> 
     backbone = FIXTURES / "tiny_panoptic_64" / "backbone"
 
     with pytest.raises(UnreadableFileError, match=rf"{name} in the delta .* NaN or infinity"):
-        merged(backbone, delta, tmp_path / "model.safetensors")
+        merged(backbone, delta, tmp_path / "out")
 
-    allowed = merged(backbone, delta, tmp_path / "allowed.safetensors", allow_nonfinite=True)
+    allowed = merged(backbone, delta, tmp_path / "allowed", allow_nonfinite=True)
     assert not load_file(allowed.path)["layers.1.mlp.up_proj.weight"].isfinite().all()
 
 
@@ -132,7 +161,7 @@ def test_a_sum_that_overflows_is_named(tmp_path: Path) -> None:
     save_file(state, backbone / "model.safetensors")
 
     with pytest.raises(UnreadableFileError, match=r"layernorm\.bias overflows float32"):
-        merged(backbone, delta, tmp_path / "model.safetensors")
+        merged(backbone, delta, tmp_path / "out")
 
 
 def test_large_finite_weights_whose_sum_overflows_are_no_error(tmp_path: Path) -> None:
@@ -140,7 +169,7 @@ def test_large_finite_weights_whose_sum_overflows_are_no_error(tmp_path: Path) -
     delta = changed_delta(tmp_path, lambda state: state[name].fill_(3e38))
     backbone = FIXTURES / "tiny_panoptic_64" / "backbone"
 
-    result = merged(backbone, delta, tmp_path / "model.safetensors")
+    result = merged(backbone, delta, tmp_path / "out")
 
     assert load_file(result.path)["class_predictor.weight"].isfinite().all()
 
@@ -154,7 +183,7 @@ def test_deltas_of_other_types_are_added_in_float32(tmp_path: Path, dtype: torch
     delta = changed_delta(tmp_path, lambda state: state.update({name: change}))
     backbone = FIXTURES / "tiny_panoptic_64" / "backbone"
 
-    result = merged(backbone, delta, tmp_path / "model.safetensors")
+    result = merged(backbone, delta, tmp_path / "out")
 
     base = load_file(backbone / "model.safetensors")["norm.weight"]
     assert torch.equal(load_file(result.path)["layernorm.weight"], base + change.float())
@@ -169,20 +198,71 @@ def test_a_source_that_ends_early_is_named(tmp_path: Path) -> None:
     weights.write_bytes((folder / "backbone" / "model.safetensors").read_bytes())
     with TensorFile(weights) as base, TensorFile(folder / "delta" / "pytorch_model.bin") as delta:
         plan = make_plan(
-            base.tensors, delta.tensors, read_backbone_config(backbone / "config.json")
+            delta.tensors, base.tensors, read_backbone_config(backbone / "config.json")
         )
         with weights.open("r+b") as file:
             file.truncate(weights.stat().st_size - 1000)
 
         with pytest.raises(UnreadableFileError, match="while it was read"):
-            merge(plan, {"backbone": base, "delta": delta}, tmp_path / "model.safetensors")
+            merge(plan, {"backbone": base, "delta": delta}, tmp_path)
 
 
 def test_the_header_is_padded_so_that_tensors_are_aligned(tmp_path: Path) -> None:
-    result = of_fixture("tiny_panoptic_48x80", tmp_path / "model.safetensors")
+    result = of_fixture("tiny_panoptic_48x80", tmp_path / "out")
 
     with result.path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
     assert length % 8 == 0
     with TensorFile(result.path) as file_:
         assert np.array_equal(file_.read("attn_mask_probs"), np.zeros(1, np.float32))
+
+
+def test_shards_hold_the_same_tensors(tmp_path: Path) -> None:
+    whole = of_fixture("tiny_panoptic_64", tmp_path / "whole")
+    parts = of_fixture("tiny_panoptic_64", tmp_path / "parts", max_shard_size=300_000)
+
+    index = json.loads((tmp_path / "parts" / "model.safetensors.index.json").read_text())
+    shards = {name: load_file(tmp_path / "parts" / name) for name in index["weight_map"].values()}
+    assert len(shards) > 1
+    assert parts.tensors == whole.tensors
+    stored = load_file(whole.path)
+    assert set(index["weight_map"]) == set(stored)
+    for name, shard in index["weight_map"].items():
+        assert torch.equal(shards[shard][name], stored[name])
+    for name, (size, digest) in parts.merged.files.items():
+        content = (tmp_path / "parts" / name).read_bytes()
+        assert (size, digest) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+@pytest.mark.parametrize(("dtype", "torch_dtype"), [("BF16", torch.bfloat16), ("F16", torch.half)])
+def test_sums_are_rounded_once(tmp_path: Path, dtype: str, torch_dtype: torch.dtype) -> None:
+    exact = load_file(of_fixture("tiny_semantic_48", tmp_path / "exact").path)
+    rounded = load_file(of_fixture("tiny_semantic_48", tmp_path / "rounded", dtype=dtype).path)
+
+    assert set(rounded) == set(exact)
+    for name, tensor in rounded.items():
+        assert tensor.dtype == torch_dtype
+        assert torch.equal(tensor, exact[name].to(torch_dtype)), name
+
+
+def test_bfloat16_is_rounded_as_torch_does_it() -> None:
+    bits = np.random.default_rng(0).integers(0, 1 << 32, 1 << 16, dtype=np.uint32)
+    special = [0, -0.0, np.inf, -np.inf, np.nan, 3.4028235e38, 1e-45, 1 + 2**-8, 1 + 3 * 2**-8]
+    values = np.concatenate([bits.view(np.float32), np.array(special, np.float32)])
+
+    ours = torch.from_numpy(round_to(values, "BF16")).view(torch.bfloat16)
+
+    theirs = torch.from_numpy(values).to(torch.bfloat16)
+    assert torch.equal(ours.isnan(), theirs.isnan())
+    assert torch.equal(ours.nan_to_num(0), theirs.nan_to_num(0))
+
+
+def test_a_weight_too_large_for_float16_is_named(tmp_path: Path) -> None:
+    name = "network.class_head.bias"
+    delta = changed_delta(tmp_path, lambda state: state[name].fill_(1e6))
+    backbone = FIXTURES / "tiny_panoptic_64" / "backbone"
+
+    with pytest.raises(UnreadableFileError, match=r"class_predictor\.bias overflows F16.*1e\+06"):
+        merged(backbone, delta, tmp_path / "half", dtype="F16")
+    merged(backbone, delta, tmp_path / "brain", dtype="BF16")
+    merged(backbone, delta, tmp_path / "allowed", dtype="F16", allow_nonfinite=True)

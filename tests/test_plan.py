@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 from conftest import FIXTURES, NAMES
 
+from converter.backbones import config_from_shapes
 from converter.configs import BackboneConfig, read_backbone_config
 from converter.errors import PlanError
+from converter.layouts import BACKBONE_LAYOUTS, recognise, translate
 from converter.plan import Plan, make_plan
 from converter.tensorfiles import TensorFile, TensorInfo
 
@@ -40,25 +42,126 @@ SMALL = published("coco_panoptic_eomt_small_640_dinov3")
 
 def plan_of_small(base: Tensors | None = None, delta: Tensors | None = None) -> Plan:
     return make_plan(
-        backbone("vits16") if base is None else base,
         tensors(SMALL["delta"]) if delta is None else delta,
+        backbone("vits16") if base is None else base,
         config("vits16"),
     )
 
 
-@pytest.mark.parametrize("name", LAYOUTS["checkpoints"])
-def test_published_checkpoints_give_the_tensors_of_the_model(name: str) -> None:
+PAIRS = [
+    (name, layout)
+    for name, checkpoint in LAYOUTS["checkpoints"].items()
+    for layout in LAYOUTS["backbones"][checkpoint["backbone"]]["layouts"]
+]
+
+
+@pytest.mark.parametrize("known_config", [True, False])
+@pytest.mark.parametrize(("name", "layout"), PAIRS)
+def test_published_checkpoints_give_the_tensors_of_the_model_from_every_layout(
+    name: str, layout: str, known_config: bool
+) -> None:
+    """With the backbone's config.json, or with what its shapes and the table of sizes tell."""
     checkpoint = published(name)
-    plan = make_plan(
-        backbone(checkpoint["backbone"]),
-        tensors(checkpoint["delta"]),
-        config(checkpoint["backbone"]),
-    )
+    base = tensors(LAYOUTS["backbones"][checkpoint["backbone"]]["layouts"][layout])
+    delta = tensors(checkpoint["delta"])
+    plan = make_plan(delta, base, config(checkpoint["backbone"]) if known_config else None)
 
     assert {row.name: list(row.shape) for row in plan.rows} == checkpoint["converted"]
     assert plan.heads.num_queries == checkpoint["num_queries"]
     assert plan.heads.num_classes == checkpoint["num_classes"]
     assert plan.heads.num_blocks == checkpoint["num_blocks"]
+
+
+@pytest.mark.parametrize("name", LAYOUTS["checkpoints"])
+def test_absolute_weights_give_the_same_tensors_without_a_backbone(name: str) -> None:
+    checkpoint = published(name)
+    plan = make_plan(tensors(checkpoint["delta"]), None, None)
+
+    assert {row.name: list(row.shape) for row in plan.rows} == checkpoint["converted"]
+    assert {row.operation for row in plan.rows} == {"copy", "zeros"}
+
+
+@pytest.mark.parametrize("layout", ["transformers", "meta", "timm"])
+@pytest.mark.parametrize("name", LAYOUTS["backbones"])
+def test_the_config_of_every_size_is_told_from_its_shapes(name: str, layout: str) -> None:
+    known = LAYOUTS["backbones"][name]
+    derived = config_from_shapes(
+        translate(tensors(known["layouts"][layout]), BACKBONE_LAYOUTS[layout])
+    )
+
+    for key, value in known.items():
+        if key != "layouts":
+            assert getattr(derived, key) == value, key
+    assert derived.hidden_act == ("silu" if known["use_gated_mlp"] else "gelu")
+
+
+@pytest.mark.parametrize(
+    ("layout", "recognised"),
+    [
+        ("transformers", "dinov3-transformers"),
+        ("meta", "dinov3-meta"),
+        ("meta_sat493m", "dinov3-meta"),
+        ("timm", "dinov3-timm"),
+        ("timm_qkvb", "dinov3-timm"),
+    ],
+)
+def test_every_layout_is_recognised_by_its_names(layout: str, recognised: str) -> None:
+    found = recognise(LAYOUTS["backbones"]["vitl16"]["layouts"][layout])
+
+    assert found is not None
+    assert found.name == recognised
+
+
+def test_biases_that_a_file_leaves_out_are_zeros() -> None:
+    plan = plan_of_small(base=tensors(LAYOUTS["backbones"]["vits16"]["layouts"]["timm"]))
+
+    row = next(row for row in plan.rows if row.name == "layers.3.attention.v_proj.bias")
+    assert row.recipe == ("zeros + delta:network.encoder.backbone.blocks.3.attention.v_proj.bias")
+
+
+def test_a_fused_projection_is_taken_apart() -> None:
+    plan = plan_of_small(base=tensors(LAYOUTS["backbones"]["vits16"]["layouts"]["meta"]))
+
+    row = next(row for row in plan.rows if row.name == "layers.3.attention.v_proj.weight")
+    assert row.recipe.startswith("backbone:blocks.3.attn.qkv.weight[3/3] + delta:")
+    dropped = {str(entry.operand): entry.reason for entry in plan.dropped}
+    assert "switches it off" in dropped["backbone:blocks.3.attn.qkv.bias[2/3]"]
+    assert "rope_theta" in dropped["backbone:rope_embed.periods"]
+
+
+def test_a_size_that_is_not_published_needs_a_config() -> None:
+    base = backbone("vits16")
+    for name in [name for name in base if name.startswith("layer.11.")]:
+        del base[name]
+
+    with pytest.raises(PlanError, match=r"384 wide, 11 layers.*none of the published"):
+        make_plan(tensors(SMALL["delta"]), base, None)
+
+
+def test_prefixes_of_torch_compile_are_seen_through() -> None:
+    compiled = {
+        name.replace("network.", "network._orig_mod."): shape
+        for name, shape in SMALL["delta"].items()
+    }
+
+    plan = plan_of_small(delta=tensors(compiled))
+
+    row = next(row for row in plan.rows if row.name == "query.weight")
+    assert row.recipe == "delta:network._orig_mod.q.weight"
+
+
+def test_a_tensor_that_is_there_twice_is_refused() -> None:
+    delta = tensors(SMALL["delta"] | {"network._orig_mod.q.weight": [200, 384]})
+
+    with pytest.raises(PlanError, match=r"are both query\.weight"):
+        plan_of_small(delta=delta)
+
+
+def test_a_converted_model_passes_through() -> None:
+    plan = make_plan(tensors(SMALL["converted"]), None, config("vits16"))
+
+    assert {row.name: list(row.shape) for row in plan.rows} == SMALL["converted"]
+    assert plan.counts()["renamed"] == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -69,7 +172,7 @@ def test_every_input_is_used_once_or_dropped_for_a_reason(name: str) -> None:
         TensorFile(folder / "delta" / "pytorch_model.bin") as delta,
     ):
         plan = make_plan(
-            base.tensors, delta.tensors, read_backbone_config(folder / "backbone" / "config.json")
+            delta.tensors, base.tensors, read_backbone_config(folder / "backbone" / "config.json")
         )
         given = [f"backbone:{n}" for n in base.tensors] + [f"delta:{n}" for n in delta.tensors]
 
@@ -112,7 +215,7 @@ def test_counts_add_up() -> None:
 
 def test_a_delta_for_another_backbone_is_refused_with_both_sizes() -> None:
     with pytest.raises(PlanError) as caught:
-        make_plan(backbone("vitb16"), tensors(SMALL["delta"]), config("vitb16"))
+        make_plan(tensors(SMALL["delta"]), backbone("vitb16"), config("vitb16"))
 
     assert "[1, 1, 384]" in caught.value.message
     assert "[1, 1, 768]" in caught.value.message
@@ -122,19 +225,19 @@ def test_a_delta_for_another_backbone_is_refused_with_both_sizes() -> None:
 
 def test_a_gated_backbone_of_the_same_width_is_refused() -> None:
     with pytest.raises(PlanError, match=r"ViT-S\+ \(384 wide, 12 layers, gated\)"):
-        make_plan(backbone("vits16plus"), tensors(SMALL["delta"]), config("vits16plus"))
+        make_plan(tensors(SMALL["delta"]), backbone("vits16plus"), config("vits16plus"))
 
 
 def test_swapped_files_are_refused_as_swapped() -> None:
     with pytest.raises(PlanError, match="Are --delta and --backbone swapped"):
-        make_plan(tensors(SMALL["delta"]), backbone("vits16"), config("vits16"))
+        make_plan(backbone("vits16"), tensors(SMALL["delta"]), config("vits16"))
 
 
 def test_a_config_of_another_backbone_than_its_weights_is_named_as_the_cause() -> None:
     with pytest.raises(
         PlanError, match=r"config\.json describes ViT-B .* its weights are of ViT-S"
     ):
-        make_plan(backbone("vits16"), tensors(SMALL["delta"]), config("vitb16"))
+        make_plan(tensors(SMALL["delta"]), backbone("vits16"), config("vitb16"))
 
 
 @pytest.mark.parametrize(
@@ -194,8 +297,8 @@ def test_a_config_with_absurdly_many_layers_is_refused_at_once() -> None:
 
     with pytest.raises(PlanError, match="speaks of 1000000000 layers"):
         make_plan(
-            backbone("vits16"),
             tensors(SMALL["delta"]),
+            backbone("vits16"),
             replace(config("vits16"), num_hidden_layers=10**9),
         )
 

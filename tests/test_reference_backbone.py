@@ -1,7 +1,5 @@
 """The DINOv3 backbone and its parts, against what the original computed."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

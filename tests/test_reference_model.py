@@ -1,7 +1,5 @@
 """The segmentation model: against recordings, against transformers, and its files."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path
@@ -24,7 +22,6 @@ from torch import Tensor
 from torch.testing import assert_close
 from transformers import EomtDinov3Config as TransformersConfig
 from transformers import EomtDinov3ForUniversalSegmentation as TransformersModel
-from transformers.models.eomt_dinov3 import modeling_eomt_dinov3
 
 from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 
@@ -61,15 +58,18 @@ def transformers_twin(ours: EomtDinov3ForUniversalSegmentation) -> Any:
     values = ours.config.to_dict()
     if not isinstance(values["image_size"], int):
         values["image_size"] = values["image_size"][0]
-    # its loss asks for SciPy, which a forward pass doesn't need
-    with mock.patch.object(modeling_eomt_dinov3, "requires_backends"):
-        theirs: Any = TransformersModel(TransformersConfig.from_dict(values))
+    theirs: Any = TransformersModel(TransformersConfig.from_dict(values))
     theirs.load_state_dict(ours.state_dict(), strict=True)
     return theirs.eval()
 
 
 def close(output: Tensor, recorded: Tensor) -> None:
-    """Values reach 50; a like CPU gives less than 5e-5."""
+    """Values reach 50; rounding that depends on the CPU comes to less than 5e-5.
+
+    The recording CPU has AVX-512: there the softmax adds up 16 lanes instead of 8, and oneDNN has
+    another polynomial for GELU. With both imitated on a CPU with AVX2 all outputs of the gated and
+    the 48x80 model are equal to the last bit.
+    """
     assert_close(output[: len(recorded)], recorded, rtol=0, atol=2e-4)
 
 

@@ -1,0 +1,356 @@
+"""Wrong pairs, each refused or flagged with its reason."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from conftest import FIXTURES
+from hub_server import Hub
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import converter
+from converter import backbones, pairing
+from converter.backbones import KnownBackbone, RecordedOutputs
+from converter.configs import read_backbone_config
+from converter.errors import AccessError, MismatchError
+from converter.inspection import Evidence
+from converter.pairing import PairCheck
+from converter.plan import make_plan
+from converter.tensorfiles import TensorFile
+
+TINY = FIXTURES / "tiny_panoptic_64"
+LAYOUTS = json.loads((FIXTURES / "layouts.json").read_text())
+
+State = dict[str, torch.Tensor]
+
+
+def statuses(folder: Path, *, delta: Path | None = None) -> dict[str, str]:
+    """What the statistics say of a backbone's folder with a delta."""
+    with (
+        TensorFile(folder / "model.safetensors") as base,
+        TensorFile(delta or TINY / "delta" / "pytorch_model.bin") as change,
+    ):
+        config = read_backbone_config(TINY / "backbone" / "config.json")
+        plan = make_plan(change.tensors, base.tensors, config)
+        checks = pairing.check_pair(base, change, plan, expected_data=None)
+    return {check.check: check.status for check in checks}
+
+
+def changed_backbone(folder: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Path:
+    state = load_file(TINY / "backbone" / "model.safetensors")
+    (folder / "backbone").mkdir()
+    shutil.copy(TINY / "backbone" / "config.json", folder / "backbone")
+    state = {name: change(name, tensor).contiguous() for name, tensor in state.items()}
+    save_file(state, folder / "backbone" / "model.safetensors")
+    return folder / "backbone"
+
+
+def changed_delta(folder: Path, change: Callable[[State], object]) -> Path:
+    state = torch.load(TINY / "delta" / "pytorch_model.bin")
+    change(state)
+    torch.save(state, folder / "delta.bin")
+    return folder / "delta.bin"
+
+
+@pytest.mark.parametrize(
+    "name", ["shapes_panoptic_128", "tiny_semantic_48", "tiny_instance_64_gated"]
+)
+def test_right_pairs_pass(name: str, tmp_path: Path) -> None:
+    conversion = converter.convert(name, tmp_path / "out", verify=False)
+
+    found = {check.check: check.status for check in conversion.pair}
+    assert (found["layer-norms"], found["rounding"]) == ("passed", "passed")
+
+
+def test_other_weights_of_the_same_shapes_are_flagged(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(1)
+
+    def other(_: str, tensor: torch.Tensor) -> torch.Tensor:
+        spread = tensor.std() if tensor.numel() > 1 else 1.0
+        return torch.randn(tensor.shape, generator=generator) * spread + tensor.mean()
+
+    assert statuses(changed_backbone(tmp_path, other))["rounding"] == "flagged"
+
+
+def test_layers_in_another_order_are_flagged(tmp_path: Path) -> None:
+    state = load_file(TINY / "backbone" / "model.safetensors")
+
+    def shifted(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if not name.startswith("layer."):
+            return tensor
+        number = int(name.split(".")[1])
+        return state[name.replace(f"layer.{number}.", f"layer.{(number + 1) % 4}.", 1)]
+
+    assert statuses(changed_backbone(tmp_path, shifted))["rounding"] == "flagged"
+
+
+def test_a_delta_of_zeros_is_flagged(tmp_path: Path) -> None:
+    delta = changed_delta(
+        tmp_path, lambda state: [t.zero_() for n, t in state.items() if "backbone" in n]
+    )
+
+    assert statuses(TINY / "backbone", delta=delta)["rounding"] == "flagged"
+
+
+def test_absolute_weights_added_to_a_backbone_are_flagged() -> None:
+    found = statuses(TINY / "backbone", delta=TINY / "absolute.ckpt")
+
+    assert found["layer-norms"] == "flagged"
+
+
+def test_a_delta_that_undoes_its_backbone_is_flagged(tmp_path: Path) -> None:
+    base = load_file(TINY / "backbone" / "model.safetensors")
+
+    def subtract(state: State) -> None:
+        for name in state:
+            if name.endswith(("norm1.weight", "norm2.weight", "backbone.norm.weight")):
+                short = name.removeprefix("network.encoder.backbone.").replace("blocks", "layer")
+                state[name] = state[name] - base[short]
+
+    delta = changed_delta(tmp_path, subtract)
+
+    assert statuses(TINY / "backbone", delta=delta)["layer-norms"] == "flagged"
+
+
+def test_a_delta_that_was_rounded_has_lost_its_trace(tmp_path: Path) -> None:
+    def rounded(state: State) -> None:
+        for name in state:
+            state[name] = state[name].bfloat16().float()
+
+    delta = changed_delta(tmp_path, rounded)
+
+    assert statuses(TINY / "backbone", delta=delta)["rounding"] in ("not checked", "passed")
+
+
+def test_a_flagged_pair_warns_and_is_converted(tmp_path: Path) -> None:
+    delta = changed_delta(
+        tmp_path, lambda state: [t.zero_() for n, t in state.items() if "backbone" in n]
+    )
+    conversion = converter.convert(
+        "tiny_panoptic_64", tmp_path / "out", delta=str(delta), weights="delta", verify=False
+    )
+
+    flagged = [check for check in conversion.pair if check.status == "flagged"]
+    assert [check.check for check in flagged] == ["rounding"]
+    told = json.loads((tmp_path / "out" / "conversion.json").read_text())["pair"]
+    assert flagged[0].to_dict() in told
+
+
+def test_a_delta_said_to_be_absolute_is_flagged(tmp_path: Path) -> None:
+    conversion = converter.convert(
+        "tiny_panoptic_64", tmp_path / "out", weights="absolute", verify=False
+    )
+
+    assert [(check.check, check.status) for check in conversion.pair] == [("weights", "flagged")]
+
+
+def test_absolute_weights_are_known_for_it() -> None:
+    check = pairing.check_absolute([Evidence("layer norms around 1", "absolute")])
+
+    assert check.status == "passed"
+
+
+# Meta's files ----------------------------------------------------------------------------------
+
+
+def test_a_meta_file_that_is_not_what_its_name_says_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth"
+    shutil.copy(TINY / "backbone_meta" / "tiny_panoptic_64.pth", path)
+
+    with pytest.raises(MismatchError, match="SHA-256 that begins with 8aa4cbdd"):
+        converter.convert("tiny_panoptic_64", tmp_path / "out", backbone=str(path))
+    conversion = converter.convert(
+        "tiny_panoptic_64", tmp_path / "out", backbone=str(path), allow_mismatch=True
+    )
+    assert conversion.verdict.verdict == "passed"
+
+
+def test_a_meta_file_that_is_what_its_name_says_passes(tmp_path: Path) -> None:
+    content = (TINY / "backbone_meta" / "tiny_panoptic_64.pth").read_bytes()
+    path = tmp_path / f"dinov3-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    path.write_bytes(content)
+
+    conversion = converter.convert("tiny_panoptic_64", tmp_path / "out", backbone=str(path))
+
+    assert conversion.pair[0] == PairCheck(
+        "file-name", "passed", f"The SHA-256 begins with {path.stem[-8:]}, as its name says."
+    )
+
+
+def test_a_meta_file_trained_on_other_data_is_refused_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = (TINY / "backbone_meta" / "tiny_panoptic_64.pth").read_bytes()
+    digits = hashlib.sha256(content).hexdigest()[:8]
+    path = tmp_path / f"dinov3_vitl16_pretrain_sat493m-{digits}.pth"
+    path.write_bytes(content)
+    known = replace(backbones.KNOWN_BACKBONES[0], meta_files={"sat493m": path.name})
+    monkeypatch.setattr(pairing, "KNOWN_BACKBONES", (known,))
+
+    with TensorFile(path) as file:
+        check = pairing.check_file_name(file, "lvd1689m")
+
+    assert check.status == "failed"
+    assert (
+        "trained on sat493m, the delta was made from weights trained on lvd1689m" in check.finding
+    )
+
+
+def meta_vitl16(folder: Path, *, local_norm: bool) -> Path:
+    """A file with the names and sizes that tell Meta's ViT-L, and hardly any numbers."""
+    layout = "meta_sat493m" if local_norm else "meta"
+    shapes = LAYOUTS["backbones"]["vitl16"]["layouts"][layout]
+    # of every layer one tensor is enough to count it
+    kept = {n: s for n, s in shapes.items() if "blocks" not in n or n.endswith("norm1.weight")}
+    kept = {n: s for n, s in kept.items() if "patch_embed" not in n}
+    state = {name: torch.zeros(shape) for name, shape in kept.items()}
+    state["patch_embed.proj.weight"] = torch.zeros(1024, 3, 1, 1)
+    torch.save(state, folder / "backbone.pth")
+    return folder / "backbone.pth"
+
+
+@pytest.mark.parametrize(
+    ("local_norm", "expected", "status"),
+    [
+        (True, "lvd1689m", "failed"),
+        (False, "lvd1689m", "passed"),
+        (True, "sat493m", "passed"),
+        (False, "sat493m", "failed"),
+        (True, None, "not checked"),
+    ],
+)
+def test_local_cls_norm_tells_what_a_vit_l_was_trained_on(
+    tmp_path: Path, local_norm: bool, expected: str | None, status: str
+) -> None:
+    with TensorFile(meta_vitl16(tmp_path, local_norm=local_norm)) as file:
+        check = pairing.check_local_norm(file, expected)
+
+    assert check.status == status
+    assert ("sat493m" if local_norm else "lvd1689m") in check.finding
+
+
+# the Hub's digests -----------------------------------------------------------------------------
+
+
+def test_a_download_that_is_not_what_the_hub_has_is_refused(hub: Hub, tmp_path: Path) -> None:
+    hub.create_repo("meta/backbone", {p.name: p for p in (TINY / "backbone").iterdir()})
+    path = Path(huggingface_hub.hf_hub_download("meta/backbone", "model.safetensors")).resolve()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+    with pytest.raises(MismatchError, match="the download is damaged"):
+        converter.convert("tiny_panoptic_64", tmp_path / "out", backbone="meta/backbone")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_download_with_the_hubs_digest_passes(hub: Hub, tmp_path: Path) -> None:
+    hub.create_repo("meta/backbone", {p.name: p for p in (TINY / "backbone").iterdir()})
+
+    conversion = converter.convert("tiny_panoptic_64", tmp_path / "out", backbone="meta/backbone")
+
+    assert conversion.pair[-1].check == "hub-digest"
+    assert conversion.pair[-1].status == "passed"
+
+
+# the backbone's recorded outputs ---------------------------------------------------------------
+
+
+@pytest.fixture
+def known_tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A picture; tiny_panoptic_64's outputs on it are in the table of known backbones."""
+    from reference_model import Dinov3Backbone, EomtDinov3Config
+
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "picture.png")
+    config = json.loads((TINY / "backbone" / "config.json").read_text())
+    del config["model_type"]
+    backbone = Dinov3Backbone(EomtDinov3Config.from_dict(config))
+    state = load_file(TINY / "backbone" / "model.safetensors")
+    del state["embeddings.mask_token"]
+    backbone.load_state_dict(
+        {
+            name.replace("layer.", "layers.")
+            .replace("norm.w", "layernorm.w")
+            .replace("norm.b", "layernorm.b")
+            if name.startswith("norm.")
+            else name.replace("layer.", "layers."): tensor
+            for name, tensor in state.items()
+        }
+    )
+    resized = torch.nn.functional.interpolate(
+        torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255,
+        size=(224, 224),
+        mode="bilinear",
+        antialias=True,
+    )
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+    with torch.inference_mode():
+        tokens = backbone.eval()((resized - mean) / std)
+    outputs = RecordedOutputs(
+        cls=tuple(tokens[0, 0, :5].tolist()), patch0=tuple(tokens[0, 5, :5].tolist())
+    )
+    known = KnownBackbone("tiny", "ViT-Tiny", 64, 4, False, 4, True, {}, outputs)
+    monkeypatch.setattr(backbones, "KNOWN_BACKBONES", (known,))
+    return tmp_path / "picture.png"
+
+
+@pytest.mark.parametrize("folder", ["backbone", "backbone_meta", "backbone_timm"])
+def test_a_backbone_that_puts_out_what_was_recorded_passes(
+    known_tiny: Path, tmp_path: Path, folder: str
+) -> None:
+    conversion = converter.convert(
+        "tiny_panoptic_64",
+        tmp_path / "out",
+        backbone=str(TINY / folder),
+        check_backbone=True,
+        image=known_tiny,
+    )
+
+    check = conversion.pair[-1]
+    assert (check.check, check.status) == ("backbone-outputs", "passed")
+
+
+def test_a_backbone_that_puts_out_something_else_is_refused(
+    known_tiny: Path, tmp_path: Path
+) -> None:
+    folder = changed_backbone(
+        tmp_path, lambda name, tensor: tensor * 1.01 if name == "norm.weight" else tensor
+    )
+
+    with pytest.raises(MismatchError, match="other weights than those trained on lvd1689m"):
+        converter.convert(
+            "tiny_panoptic_64",
+            tmp_path / "out",
+            backbone=str(folder),
+            check_backbone=True,
+            image=known_tiny,
+        )
+
+
+def test_a_backbone_without_recorded_outputs_is_not_checked(tmp_path: Path) -> None:
+    conversion = converter.convert("tiny_panoptic_64", tmp_path / "out", check_backbone=True)
+
+    check = conversion.pair[-1]
+    assert (check.check, check.status) == ("backbone-outputs", "not checked")
+
+
+def test_the_picture_must_be_given_when_offline(known_tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(AccessError, match="not in the cache") as caught:
+        converter.convert(
+            "tiny_panoptic_64",
+            tmp_path / "out",
+            check_backbone=True,
+            local_files_only=True,
+            cache_dir=tmp_path / "cache",
+        )
+    assert "--image" in caught.value.remedy
