@@ -1,32 +1,33 @@
 """Time of a whole forward pass: the reference model beside transformers' model, in one process.
 
-    python benchmarks/forward.py --size small --runs 15
+    python benchmarks/forward.py --size small --pairs 30
 
-Both hold the same random weights and take turns, so that both meet the same weather on the
-machine. The ratio is ours / transformers', per pair of runs: below 1, ours is faster.
+Both hold the same random weights. They run in pairs, in turn the one or the other first, so that
+what else happens on the machine meets both; a ratio is ours / transformers' within a pair, below 1
+where ours is faster. CPU time, of all threads together, is less at the mercy of other programs.
 """
-
-from __future__ import annotations
 
 import argparse
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
-from unittest import mock
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import EomtDinov3Config as TransformersConfig
 from transformers import EomtDinov3ForUniversalSegmentation as TransformersModel
-from transformers.models.eomt_dinov3 import modeling_eomt_dinov3
 
 from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 
 # hidden size, layers, heads, blocks that see the queries: the published COCO panoptic models
 SIZES = {"small": (384, 12, 6, 3), "base": (768, 12, 12, 3), "large": (1024, 24, 16, 4)}
+
+
+class Seconds(NamedTuple):
+    wall: float
+    cpu: float
 
 
 def config_of(size: str, image_size: int) -> EomtDinov3Config:
@@ -44,17 +45,44 @@ def config_of(size: str, image_size: int) -> EomtDinov3Config:
 
 
 def transformers_twin(ours: EomtDinov3ForUniversalSegmentation) -> Any:
-    # its loss asks for SciPy, which a forward pass doesn't need
-    with mock.patch.object(modeling_eomt_dinov3, "requires_backends"):
-        theirs: Any = TransformersModel(TransformersConfig.from_dict(ours.config.to_dict()))
+    theirs: Any = TransformersModel(TransformersConfig.from_dict(ours.config.to_dict()))
     theirs.load_state_dict(ours.state_dict())
     return theirs.eval()
 
 
-def seconds(forward: Callable[[Tensor], object], pixel_values: Tensor) -> float:
-    start = time.perf_counter()
-    forward(pixel_values)
-    return time.perf_counter() - start
+def measure(model: nn.Module, pixel_values: Tensor) -> Seconds:
+    wall, cpu = time.perf_counter(), time.process_time()
+    model(pixel_values)
+    return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def measure_pairs(
+    ours: nn.Module, theirs: nn.Module, pixel_values: Tensor, pairs: int
+) -> list[tuple[Seconds, Seconds]]:
+    measured = []
+    for pair in range(pairs):
+        if pair % 2 == 0:
+            first = measure(ours, pixel_values)
+            measured.append((first, measure(theirs, pixel_values)))
+        else:
+            first = measure(theirs, pixel_values)
+            measured.append((measure(ours, pixel_values), first))
+    return measured
+
+
+def table_of(measured: list[tuple[Seconds, Seconds]], title: str) -> Table:
+    table = Table("", "min", "1st quartile", "median", "3rd quartile", title=title)
+    for clock in Seconds._fields:
+        ours = [getattr(run, clock) for run, _ in measured]
+        theirs = [getattr(run, clock) for _, run in measured]
+        for name, values in (("ours", ours), ("transformers", theirs)):
+            figures = (min(values), *statistics.quantiles(values))
+            table.add_row(f"{clock}, {name}", *(f"{1000 * figure:.0f} ms" for figure in figures))
+        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+        figures = (min(ours) / min(theirs), *statistics.quantiles(ratios))
+        table.add_row(f"{clock}, ratio", *(f"{figure:.3f}" for figure in figures))
+        table.add_section()
+    return table
 
 
 @torch.inference_mode()
@@ -62,9 +90,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time of a forward pass, beside transformers'.")
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--image-size", type=int, default=640, help="pixels, default 640")
-    parser.add_argument("--runs", type=int, default=15, help="timed runs of each, default 15")
+    parser.add_argument("--pairs", type=int, default=30, help="timed pairs of runs, default 30")
+    parser.add_argument("--threads", type=int, help="default: torch's, one per core")
     arguments = parser.parse_args()
 
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     config = config_of(arguments.size, arguments.image_size)
     ours = EomtDinov3ForUniversalSegmentation(config).eval()
@@ -78,31 +109,13 @@ def main() -> None:
             getattr(output, name), getattr(expected, name), rtol=1e-4, atol=1e-4
         )
 
-    times: dict[str, list[float]] = {"ours": [], "transformers": []}
-    for run in range(arguments.runs):
-        turns = [("ours", ours), ("transformers", theirs)]
-        for name, model in turns if run % 2 == 0 else reversed(turns):
-            times[name].append(seconds(model, pixel_values))
-    ratios = [a / b for a, b in zip(times["ours"], times["transformers"], strict=True)]
-
     side = arguments.image_size
-    table = Table(
-        "",
-        "min",
-        "median",
-        "max",
-        title=f"{arguments.size}, {side}x{side}, batch 1, float32, CPU, "
-        f"{torch.get_num_threads()} threads, {arguments.runs} runs each",
+    title = (
+        f"{arguments.size}, {side}x{side}, batch 1, float32, CPU, "
+        f"{torch.get_num_threads()} threads, {arguments.pairs} pairs"
     )
-    for name, unit, values in (
-        ("ours", " ms", [1000 * value for value in times["ours"]]),
-        ("transformers", " ms", [1000 * value for value in times["transformers"]]),
-        ("ratio", "", ratios),
-    ):
-        digits = 0 if unit else 3
-        figures = (min(values), statistics.median(values), max(values))
-        table.add_row(name, *(f"{figure:.{digits}f}{unit}" for figure in figures))
-    Console().print(table)
+    measured = measure_pairs(ours, theirs, pixel_values, arguments.pairs)
+    Console().print(table_of(measured, title))
 
 
 if __name__ == "__main__":
