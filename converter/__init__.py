@@ -8,8 +8,6 @@
 'passed'
 """
 
-__version__ = "0.1.0"
-
 from converter.conversion import Conversion, convert
 from converter.errors import (
     AccessError,
@@ -23,6 +21,7 @@ from converter.errors import (
     UsageError,
 )
 from converter.verification import Level, Verdict, verify
+from converter.version import __version__
 
 __all__ = [
     "AccessError",

@@ -13,11 +13,11 @@ from typing import Any, Literal, NoReturn
 
 import click
 
-from converter import __version__
 from converter.catalog import Task
-from converter.conversion import Dtype
 from converter.errors import EomtConvertError, OutputsDifferError, UsageError
 from converter.inspection import WeightsKind
+from converter.job import Dtype
+from converter.version import __version__
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 

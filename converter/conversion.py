@@ -7,110 +7,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from converter import __version__, class_names
 from converter.catalog import Checkpoint, Task, find
 from converter.class_names import ClassNames
-from converter.configs import (
-    BackboneConfig,
-    model_config,
-    preprocessor_config,
-    read_backbone_config,
-    read_json_object,
-    read_model_config,
-    write_json,
+from converter.configs import model_config, preprocessor_config, write_json
+from converter.errors import MismatchError, NotVerifiedError, OutputsDifferError, UsageError
+from converter.inspection import WeightsKind, signs_of_a_delta
+from converter.job import (
+    DTYPES,
+    Dtype,
+    Inputs,
+    Job,
+    choose_class_names,
+    choose_source,
+    open_inputs,
+    role_of,
 )
-from converter.errors import (
-    EomtConvertError,
-    MismatchError,
-    NotVerifiedError,
-    OutputsDifferError,
-    UsageError,
-)
-from converter.inspection import Evidence, WeightsKind, decide, signs_of_a_delta
-from converter.layouts import BACKBONE_LAYOUTS, EOMT_TRANSFORMERS, recognise
-from converter.merge import Digests, Files, Merged, merge, sharding_of
+from converter.layouts import BACKBONE_LAYOUTS
+from converter.merge import Digests, Merged, merge, sharding_of
 from converter.pairing import PairCheck, check_absolute, check_outputs, check_pair
 from converter.plan import Plan, Source, make_plan
 from converter.recorded import find_recorded
-from converter.sources import (
-    Access,
-    Fetched,
-    HubSource,
-    LocalSource,
-    fetch,
-    fetch_config,
-    parse_source,
-)
+from converter.sources import Access, Fetched
 from converter.staging import Stage, check_place, staged
-from converter.tensorfiles import open_tensors, parse_size
 from converter.verification import Verdict, check, unverified
+from converter.version import __version__
+from converter.writing import parse_size
 
 # room for the files beside the weights
 _SMALL_FILES = 1 << 20
 
-# safetensors' names of the element types that a model may have
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-
-Dtype = Literal["float32", "bfloat16", "float16"]
-
 # called with what is being done, and how many bytes of how many are done
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to convert and what to hold it against: names resolved, nothing fetched yet.
-
-    Attributes:
-        checkpoint: the catalogue's entry, if one was named.
-        task: what the model segments; None where it was not said.
-        image_size: (height, width) in pixels; None where it was not said.
-        eomt: where EoMT's weights come from.
-        weights: what they are; ``auto`` to tell from their statistics.
-        backbone: where the backbone comes from; None where none was named.
-        backbone_layout: its layout; None to tell from its names.
-        backbone_config: its config.json, if one was given.
-        labels: a file of class names, if one was given.
-        recorded: the recorded outputs to check against, if there are any.
-        dtype: of the model's weights.
-        max_shard_size: bytes of tensors in one file; None for one file.
-    """
-
-    checkpoint: Checkpoint | None
-    task: Task | None
-    image_size: tuple[int, int] | None
-    eomt: LocalSource | HubSource
-    weights: WeightsKind | Literal["auto"]
-    backbone: LocalSource | HubSource | None
-    backbone_layout: str | None
-    backbone_config: Path | None
-    labels: Path | None
-    recorded: Path | None
-    dtype: Dtype
-    max_shard_size: int | None
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The files of a job, open, and what they are.
-
-    Attributes:
-        fetched: the files by their source.
-        files: the same, open.
-        weights: what EoMT's weights are.
-        evidence: the signs that this was told from; empty if it was said.
-        own_config: config.json of EoMT's weights, where they are in transformers' layout.
-        own_preprocessor: likewise, preprocessor_config.json, if there is one.
-        backbone_config: configuration of the backbone; None to tell from its shapes.
-    """
-
-    fetched: Mapping[Source, Fetched]
-    files: Files
-    weights: WeightsKind
-    evidence: tuple[Evidence, ...]
-    own_config: dict[str, Any] | None
-    own_preprocessor: dict[str, Any] | None
-    backbone_config: BackboneConfig | None
 
 
 @dataclass(frozen=True)
@@ -245,9 +172,9 @@ def convert(
         checkpoint=entry,
         task=task or (entry.task if entry else None),
         image_size=_height_and_width(image_size) or (entry.image_size if entry else None),
-        eomt=_source(delta, entry, "delta"),
+        eomt=choose_source(delta, entry, "delta"),
         weights=weights,
-        backbone=_source(backbone, entry, "backbone") if backbone or entry else None,
+        backbone=choose_source(backbone, entry, "backbone") if backbone or entry else None,
         backbone_layout=backbone_layout,
         backbone_config=_path(backbone_config),
         labels=_path(labels),
@@ -265,15 +192,15 @@ def convert(
 
     access = Access(token, _path(cache_dir), local_files_only)
     with ExitStack() as stack:
-        inputs = _open_inputs(job, access, stack, dry_run=dry_run)
+        inputs = open_inputs(job, access, stack, dry_run=dry_run)
         plan = make_plan(
-            inputs.files[_role(inputs.weights)].tensors,
+            inputs.files[role_of(inputs.weights)].tensors,
             inputs.files["backbone"].tensors if "backbone" in inputs.files else None,
             inputs.backbone_config,
             backbone_layout=BACKBONE_LAYOUTS[backbone_layout] if backbone_layout else None,
             dtype=DTYPES[dtype],
         )
-        classes = _class_names(job, inputs, plan.heads.num_classes)
+        classes = choose_class_names(job, inputs, plan.heads.num_classes)
         _check_image_size(job, plan.config.patch_size)
         if dry_run:
             verdict = unverified("Nothing was converted (--dry-run).")
@@ -306,22 +233,6 @@ def convert(
                 else f"Nothing was left at {place}; --keep-unverified keeps it beside.",
                 conversion=Conversion(job, inputs, plan, pair, kept, files, verdict),
             )
-
-
-# from what was asked for to a job --------------------------------------------------------------
-
-
-def _source(
-    given: str | None, entry: Checkpoint | None, role: Literal["backbone", "delta"]
-) -> LocalSource | HubSource:
-    if given:
-        return parse_source(given)
-    if entry:
-        return entry.source(role)
-    raise UsageError(
-        f"Without --checkpoint, --{role} must be given.",
-        "eomt-convert list shows the checkpoints that have a name.",
-    )
 
 
 def _path(given: str | Path | None) -> Path | None:
@@ -358,100 +269,6 @@ def _place(job: Job, output: str | Path | None) -> Path:
     return Path(name).expanduser().resolve()
 
 
-# from a job to open files ----------------------------------------------------------------------
-
-
-def _role(weights: WeightsKind) -> Source:
-    return "delta" if weights == "delta" else "weights"
-
-
-def _open_inputs(job: Job, access: Access, stack: ExitStack, *, dry_run: bool) -> Inputs:
-    """Fetches and opens EoMT's weights, and the backbone if they are a delta to one."""
-    eomt = fetch(job.eomt, access)
-    eomt_file = open_tensors(eomt.weights)
-    stack.enter_context(eomt_file)
-    converted = recognise(eomt_file.tensors) is EOMT_TRANSFORMERS
-    evidence: tuple[Evidence, ...] = ()
-    weights: WeightsKind
-    if job.weights != "auto":
-        weights = job.weights
-    elif converted:
-        weights = "absolute"
-    elif dry_run:  # which reads no weights
-        weights = "delta"
-    else:
-        evidence = signs_of_a_delta(eomt_file)
-        weights = _decided(evidence, eomt.title)
-
-    _check_enough(job, weights, converted=converted)
-    own = read_json_object(eomt.config) if converted and eomt.config else None
-    own_preprocessor = None
-    if own and eomt.config and (eomt.config.parent / "preprocessor_config.json").is_file():
-        own_preprocessor = read_json_object(eomt.config.parent / "preprocessor_config.json")
-    fetched: dict[Source, Fetched] = {_role(weights): eomt}
-    files: dict[Source, Any] = {_role(weights): eomt_file}
-    if weights == "delta" and job.backbone:
-        fetched = {"backbone": fetch(job.backbone, access), **fetched}
-        backbone_file = open_tensors(fetched["backbone"].weights)
-        stack.enter_context(backbone_file)
-        files = {"backbone": backbone_file, **files}
-    config = _backbone_config(job, fetched, access, converted=converted)
-    return Inputs(fetched, files, weights, evidence, own, own_preprocessor, config)
-
-
-def _decided(evidence: tuple[Evidence, ...], title: str) -> WeightsKind:
-    kind = decide(evidence)
-    if kind is None:
-        signs = "; ".join(f"{sign.finding} ({sign.speaks_for})" for sign in evidence)
-        raise EomtConvertError(
-            f"Whether the weights in {title} are a delta or absolute cannot be told: "
-            f"{signs or 'they show no sign of either'}.",
-            "Say it with --weights delta or --weights absolute.",
-        )
-    return kind
-
-
-def _check_enough(job: Job, weights: WeightsKind, *, converted: bool) -> None:
-    needed = {
-        "--backbone": weights == "delta" and job.backbone is None,
-        "--task": job.task is None and not converted,
-        "--image-size": job.image_size is None and not converted,
-    }
-    missing = [option for option, needs in needed.items() if needs]
-    if missing:
-        raise UsageError(
-            f"Without --checkpoint, {' and '.join(missing)} must be given.",
-            "The weights are a delta, which is added to a backbone."
-            if missing[0] == "--backbone"
-            else "eomt-convert list shows the checkpoints that have a name.",
-        )
-
-
-def _backbone_config(
-    job: Job, fetched: Mapping[Source, Fetched], access: Access, *, converted: bool
-) -> BackboneConfig | None:
-    """The backbone's configuration, from the first place that has one; None to use its shapes."""
-    if job.backbone_config:
-        return read_backbone_config(job.backbone_config)
-    if converted:
-        config = fetched["weights"].config if "weights" in fetched else None
-        return read_model_config(config) if config else None
-    if "backbone" in fetched:
-        beside = fetched["backbone"].config
-    else:
-        beside = fetch_config(job.backbone, access) if job.backbone else None
-    # timm's repositories have a config.json too, of another kind
-    if beside and read_json_object(beside).get("model_type") is not None:
-        return read_backbone_config(beside)
-    if job.checkpoint and job.checkpoint.offline:
-        beside = fetch_config(job.checkpoint.source("backbone"), access)
-        return read_backbone_config(beside) if beside else None
-    return None
-
-
-# checks before and after merging ---------------------------------------------------------------
-
-
 def _check_image_size(job: Job, patch_size: int) -> None:
     if job.image_size is None:
         return
@@ -460,23 +277,6 @@ def _check_image_size(job: Job, patch_size: int) -> None:
         raise UsageError(
             f"An image size of {height}x{width} is no multiple of the patch size {patch_size}."
         )
-
-
-def _class_names(job: Job, inputs: Inputs, count: int) -> ClassNames:
-    if job.labels:
-        classes, origin = class_names.read(job.labels), str(job.labels)
-    elif job.checkpoint:
-        classes, origin = job.checkpoint.class_names(count), job.checkpoint.name
-    elif inputs.own_config:
-        classes, origin = class_names.of_config(inputs.own_config, count), "config.json"
-    else:
-        classes, origin = class_names.unnamed(count), ""
-    if len(classes.names) != count:
-        raise EomtConvertError(
-            f"{origin} has {len(classes.names)} class names, the weights have {count} classes.",
-            "--labels takes a file with as many names, in the order of the class ids.",
-        )
-    return classes
 
 
 def _check_pair(

@@ -1,9 +1,6 @@
 """The errors a user can meet: what happened, what to do about it, and the exit code it ends in."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from converter.conversion import Conversion
+from typing import Any
 
 
 class EomtConvertError(Exception):
@@ -53,12 +50,12 @@ class OutputsDifferError(EomtConvertError):
     """The converted model does not compute what was recorded.
 
     Attributes:
-        conversion: what was converted, with the verdict.
+        conversion: the `Conversion`, with the verdict.
     """
 
     exit_code = 3
 
-    def __init__(self, message: str, remedy: str, conversion: "Conversion") -> None:
+    def __init__(self, message: str, remedy: str, conversion: Any) -> None:
         super().__init__(message, remedy)
         self.conversion = conversion
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from converter.errors import PlanError
-from converter.tensorfiles import TensorInfo
+from converter.headers import TensorInfo
 
 Kind = Literal["backbone", "eomt"]
 

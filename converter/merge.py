@@ -10,13 +10,8 @@ from typing import TYPE_CHECKING
 from converter.configs import NO_OBJECT_WEIGHT
 from converter.errors import UnreadableFileError
 from converter.plan import Operand, Plan, Row, Source
-from converter.tensorfiles import (
-    ShardedTensorFile,
-    Sharding,
-    TensorFile,
-    WeightsWriter,
-    shard,
-)
+from converter.tensorfiles import ShardedTensorFile, TensorFile
+from converter.writing import Sharding, WeightsWriter, shard
 
 if TYPE_CHECKING:
     from converter.tensorfiles import Array

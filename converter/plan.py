@@ -14,6 +14,7 @@ from typing import Any, Literal
 from converter.backbones import config_from_shapes, describe, size_of
 from converter.configs import NO_OBJECT_WEIGHT, BackboneConfig, HeadSizes
 from converter.errors import PlanError
+from converter.headers import ITEM_SIZES, TensorInfo
 from converter.layouts import (
     EOMT_TRANSFORMERS,
     MODEL,
@@ -24,7 +25,6 @@ from converter.layouts import (
     recognise,
     translate,
 )
-from converter.tensorfiles import ITEM_SIZES, TensorInfo
 
 # where a tensor comes from: a delta is added to a backbone, absolute weights stand alone
 Source = Literal["backbone", "delta", "weights"]

@@ -24,14 +24,12 @@ from hostile_files import safetensors_file, torch_file
 # not imported by name: the type checker need not have it
 atheris = importlib.import_module("atheris")
 
-with atheris.instrument_imports(include=["converter.tensorfiles", "converter.unpickling"]):
+with atheris.instrument_imports(
+    include=["converter.headers", "converter.tensorfiles", "converter.unpickling"]
+):
     from converter.errors import UnreadableFileError
-    from converter.tensorfiles import (
-        ShardedTensorFile,
-        TensorFile,
-        open_tensors,
-        safetensors_header,
-    )
+    from converter.tensorfiles import ShardedTensorFile, TensorFile, open_tensors
+    from converter.writing import safetensors_header
 
 RECORDS = {"byteorder": b"little", "data/0": bytes(64), "data/1": bytes(range(32))}
 SHARDS = {"s0.safetensors": "ab", "s1.safetensors": "c"}

@@ -10,9 +10,10 @@ from conftest import FIXTURES, NAMES
 from converter.backbones import config_from_shapes
 from converter.configs import BackboneConfig, read_backbone_config
 from converter.errors import PlanError
+from converter.headers import TensorInfo
 from converter.layouts import BACKBONE_LAYOUTS, recognise, translate
 from converter.plan import Plan, make_plan
-from converter.tensorfiles import TensorFile, TensorInfo
+from converter.tensorfiles import TensorFile
 
 LAYOUTS = json.loads((FIXTURES / "layouts.json").read_text())
 

@@ -1,0 +1,211 @@
+"""What to convert: names resolved to sources, sources to open files, and what those are."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from converter import class_names
+from converter.catalog import Checkpoint, Task
+from converter.class_names import ClassNames
+from converter.configs import (
+    BackboneConfig,
+    read_backbone_config,
+    read_json_object,
+    read_model_config,
+)
+from converter.errors import EomtConvertError, UsageError
+from converter.inspection import Evidence, WeightsKind, decide, signs_of_a_delta
+from converter.layouts import EOMT_TRANSFORMERS, recognise
+from converter.merge import Files
+from converter.plan import Source
+from converter.sources import (
+    Access,
+    Fetched,
+    HubSource,
+    LocalSource,
+    fetch,
+    fetch_config,
+    parse_source,
+)
+from converter.tensorfiles import open_tensors
+
+# safetensors' names of the element types that a model may have
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to convert and what to hold it against: names resolved, nothing fetched yet.
+
+    Attributes:
+        checkpoint: the catalogue's entry, if one was named.
+        task: what the model segments; None where it was not said.
+        image_size: (height, width) in pixels; None where it was not said.
+        eomt: where EoMT's weights come from.
+        weights: what they are; ``auto`` to tell from their statistics.
+        backbone: where the backbone comes from; None where none was named.
+        backbone_layout: its layout; None to tell from its names.
+        backbone_config: its config.json, if one was given.
+        labels: a file of class names, if one was given.
+        recorded: the recorded outputs to check against, if there are any.
+        dtype: of the model's weights.
+        max_shard_size: bytes of tensors in one file; None for one file.
+    """
+
+    checkpoint: Checkpoint | None
+    task: Task | None
+    image_size: tuple[int, int] | None
+    eomt: LocalSource | HubSource
+    weights: WeightsKind | Literal["auto"]
+    backbone: LocalSource | HubSource | None
+    backbone_layout: str | None
+    backbone_config: Path | None
+    labels: Path | None
+    recorded: Path | None
+    dtype: Dtype
+    max_shard_size: int | None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The files of a job, open, and what they are.
+
+    Attributes:
+        fetched: the files by their source.
+        files: the same, open.
+        weights: what EoMT's weights are.
+        evidence: the signs that this was told from; empty if it was said.
+        own_config: config.json of EoMT's weights, where they are in transformers' layout.
+        own_preprocessor: likewise, preprocessor_config.json, if there is one.
+        backbone_config: configuration of the backbone; None to tell from its shapes.
+    """
+
+    fetched: Mapping[Source, Fetched]
+    files: Files
+    weights: WeightsKind
+    evidence: tuple[Evidence, ...]
+    own_config: dict[str, Any] | None
+    own_preprocessor: dict[str, Any] | None
+    backbone_config: BackboneConfig | None
+
+
+def choose_source(
+    given: str | None, entry: Checkpoint | None, role: Literal["backbone", "delta"]
+) -> LocalSource | HubSource:
+    if given:
+        return parse_source(given)
+    if entry:
+        return entry.source(role)
+    raise UsageError(
+        f"Without --checkpoint, --{role} must be given.",
+        "eomt-convert list shows the checkpoints that have a name.",
+    )
+
+
+def role_of(weights: WeightsKind) -> Source:
+    return "delta" if weights == "delta" else "weights"
+
+
+def open_inputs(job: Job, access: Access, stack: ExitStack, *, dry_run: bool) -> Inputs:
+    """Fetches and opens EoMT's weights, and the backbone if they are a delta to one."""
+    eomt = fetch(job.eomt, access)
+    eomt_file = open_tensors(eomt.weights)
+    stack.enter_context(eomt_file)
+    converted = recognise(eomt_file.tensors) is EOMT_TRANSFORMERS
+    evidence: tuple[Evidence, ...] = ()
+    weights: WeightsKind
+    if job.weights != "auto":
+        weights = job.weights
+    elif converted:
+        weights = "absolute"
+    elif dry_run:  # which reads no weights
+        weights = "delta"
+    else:
+        evidence = signs_of_a_delta(eomt_file)
+        weights = _decided(evidence, eomt.title)
+
+    _check_enough(job, weights, converted=converted)
+    own = read_json_object(eomt.config) if converted and eomt.config else None
+    own_preprocessor = None
+    if own and eomt.config and (eomt.config.parent / "preprocessor_config.json").is_file():
+        own_preprocessor = read_json_object(eomt.config.parent / "preprocessor_config.json")
+    fetched: dict[Source, Fetched] = {role_of(weights): eomt}
+    files: dict[Source, Any] = {role_of(weights): eomt_file}
+    if weights == "delta" and job.backbone:
+        fetched = {"backbone": fetch(job.backbone, access), **fetched}
+        backbone_file = open_tensors(fetched["backbone"].weights)
+        stack.enter_context(backbone_file)
+        files = {"backbone": backbone_file, **files}
+    config = _backbone_config(job, fetched, access, converted=converted)
+    return Inputs(fetched, files, weights, evidence, own, own_preprocessor, config)
+
+
+def _decided(evidence: tuple[Evidence, ...], title: str) -> WeightsKind:
+    kind = decide(evidence)
+    if kind is None:
+        signs = "; ".join(f"{sign.finding} ({sign.speaks_for})" for sign in evidence)
+        raise EomtConvertError(
+            f"Whether the weights in {title} are a delta or absolute cannot be told: "
+            f"{signs or 'they show no sign of either'}.",
+            "Say it with --weights delta or --weights absolute.",
+        )
+    return kind
+
+
+def _check_enough(job: Job, weights: WeightsKind, *, converted: bool) -> None:
+    needed = {
+        "--backbone": weights == "delta" and job.backbone is None,
+        "--task": job.task is None and not converted,
+        "--image-size": job.image_size is None and not converted,
+    }
+    missing = [option for option, needs in needed.items() if needs]
+    if missing:
+        raise UsageError(
+            f"Without --checkpoint, {' and '.join(missing)} must be given.",
+            "The weights are a delta, which is added to a backbone."
+            if missing[0] == "--backbone"
+            else "eomt-convert list shows the checkpoints that have a name.",
+        )
+
+
+def _backbone_config(
+    job: Job, fetched: Mapping[Source, Fetched], access: Access, *, converted: bool
+) -> BackboneConfig | None:
+    """The backbone's configuration, from the first place that has one; None to use its shapes."""
+    if job.backbone_config:
+        return read_backbone_config(job.backbone_config)
+    if converted:
+        config = fetched["weights"].config if "weights" in fetched else None
+        return read_model_config(config) if config else None
+    if "backbone" in fetched:
+        beside = fetched["backbone"].config
+    else:
+        beside = fetch_config(job.backbone, access) if job.backbone else None
+    # timm's repositories have a config.json too, of another kind
+    if beside and read_json_object(beside).get("model_type") is not None:
+        return read_backbone_config(beside)
+    if job.checkpoint and job.checkpoint.offline:
+        beside = fetch_config(job.checkpoint.source("backbone"), access)
+        return read_backbone_config(beside) if beside else None
+    return None
+
+
+def choose_class_names(job: Job, inputs: Inputs, count: int) -> ClassNames:
+    if job.labels:
+        classes, origin = class_names.read(job.labels), str(job.labels)
+    elif job.checkpoint:
+        classes, origin = job.checkpoint.class_names(count), job.checkpoint.name
+    elif inputs.own_config:
+        classes, origin = class_names.of_config(inputs.own_config, count), "config.json"
+    else:
+        classes, origin = class_names.unnamed(count), ""
+    if len(classes.names) != count:
+        raise EomtConvertError(
+            f"{origin} has {len(classes.names)} class names, the weights have {count} classes.",
+            "--labels takes a file with as many names, in the order of the class ids.",
+        )
+    return classes
