@@ -3,6 +3,8 @@
 Kerssies et al., "Your ViT is Secretly an Image Segmentation Model" (arXiv 2503.19108).
 """
 
+# ModelHubMixin builds a config that __init__ asks for by class itself, past from_dict; one that
+# it asks for by a class's name, as annotations are with this import, it leaves to from_pretrained.
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -76,7 +78,9 @@ class ScaleLayer(nn.Module):
         self.layernorm2d = LayerNorm2d(size)
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.layernorm2d(self.conv2(F.gelu(self.conv1(x))))
+        # in place: another copy of the widest tensor costs more in fresh memory than in arithmetic
+        x = torch.ops.aten.gelu_(self.conv1(x))
+        output: Tensor = self.layernorm2d(self.conv2(x))
         return output
 
 

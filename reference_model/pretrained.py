@@ -171,7 +171,7 @@ def _read(
         problems = [f"missing: {name}" for name in sorted(expected.keys() - source.keys())]
         problems += [f"unexpected: {name}" for name in sorted(source.keys() - expected.keys())]
         for name in sorted(expected.keys() & source.keys()):
-            stored: Any = source[name].get_slice(name)  # type: ignore[no-untyped-call]
+            stored: Any = source[name].get_slice(name)
             wanted = tuple(expected[name].shape)
             if tuple(stored.get_shape()) != wanted:
                 problems.append(f"shape {tuple(stored.get_shape())} instead of {wanted}: {name}")
@@ -182,7 +182,4 @@ def _read(
                 f"{paths[0].parent}: the weights do not fit the model of config.json:\n  "
                 + "\n  ".join(problems)
             )
-        return {
-            name: file.get_tensor(name).to(dtype)  # type: ignore[no-untyped-call]
-            for name, file in source.items()
-        }
+        return {name: file.get_tensor(name).to(dtype) for name, file in source.items()}

@@ -1,7 +1,5 @@
 """The recorded models of fixtures/, their weights merged here and not by the converter."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -50,7 +48,7 @@ def pixel_values(name: str) -> Tensor:
     """The recorded input as the original normalises it, (batch, 3, height, width) float32.
 
     In the memory format of decoded pictures, which decides how the patch convolution rounds:
-    with it, outputs are equal to the recorded ones to the last bit on a like CPU.
+    with it, patch embeddings are equal to the recorded ones to the last bit.
     """
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
