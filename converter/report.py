@@ -1,6 +1,7 @@
 """What was planned, done and found, for people who read a terminal."""
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from converter.catalog import CATALOG
@@ -45,7 +46,10 @@ def _source(source: Fetched) -> str:
     size = _size(source.size)
     if source.repo_id:
         return f"{source.repo_id} at {source.revision}, {source.weights.name} ({size})"
-    return f"{source.weights} ({size})"
+    path = source.weights.absolute()
+    if path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    return f"{path} ({size})"
 
 
 def _pair(pair: Iterable[PairCheck]) -> list[str]:
@@ -95,15 +99,14 @@ def verdict(found: Verdict) -> list[str]:
 
 def _differences(figures: Mapping[str, Any]) -> str:
     """The largest difference of each kind of tensor, such as hidden_states for all its layers."""
-    largest: dict[str, float | None] = {}
+    largest: dict[str, float] = {}
     for name, compared in figures["compared"].items():
         kind = name.rstrip("0123456789").rstrip(".")
-        values = [compared["max_abs"], largest.get(kind, 0.0)]
-        largest[kind] = None if None in values else max(values)
-    shown = ", ".join(
-        f"{kind} {'not to be compared' if value is None else f'{value:.2g}'}"
-        for kind, value in largest.items()
-    )
+        if compared["max_abs"] is not None:  # None where shapes differ, or a value is no number
+            largest[kind] = max(compared["max_abs"], largest.get(kind, 0.0))
+    if not largest:
+        return "no tensor can be compared"
+    shown = ", ".join(f"{kind} {value:.2g}" for kind, value in largest.items())
     relative = figures["relative_tolerance"]
     tolerance = f"{relative:.1%} of the range" if relative else f"{figures['tolerance']:g}"
     return f"largest differences {shown} (tolerance {tolerance})"

@@ -7,8 +7,17 @@ import pytest
 from conftest import FIXTURES
 from hub_server import Hub
 
+from converter.catalog import CATALOG
 from converter.errors import AccessError, UnreadableFileError, UsageError
-from converter.sources import Access, Fetched, HubSource, LocalSource, fetch, parse_source
+from converter.sources import (
+    OPEN_BACKBONES,
+    Access,
+    Fetched,
+    HubSource,
+    LocalSource,
+    fetch,
+    parse_source,
+)
 
 FOLDER = FIXTURES / "tiny_panoptic_64"
 BACKBONE, DELTA = "facebook/backbone", "tue-mps/delta"
@@ -168,6 +177,20 @@ def test_a_gated_repository_says_where_to_ask_and_how_to_log_in(hub: Hub) -> Non
         assert f"https://huggingface.co/{BACKBONE}" in caught.value.remedy
         assert "hf auth login" in caught.value.remedy
         assert "hf_secret" not in str(caught.value)
+
+
+def test_a_gated_backbone_offers_the_copy_that_is_not(hub: Hub) -> None:
+    repo = "facebook/dinov3-vitl16-pretrain-lvd1689m"
+    hub.create_repo(repo, {"config.json": b"{}", "model.safetensors": b""}, gated=True)
+
+    with pytest.raises(AccessError) as caught:
+        fetch(HubSource(repo), Access())
+    assert "--backbone timm/vit_large_patch16_dinov3.lvd1689m" in caught.value.remedy
+    assert "licence holds" in caught.value.remedy
+
+
+def test_every_published_backbone_has_a_copy_that_is_not_gated() -> None:
+    assert {entry.backbone for entry in CATALOG if not entry.offline} <= set(OPEN_BACKBONES)
 
 
 def test_a_gated_repository_opens_to_who_has_access(hub: Hub) -> None:
