@@ -2,8 +2,9 @@
 
     python benchmarks/transformers_way.py BACKBONE_FOLDER DELTA_FILE OUTPUT_FOLDER
 
-Both files are mapped, not read ahead, and the model is built without initial weights, so that
-nothing is computed or copied that the result doesn't need. Digests are not computed.
+The files are loaded and the model is built as transformers' own script does it
+(models/eomt_dinov3/convert_eomt_dinov3_to_hf.py, in its pull request): without initial weights, the
+merged ones assigned. Digests are not computed.
 """
 
 import json
@@ -94,7 +95,7 @@ def main(backbone: Path, delta: Path, output: Path) -> None:
     config = json.loads((backbone / "config.json").read_text())
     state = merged(
         load_file(backbone / "model.safetensors"),
-        torch.load(delta, map_location="cpu", weights_only=True, mmap=True),
+        torch.load(delta, map_location="cpu", weights_only=True),
     )
     with torch.device("meta"):
         model = EomtDinov3ForUniversalSegmentation(model_config(config, state))

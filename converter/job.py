@@ -96,6 +96,11 @@ class Inputs:
 def choose_source(
     given: str | None, entry: Checkpoint | None, role: Literal["backbone", "delta"]
 ) -> LocalSource | HubSource:
+    """Where weights come from: what was given, or else the catalogue's.
+
+    Raises:
+        UsageError: neither was, or what was given is no path and no repository.
+    """
     if given:
         return parse_source(given)
     if entry:
@@ -107,11 +112,21 @@ def choose_source(
 
 
 def role_of(weights: WeightsKind) -> Source:
+    """What a plan calls the file with EoMT's weights."""
     return "delta" if weights == "delta" else "weights"
 
 
 def open_inputs(job: Job, access: Access, stack: ExitStack, *, dry_run: bool) -> Inputs:
-    """Fetches and opens EoMT's weights, and the backbone if they are a delta to one."""
+    """Fetches and opens EoMT's weights, and the backbone if they are a delta to one.
+
+    Raises:
+        UsageError: more must be said of weights that the catalogue does not have.
+        AccessError, UnreadableFileError: as in `fetch`, and of the files' headers.
+        EomtConvertError: whether the weights are a delta or absolute cannot be told.
+    """
+    if job.checkpoint and job.backbone and job.eomt == job.checkpoint.source("delta"):
+        # a backbone without access is found out before gigabytes are fetched
+        fetch_config(job.backbone, access)
     eomt = fetch(job.eomt, access)
     eomt_file = open_tensors(eomt.weights)
     stack.enter_context(eomt_file)
@@ -181,10 +196,13 @@ def _backbone_config(
     if converted:
         config = fetched["weights"].config if "weights" in fetched else None
         return read_model_config(config) if config else None
+    catalogued = job.checkpoint and job.backbone == job.checkpoint.source("backbone")
     if "backbone" in fetched:
         beside = fetched["backbone"].config
-    else:
-        beside = fetch_config(job.backbone, access) if job.backbone else None
+    elif job.backbone and not (catalogued and isinstance(job.backbone, HubSource)):
+        beside = fetch_config(job.backbone, access)
+    else:  # shapes tell all of a published one, which may be gated
+        beside = None
     # timm's repositories have a config.json too, of another kind
     if beside and read_json_object(beside).get("model_type") is not None:
         return read_backbone_config(beside)
@@ -195,6 +213,11 @@ def _backbone_config(
 
 
 def choose_class_names(job: Job, inputs: Inputs, count: int) -> ClassNames:
+    """The names of a model's classes: the given ones, the catalogue's, its own, or placeholders.
+
+    Raises:
+        EomtConvertError: there are not as many names as classes.
+    """
     if job.labels:
         classes, origin = class_names.read(job.labels), str(job.labels)
     elif job.checkpoint:

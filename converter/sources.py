@@ -140,23 +140,12 @@ def fetch_config(source: LocalSource | HubSource, access: Access) -> Path | None
         config = folder / "config.json"
         return config if config.is_file() else None
 
-    import huggingface_hub
-    from huggingface_hub import constants, errors
-
-    offline = access.local_files_only or constants.HF_HUB_OFFLINE
+    if _offline(access):
+        return _find_in_cache(source, access).config
     with _explained(source):
-        try:
-            downloaded = huggingface_hub.hf_hub_download(
-                source.repo_id,
-                "config.json",
-                revision=source.revision,
-                token=access.token,
-                cache_dir=access.cache_dir,
-                local_files_only=offline,
-            )
-        except errors.RemoteEntryNotFoundError:
-            return None
-    return Path(downloaded)
+        if "config.json" in _list_files(source, access):
+            return _download_file(source, "config.json", access)
+    return None
 
 
 def _find(path: Path) -> Fetched:
@@ -201,42 +190,51 @@ def _no_weights(place: str, names: Sequence[str]) -> str:
     return f"{place} has no file of weights ({', '.join(_WEIGHT_FILES)} or another *.safetensors)."
 
 
-def _download(source: HubSource, access: Access) -> Fetched:
-    import huggingface_hub
+def _offline(access: Access) -> bool:
     from huggingface_hub import constants
 
-    if access.local_files_only or constants.HF_HUB_OFFLINE:
+    return access.local_files_only or constants.HF_HUB_OFFLINE
+
+
+def _list_files(source: HubSource, access: Access) -> list[str]:
+    from huggingface_hub import HfApi
+
+    info = HfApi(token=access.token).model_info(source.repo_id, revision=source.revision)
+    return [sibling.rfilename for sibling in info.siblings or ()]
+
+
+def _download_file(source: HubSource, name: str, access: Access) -> Path:
+    import huggingface_hub
+
+    return Path(
+        huggingface_hub.hf_hub_download(
+            source.repo_id,
+            name,
+            revision=source.revision,
+            token=access.token,
+            cache_dir=access.cache_dir,
+        )
+    )
+
+
+def _download(source: HubSource, access: Access) -> Fetched:
+    if _offline(access):
         return _find_in_cache(source, access)
     with _explained(source):
-        api = huggingface_hub.HfApi(token=access.token)
-        info = api.model_info(source.repo_id, revision=source.revision)
-        names = [sibling.rfilename for sibling in info.siblings or ()]
+        names = _list_files(source, access)
         name = _choose_weights(names)
         if name is None:
             raise AccessError(_no_weights(f"{source.repo_id} at {source.revision}", names))
-        revision = source.revision
-
-        def download(name: str) -> Path:
-            return Path(
-                huggingface_hub.hf_hub_download(
-                    source.repo_id,
-                    name,
-                    revision=revision,
-                    token=access.token,
-                    cache_dir=access.cache_dir,
-                )
-            )
-
-        weights = download(name)
+        weights = _download_file(source, name, access)
         # The first download resolves the branch, and notes in the cache what it resolved to; the
         # rest comes from that very commit. The path is .../snapshots/COMMIT/NAME.
-        revision = weights.parent.name
-        config = download("config.json") if "config.json" in names else None
+        pinned = HubSource(source.repo_id, weights.parent.name)
+        config = _download_file(pinned, "config.json", access) if "config.json" in names else None
         shards: tuple[Path, ...] = ()
         if name.endswith(".index.json"):
-            shards = tuple(download(shard) for shard in shard_names(weights))
+            shards = tuple(_download_file(pinned, shard, access) for shard in shard_names(weights))
     return Fetched(
-        weights, config, source.repo_id, revision, shards, _hub_digests((weights, *shards))
+        weights, config, source.repo_id, pinned.revision, shards, _hub_digests((weights, *shards))
     )
 
 

@@ -47,7 +47,7 @@ class EomtDinov3PreTrainedModel(
     `cache_dir`, `local_files_only`, `force_download`) and, besides:
 
         config: an EomtDinov3Config instead of the config.json that is there.
-        dtype: torch.dtype of the weights; by default as in the file.
+        dtype: of the weights, a torch.dtype or its name; by default, or "auto", as in the file.
         device: where the weights go; by default the CPU.
 
     It reads `model.safetensors`, or the shards of `model.safetensors.index.json`, never pickles.
@@ -80,7 +80,7 @@ class EomtDinov3PreTrainedModel(
         local_files_only: bool,
         token: str | bool | None,
         config: EomtDinov3Config | dict[str, Any] | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: str | torch.device = "cpu",
     ) -> Self:
         def fetch(name: str) -> Path:
@@ -102,7 +102,8 @@ class EomtDinov3PreTrainedModel(
             config = EomtDinov3Config.from_file(fetch("config.json"))
         with torch.device("meta"):
             model = cls(config)
-        state = _read(_weight_files(model_id, fetch), model.state_dict(), dtype, str(device))
+        files = _weight_files(model_id, fetch)
+        state = _read(files, model.state_dict(), _torch_dtype(dtype), str(device))
         model.load_state_dict(state, assign=True)
         return model.eval()
 
@@ -115,6 +116,15 @@ class EomtDinov3PreTrainedModel(
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         save_file(state, unfinished, metadata={"format": "pt"})
         unfinished.replace(save_directory / SAFETENSORS_SINGLE_FILE)
+
+
+def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype {dtype!r} is no floating point type of torch")
+    return found
 
 
 def _weight_files(model_id: str, fetch: Callable[[str], Path]) -> list[Path]:

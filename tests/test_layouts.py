@@ -12,7 +12,13 @@ from hub_server import Hub
 from safetensors.torch import load_file, save_file
 
 import converter
-from converter.errors import EomtConvertError, PlanError, UnreadableFileError, UsageError
+from converter.errors import (
+    AccessError,
+    EomtConvertError,
+    PlanError,
+    UnreadableFileError,
+    UsageError,
+)
 
 BACKBONES = ("transformers", "sharded", "meta", "timm", "timm_qkvb")
 WEIGHTS = ("delta", "lightning delta", "compiled delta", "absolute", "lightning absolute")
@@ -262,6 +268,41 @@ def test_a_delta_without_a_backbone_says_what_it_needs(tmp_path: Path) -> None:
             task="panoptic",
             image_size=64,
         )
+
+
+def small_absolute(folder: Path) -> Path:
+    """Absolute weights with the names and shapes of the small published checkpoint."""
+    layouts = json.loads((FIXTURES / "layouts.json").read_text())
+    shapes = layouts["checkpoints"]["coco_panoptic_eomt_small_640_dinov3"]["delta"]
+    torch.save({name: torch.full(shape, 0.5) for name, shape in shapes.items()}, folder / "a.ckpt")
+    return folder / "a.ckpt"
+
+
+def test_absolute_weights_of_a_published_size_ask_the_hub_for_nothing(
+    hub: Hub, tmp_path: Path
+) -> None:
+    conversion = converter.convert(
+        "coco_panoptic_small_640", tmp_path / "out", delta=str(small_absolute(tmp_path))
+    )
+
+    assert hub.requests == []
+    assert conversion.plan.config.num_attention_heads == 6
+    assert conversion.verdict.verdict == "unverified"
+
+
+def test_a_gated_backbone_is_found_out_before_the_delta_is_fetched(
+    hub: Hub, tmp_path: Path
+) -> None:
+    delta, backbone = (
+        "tue-mps/coco_panoptic_eomt_small_640_dinov3",
+        "facebook/dinov3-vits16-pretrain-lvd1689m",
+    )
+    hub.create_repo(delta, {"pytorch_model.bin": b"large"})
+    hub.create_repo(backbone, {"config.json": b"{}", "model.safetensors": b""}, gated=True)
+
+    with pytest.raises(AccessError, match="is gated"):
+        converter.convert("coco_panoptic_small_640", tmp_path / "out")
+    assert hub.served == []
 
 
 # already in transformers' layout ---------------------------------------------------------------
