@@ -1,5 +1,6 @@
 """What was planned, done and found, for people who read a terminal."""
 
+import textwrap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def verdict(found: Verdict) -> list[str]:
             line += f": {_differences(figures)}"
         elif level.reason and level.reason != found.reason:
             line += f": {level.reason}"
-        lines.append(line)
+        lines += textwrap.wrap(line, 100, subsequent_indent=" " * 13, break_on_hyphens=False)
     return lines
 
 
@@ -109,7 +110,7 @@ def _differences(figures: Mapping[str, Any]) -> str:
     shown = ", ".join(f"{kind} {value:.2g}" for kind, value in largest.items())
     relative = figures["relative_tolerance"]
     tolerance = f"{relative:.1%} of the range" if relative else f"{figures['tolerance']:g}"
-    return f"largest differences {shown} (tolerance {tolerance})"
+    return f"tolerance {tolerance}, largest differences {shown}"
 
 
 def plan_table(plan: Plan) -> str:
