@@ -78,6 +78,19 @@ class TensorInfo:
 
 
 def read_header(file: BinaryIO, size: int, path: Path) -> tuple[str, Mapping[str, TensorInfo]]:
+    """Reads what a file holds, from its first byte on.
+
+    Args:
+        file: the file, open.
+        size: its size in bytes.
+        path: what to call it in messages.
+
+    Returns:
+        Its format, ``safetensors`` or ``torch``, and its tensors by name.
+
+    Raises:
+        UnreadableFileError: it is of neither format, or breaks the rules of its own.
+    """
     start = file.read(8)
     if size == 0:
         raise UnreadableFileError(f"{path} is empty.", "Fetch or copy it again.")

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -307,24 +306,13 @@ def _pairs(
         masks = recorded.numbered("masked.mask_logits")
         classes = recorded.numbered("masked.class_logits")
         if masks and len(masks) == len(classes):
-            with _masked_attention(model):
-                blocks = model(pixel_values, output_block_logits=True).block_logits
+            model.attn_mask_probs.fill_(1)  # as at the beginning of training; the model is ours
+            blocks = model(pixel_values, output_block_logits=True).block_logits
             recorded_blocks = list(zip(masks, classes, strict=True))
             for i, recorded_block in enumerate(recorded_blocks[:1] if rounded else recorded_blocks):
                 block = blocks[i] if i < len(blocks) else (torch.empty(0), torch.empty(0))
                 yield f"masked.mask_logits.{i}", block[0], recorded_block[0]
                 yield f"masked.class_logits.{i}", block[1], recorded_block[1]
-
-
-@contextmanager
-def _masked_attention(model: "EomtDinov3ForUniversalSegmentation") -> Iterator[None]:
-    """Masked attention in every block, as at the beginning of training."""
-    before = model.attn_mask_probs.clone()
-    model.attn_mask_probs.fill_(1)
-    try:
-        yield
-    finally:
-        model.attn_mask_probs.copy_(before)
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,17 @@ def test_a_gated_repository_ends_in_4_with_directions(command: Command, hub: Hub
     assert "hf_secret" not in result.output
 
 
+def test_a_token_that_got_into_a_message_is_not_shown(command: Command) -> None:
+    result = command(
+        *("--checkpoint", "tiny_panoptic_64", "--delta", "hf_secret.bin", "--token", "hf_secret"),
+        *("--json", "--debug"),
+    )
+
+    assert result.exit_code == 1
+    assert "[token].bin" in result.stderr
+    assert "hf_secret" not in result.output
+
+
 def test_what_is_not_in_the_cache_ends_in_4_when_offline(command: Command, hub: Hub) -> None:
     result = command("--checkpoint", "coco_panoptic_small_640", "--offline", "--json")
 

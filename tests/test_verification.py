@@ -153,14 +153,6 @@ def test_a_missing_tensor_fails_the_structure_by_name(model: Path, name: str) ->
     assert name in verdict.reason
 
 
-def test_masked_attention_is_switched_back_off(model: Path) -> None:
-    """The blocks are compared with masked attention; the logits of the next check without."""
-    first = converter.verify(model, recorded=TINY)
-    second = converter.verify(model, recorded=TINY)
-
-    assert first == second
-
-
 def test_a_model_without_its_history_is_checked_by_its_numbers(model: Path) -> None:
     (model / "conversion.json").unlink()
 
