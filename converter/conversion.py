@@ -216,7 +216,9 @@ def convert(
             pair += _check_digests(inputs, merged, allow_mismatch=allow_mismatch)
             _write_configs(job, inputs, plan, classes, stage.folder)
             if verify:
-                verdict = check(stage.folder, job.recorded, merged.tensors)
+                verdict = check(
+                    stage.folder, job.recorded, merged.tensors, allow_nonfinite=allow_nonfinite
+                )
             else:
                 verdict = unverified("Verification was switched off (--no-verify).")
             files = _write_history(job, inputs, plan, pair, merged, verdict, stage.folder)

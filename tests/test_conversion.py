@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import FIXTURES, NAMES
 from hub_server import Hub
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,7 @@ from converter.errors import (
     OutputError,
     OutputsDifferError,
     PlanError,
+    UnreadableFileError,
     UsageError,
 )
 
@@ -321,6 +323,23 @@ def test_a_backbone_of_unknown_size_needs_its_config(tmp_path: Path) -> None:
         **files,
     )
     assert conversion.verdict.verdict == "passed"
+
+
+def test_weights_that_are_no_numbers_are_converted_on_request(tmp_path: Path) -> None:
+    state = torch.load(TINY / "delta" / "pytorch_model.bin")
+    state["network.q.weight"][0, 0] = float("nan")
+    torch.save(state, tmp_path / "delta.bin")
+    files: dict[str, Any] = {"delta": str(tmp_path / "delta.bin"), "backbone": BACKBONE}
+    files |= {"output": tmp_path / "out", "task": "panoptic", "image_size": 64}
+
+    with pytest.raises(UnreadableFileError, match=r"network\.q\.weight .* NaN or infinity"):
+        converter.convert(**files)
+    assert names(tmp_path) == ["delta.bin"]
+
+    conversion = converter.convert(**files, allow_nonfinite=True)
+    assert conversion.verdict.verdict == "unverified"
+    with pytest.raises(OutputsDifferError):
+        converter.convert(**files, allow_nonfinite=True, force=True, recorded=TINY)
 
 
 @pytest.fixture
