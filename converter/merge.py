@@ -82,8 +82,8 @@ def merge(
     # SHA-256 takes most of the time and leaves the interpreter free: a thread for each input reads
     # and digests it, while the one that computes hands each chunk to two that digest and write it.
     with (
-        ThreadPoolExecutor(len(files) + 2) as threads,
         WeightsWriter(folder, sharding_of(plan, max_shard_size)) as writer,
+        ThreadPoolExecutor(len(files) + 2) as threads,  # ends before the writer, also on an error
     ):
         inputs = {source: threads.submit(file.digests) for source, file in files.items()}
         pending: list[Future[None]] = []

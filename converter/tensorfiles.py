@@ -7,12 +7,11 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shortened
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from converter.errors import UnreadableFileError
 from converter.headers import MAX_DESCRIPTION, parse_json_object, read_header
@@ -40,7 +39,7 @@ def open_tensors(path: Path) -> "TensorFile | ShardedTensorFile":
     return ShardedTensorFile(path) if path.suffix == ".json" else TensorFile(path)
 
 
-class TensorFile:
+class TensorFile(AbstractContextManager["TensorFile"]):
     """A file of weights, open for reading; a context manager.
 
     Attributes:
@@ -67,15 +66,7 @@ class TensorFile:
             self._file.close()
             raise
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def read(
@@ -154,7 +145,7 @@ class TensorFile:
         return count
 
 
-class ShardedTensorFile:
+class ShardedTensorFile(AbstractContextManager["ShardedTensorFile"]):
     """Weights in several safetensors files, with an index of them; a context manager.
 
     It is used like a `TensorFile`.
@@ -190,15 +181,7 @@ class ShardedTensorFile:
         self._shard_of = {name: shards[shard] for name, shard in weight_map.items()}
         self.tensors = {name: shard.tensors[name] for name, shard in self._shard_of.items()}
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def read(

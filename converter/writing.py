@@ -6,11 +6,10 @@ import math
 import re
 import struct
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from converter.errors import UsageError
 from converter.headers import ITEM_SIZES
@@ -121,7 +120,7 @@ def shard(
     return Sharding(tensors, files, json.dumps(index, indent=2, sort_keys=True).encode() + b"\n")
 
 
-class SafetensorsWriter:
+class SafetensorsWriter(AbstractContextManager["SafetensorsWriter"]):
     """Writes a safetensors file as a stream, its digest computed on the way; a context manager.
 
     Attributes:
@@ -139,15 +138,7 @@ class SafetensorsWriter:
         self._file = path.open("xb", buffering=0)
         self.write(header)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def write(self, data: "bytes | memoryview | Array") -> None:
@@ -170,7 +161,7 @@ class SafetensorsWriter:
         return self._digest.hexdigest()
 
 
-class WeightsWriter:
+class WeightsWriter(AbstractContextManager["WeightsWriter"]):
     """Writes weights as a stream, into as many files as a `Sharding` has; a context manager.
 
     At most two files are open at a time: the shard that is being filled, and one with a tensor of
@@ -191,15 +182,7 @@ class WeightsWriter:
             with (folder / WEIGHTS_INDEX).open("xb") as file:
                 file.write(sharding.index)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def write(self, data: "bytes | Array") -> None:

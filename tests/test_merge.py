@@ -3,6 +3,7 @@
 import hashlib
 import json
 import struct
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from converter.errors import UnreadableFileError
 from converter.merge import Merged, merge, round_to, sharding_of
 from converter.plan import make_plan
 from converter.tensorfiles import TensorFile
+from converter.writing import WeightsWriter
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,31 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path, value: float) -> 
 
     allowed = merged(backbone, delta, tmp_path / "allowed", allow_nonfinite=True)
     assert not load_file(allowed.path)["layers.1.mlp.up_proj.weight"].isfinite().all()
+
+
+def test_a_write_under_way_ends_before_the_files_are_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = []
+
+    class SlowWriter(WeightsWriter):
+        def write(self, data: Any) -> None:
+            time.sleep(0.02)
+            super().write(data)
+            events.append("written")
+
+        def __exit__(self, *error: object) -> None:
+            events.append("closed")
+            super().__exit__(*error)
+
+    monkeypatch.setattr(merging, "WeightsWriter", SlowWriter)
+    delta = changed_delta(
+        tmp_path, lambda state: state["network.class_head.weight"].fill_(float("nan"))
+    )
+
+    with pytest.raises(UnreadableFileError, match="NaN"):
+        merged(FIXTURES / "tiny_panoptic_64" / "backbone", delta, tmp_path / "out")
+    assert events == ["written", "written", "closed"]  # attn_mask_probs, class_predictor.bias
 
 
 def test_a_sum_that_overflows_is_named(tmp_path: Path) -> None:
