@@ -65,6 +65,11 @@ class BackboneConfig:
     pos_embed_rescale: float | None = 2.0
 
     @property
+    def size(self) -> tuple[int, int, bool]:
+        """(hidden size, layers, gated MLP), which tells the published architectures apart."""
+        return self.hidden_size, self.num_hidden_layers, self.use_gated_mlp
+
+    @property
     def num_upscale_blocks(self) -> int:
         """Steps from the patch grid to the masks: max(1, log2(patch_size) - 2).
 

@@ -206,14 +206,16 @@ def convert(
             verdict = unverified("Nothing was converted (--dry-run).")
             return Conversion(job, inputs, plan, (), None, {}, verdict)
 
-        pair = _check_pair(job, inputs, plan, allow_mismatch=allow_mismatch)
+        pair = _check_pair(job, inputs, plan)
+        _refuse_mismatch(pair, allow_mismatch=allow_mismatch)
         if check_backbone:
             pair += (check_outputs(inputs.files, plan, _path(image), access),)
             _refuse_mismatch(pair, allow_mismatch=allow_mismatch)
         size = sharding_of(plan, job.max_shard_size).size + _SMALL_FILES
         with staged(place, size=size) as stage:
             merged = _merge(job, plan, inputs, stage, allow_nonfinite, progress)
-            pair += _check_digests(inputs, merged, allow_mismatch=allow_mismatch)
+            pair += _check_digests(inputs, merged)
+            _refuse_mismatch(pair, allow_mismatch=allow_mismatch)
             _write_configs(job, inputs, plan, classes, stage.folder)
             if verify:
                 verdict = check(
@@ -281,45 +283,34 @@ def _check_image_size(job: Job, patch_size: int) -> None:
         )
 
 
-def _check_pair(
-    job: Job, inputs: Inputs, plan: Plan, *, allow_mismatch: bool
-) -> tuple[PairCheck, ...]:
-    pair: tuple[PairCheck, ...]
+def _check_pair(job: Job, inputs: Inputs, plan: Plan) -> tuple[PairCheck, ...]:
     if "backbone" not in inputs.files:
         evidence = inputs.evidence or signs_of_a_delta(inputs.files["weights"])
-        pair = (check_absolute(evidence),) if evidence else ()
-        _refuse_mismatch(pair, allow_mismatch=allow_mismatch)
-        return pair
+        return (check_absolute(evidence),) if evidence else ()
     published = job.checkpoint is not None and not job.checkpoint.offline
-    pair = check_pair(
+    return check_pair(
         inputs.files["backbone"],
         inputs.files["delta"],
         plan,
         expected_data="lvd1689m" if published else None,
     )
-    _refuse_mismatch(pair, allow_mismatch=allow_mismatch)
-    return pair
 
 
-def _check_digests(
-    inputs: Inputs, merged: Merged, *, allow_mismatch: bool
-) -> tuple[PairCheck, ...]:
+def _check_digests(inputs: Inputs, merged: Merged) -> tuple[PairCheck, ...]:
     """Holds what was read against the digests that the Hub gives."""
     checks = []
     for role, source in inputs.fetched.items():
         for name, (_, digest) in merged.inputs[role].items():
             expected = source.digests.get(name)
-            if expected is None:
-                continue
-            status: Literal["passed", "failed"] = "passed" if digest == expected else "failed"
-            finding = f"{name} of {source.repo_id} has the Hub's SHA-256"
-            if digest != expected:
+            file = f"{name} of {source.repo_id}"
+            if digest == expected:
+                checks.append(PairCheck("hub-digest", "passed", f"{file} has the Hub's SHA-256."))
+            elif expected is not None:
                 finding = (
-                    f"{name} of {source.repo_id} has the SHA-256 {digest[:12]}..., the Hub says "
-                    f"{expected[:12]}...: the download is damaged, delete it from the cache"
+                    f"{file} has the SHA-256 {digest[:12]}..., the Hub says {expected[:12]}...: "
+                    "the download is damaged, delete it from the cache."
                 )
-            checks.append(PairCheck("hub-digest", status, f"{finding}."))
-    _refuse_mismatch(tuple(checks), allow_mismatch=allow_mismatch)
+                checks.append(PairCheck("hub-digest", "failed", finding))
     return tuple(checks)
 
 
@@ -420,9 +411,7 @@ def _write_history(
             }
             for row in plan.rows
         },
-        "dropped": [
-            {"tensor": str(dropped.operand), "reason": dropped.reason} for dropped in plan.dropped
-        ],
+        "dropped": [dropped.to_dict() for dropped in plan.dropped],
         "pair": [check.to_dict() for check in pair],
         "verdict": verdict.record(),
     }

@@ -145,20 +145,23 @@ def _compute(
             return values
         case "copy":
             (operand,) = row.operands
-            return _read(operand, row, files, start, stop, buffer)
+            return read_operand(operand, row, files, start, stop, buffer)
         case "add":
             first, second = row.operands
             return np.add(
-                _read(first, row, files, start, stop, buffer),
-                _read(second, row, files, start, stop, addend),
+                read_operand(first, row, files, start, stop, buffer),
+                read_operand(second, row, files, start, stop, addend),
                 out=values,
             )
 
 
-def _read(
+def read_operand(
     operand: Operand, row: Row, files: Files, start: int, stop: int, out: "Array | None" = None
 ) -> "Array":
-    """Elements [start, stop) of an operand, which has as many as its row, in float32."""
+    """Elements [start, stop) of an operand, which has as many as its row, in float32.
+
+    They are read into ``out`` where they fit, as in `TensorFile.read`.
+    """
     import numpy as np
 
     if operand.part is None:
@@ -196,7 +199,7 @@ def _check_finite(
             "Choose --dtype bfloat16 or float32; --allow-nonfinite converts it all the same.",
         )
     for operand in row.operands:
-        if not np.isfinite(_read(operand, row, files, start, stop)).all():
+        if not np.isfinite(read_operand(operand, row, files, start, stop)).all():
             path = files[operand.source].path
             raise UnreadableFileError(
                 f"{operand.part} in the {operand.source} ({path.name}) holds NaN or infinity.",

@@ -6,7 +6,7 @@ that it was not made from. The result runs, and segments nonsense.
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +15,8 @@ from converter.backbones import KNOWN_BACKBONES, PICTURE_URL, describe, find_bac
 from converter.configs import IMAGE_MEAN, IMAGE_STD
 from converter.errors import AccessError, UnreadableFileError
 from converter.inspection import Evidence, decide
-from converter.layouts import DINOV3_META, Part, recognise, translate
+from converter.layouts import DINOV3_META, recognise, translate
+from converter.merge import Files, read_operand
 from converter.plan import Plan, Row
 from converter.sources import Access
 from converter.tensorfiles import ShardedTensorFile, TensorFile
@@ -258,25 +259,16 @@ def _large_rows(plan: Plan) -> list[Row]:
 
 def _pairs(backbone: File, delta: File, rows: list[Row]) -> "Iterator[tuple[Array, Array]]":
     """The first elements of the two operands of each row, as flat float32 arrays."""
-    files: Mapping[str, File] = {"backbone": backbone, "delta": delta}
+    files: Files = {"backbone": backbone, "delta": delta}
     for row in rows:
-        operands = []
-        for operand in row.operands:
-            if operand.part is not None:
-                file, count = files[operand.source], min(row.size, _ELEMENTS)
-                operands.append(_read(file, operand.part, row.size, count))
-        if len(operands) == 2:
-            yield operands[0], operands[1]
+        first, second = (
+            read_operand(operand, row, files, 0, min(row.size, _ELEMENTS))
+            for operand in row.operands
+        )
+        yield first, second
 
 
-def _read(file: File, part: Part, size: int, count: int | None = None) -> "Array":
-    begin = part.index * size
-    return file.read(part.name, begin, begin + (size if count is None else count)).astype("f4")
-
-
-def check_outputs(
-    files: Mapping[Any, File], plan: Plan, image: Path | None, access: Access
-) -> PairCheck:
+def check_outputs(files: Files, plan: Plan, image: Path | None, access: Access) -> PairCheck:
     """Runs the bare backbone and compares with the outputs that Meta's weights were recorded with.
 
     Raises:
@@ -284,13 +276,12 @@ def check_outputs(
         UnreadableFileError: it cannot be read.
     """
     name = "backbone-outputs"
-    config = plan.config
-    known = find_backbone((config.hidden_size, config.num_hidden_layers, config.use_gated_mlp))
+    known = find_backbone(plan.config.size)
     if "backbone" not in files or known is None:
         return PairCheck(name, "not checked", "Nothing is recorded for this backbone.")
     picture = image or _recorded_picture(access)
-    tokens = _run_backbone(files["backbone"], plan, picture)
-    first_patch = 1 + config.num_register_tokens
+    tokens = _run_backbone(files, plan, picture)
+    first_patch = 1 + plan.config.num_register_tokens
     difference = max(
         abs(value - recorded)
         for values, outputs in (
@@ -327,7 +318,7 @@ def _recorded_picture(access: Access) -> Path:
     return picture
 
 
-def _run_backbone(backbone: File, plan: Plan, picture: Path) -> "torch.Tensor":
+def _run_backbone(files: Files, plan: Plan, picture: Path) -> "torch.Tensor":
     """Normalised tokens (1, 1 + registers + patches, hidden) of a picture, in float32."""
     import numpy as np
     import torch
@@ -340,16 +331,12 @@ def _run_backbone(backbone: File, plan: Plan, picture: Path) -> "torch.Tensor":
             pixels = torch.from_numpy(np.array(opened.convert("RGB"), dtype=np.float32))
     except OSError as error:
         raise UnreadableFileError(f"{picture} is no picture that can be read: {error}.") from error
-    state = {}
-    for row in plan.rows:
-        for operand in row.operands:
-            if operand.source == "backbone":
-                values = (
-                    np.zeros(row.size, np.float32)
-                    if operand.part is None
-                    else _read(backbone, operand.part, row.size)
-                )
-                state[row.name] = torch.from_numpy(values).reshape(row.shape)
+    state = {
+        row.name: torch.from_numpy(read_operand(operand, row, files, 0, row.size)).view(row.shape)
+        for row in plan.rows
+        for operand in row.operands
+        if operand.source == "backbone"
+    }
     with torch.device("meta"):
         model = Dinov3Backbone(EomtDinov3Config.from_dict(asdict(plan.config)))
     model.load_state_dict(state, assign=True)

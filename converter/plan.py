@@ -31,16 +31,16 @@ Source = Literal["backbone", "delta", "weights"]
 Operation = Literal["add", "copy", "zeros", "class weights"]
 Tensors = Mapping[str, TensorInfo]
 
-# biases and parts that a backbone has or has not, by the field of its configuration that says so
+# biases and parts that a backbone has or has not, by the fields of its configuration that say so
 _OPTIONAL = {
-    "attention.q_proj.bias": "query_bias",
-    "attention.k_proj.bias": "key_bias",
-    "attention.v_proj.bias": "value_bias",
-    "attention.o_proj.bias": "proj_bias",
-    "mlp.up_proj.bias": "mlp_bias",
-    "mlp.down_proj.bias": "mlp_bias",
-    "mlp.gate_proj.weight": "use_gated_mlp",
-    "mlp.gate_proj.bias": "use_gated_mlp",
+    "attention.q_proj.bias": ("query_bias",),
+    "attention.k_proj.bias": ("key_bias",),
+    "attention.v_proj.bias": ("value_bias",),
+    "attention.o_proj.bias": ("proj_bias",),
+    "mlp.up_proj.bias": ("mlp_bias",),
+    "mlp.down_proj.bias": ("mlp_bias",),
+    "mlp.gate_proj.weight": ("use_gated_mlp",),
+    "mlp.gate_proj.bias": ("use_gated_mlp", "mlp_bias"),
 }
 
 # what files leave out where it is all zeros
@@ -119,6 +119,10 @@ class DroppedTensor:
     operand: Operand
     reason: str
 
+    def to_dict(self) -> dict[str, Any]:
+        """The tensor as JSON shows it."""
+        return {"tensor": str(self.operand), "reason": self.reason}
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -162,10 +166,7 @@ class Plan:
                 }
                 for row in self.rows
             ],
-            "dropped": [
-                {"tensor": str(dropped.operand), "reason": dropped.reason}
-                for dropped in self.dropped
-            ],
+            "dropped": [dropped.to_dict() for dropped in self.dropped],
         }
 
 
@@ -197,8 +198,8 @@ def make_plan(
     head = _Weights("delta" if base else "weights", eomt, "eomt")
     if base and head.translation.layout is EOMT_TRANSFORMERS:
         raise PlanError(
-            f"{head} are {EOMT_TRANSFORMERS.title}: converted already, not a delta.",
-            "Convert them again with --weights absolute, or check them with eomt-convert verify.",
+            f"The {head.source} is {EOMT_TRANSFORMERS.title}: converted already, not a delta.",
+            "Convert it again with --weights absolute, or check it with eomt-convert verify.",
         )
     if config is None:
         config = config_from_shapes(base.translation if base else head.translation)
@@ -254,9 +255,7 @@ def _numbered(pattern: str, config: BackboneConfig) -> list[str]:
     if not tensor:
         return [pattern]
     if prefix == "layers.":
-        if not getattr(config, _OPTIONAL.get(tensor, ""), True) or (
-            tensor == "mlp.gate_proj.bias" and not config.mlp_bias
-        ):
+        if not all(getattr(config, switch) for switch in _OPTIONAL.get(tensor, ())):
             return []
         return [pattern.format(i) for i in range(config.num_hidden_layers)]
     return [pattern.format(i) for i in range(config.num_upscale_blocks)]
@@ -283,9 +282,6 @@ class _Weights:
                 "Are --delta and --backbone swapped?",
             )
         self.translation: Translation = translate(tensors, layout)
-
-    def __str__(self) -> str:
-        return f"The {self.source}"
 
     @property
     def dropped(self) -> list[DroppedTensor]:
@@ -360,12 +356,11 @@ def _head_sizes(head: _Weights, cause: str) -> HeadSizes:
 
 
 def _likeliest_cause(base: _Weights | None, head: _Weights, config: BackboneConfig) -> str:
-    configured = (config.hidden_size, config.num_hidden_layers, config.use_gated_mlp)
     wanted = size_of(head.translation)
     found = size_of(base.translation) if base else wanted
-    if found != configured:
+    if found != config.size:
         return (
-            f"The backbone's config.json describes {describe(configured)}, its weights are of "
+            f"The backbone's config.json describes {describe(config.size)}, its weights are of "
             f"{describe(found)}: they do not belong together."
         )
     if found != wanted:

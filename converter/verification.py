@@ -30,7 +30,6 @@ TOLERANCE = 2e-4
 # Weights that were rounded move the outputs by a share of their range, for each element type.
 ROUNDED_TOLERANCES = {"BF16": 0.04, "F16": 0.005}
 
-
 # figures that are the same wherever and whenever they are taken
 _KEPT = ("tensors", "parameters", "recorded_sha256", "tolerance", "relative_tolerance")
 
@@ -210,9 +209,9 @@ def _load(folder: Path) -> "EomtDinov3ForUniversalSegmentation | Level":
 
     from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 
-    read_json_object(folder / "config.json")
+    values = read_json_object(folder / "config.json")
     try:
-        config = EomtDinov3Config.from_pretrained(folder)
+        config = EomtDinov3Config.from_dict(values)
     except (ValueError, TypeError, KeyError) as error:
         raise UnreadableFileError(f"{folder / 'config.json'}: {error}") from error
     try:

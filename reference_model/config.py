@@ -81,6 +81,7 @@ class EomtDinov3Config:
     pos_embed_rescale: float | None = 2.0
     num_queries: int = 200
     num_blocks: int = 4
+    # None asks for the rule, which __post_init__ fills in: an int ever after
     num_upscale_blocks: int = None  # type: ignore[assignment]
     no_object_weight: float = 0.1
     class_weight: float = 2.0

@@ -36,7 +36,8 @@ BACKBONE_NAMES = {"patch_embed.": "embeddings.", "blocks.": "layers.", "norm.": 
 
 
 def read_json(name: str, file: str) -> dict[str, Any]:
-    return json.loads((FIXTURES / name / file).read_text())  # type: ignore[no-any-return]
+    content: dict[str, Any] = json.loads((FIXTURES / name / file).read_text())
+    return content
 
 
 def recordings(name: str) -> dict[str, Tensor]:

@@ -33,7 +33,8 @@ def names(folder: Path) -> list[str]:
 
 
 def history(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "conversion.json").read_text())  # type: ignore[no-any-return]
+    content: dict[str, Any] = json.loads((folder / "conversion.json").read_text())
+    return content
 
 
 @pytest.mark.parametrize("name", NAMES)
