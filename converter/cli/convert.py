@@ -1,12 +1,7 @@
-"""The command line: parses, calls, prints."""
+"""``eomt-convert`` itself: conversions, and the group that the other commands belong to."""
 
-import json
-import os
 import signal
 import sys
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn
@@ -14,16 +9,17 @@ from typing import Any, Literal, NoReturn
 import click
 
 from converter.catalog import Task
-from converter.errors import EomtConvertError, OutputsDifferError, UsageError
+from converter.cli.session import (
+    SOURCE,
+    Session,
+    common_options,
+    hub_options,
+    progress_bar,
+)
+from converter.errors import UsageError
 from converter.inspection import WeightsKind
 from converter.job import Dtype
 from converter.version import __version__
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-
-# said of every option that can name a file, a folder or a Hub repository
-SOURCE = "PATH|REPO[@REV]"
-
 
 # \b keeps click from joining the lines that follow
 HELP = """Convert EoMT-DINOv3 delta weights into a model that transformers loads, and check it.
@@ -49,89 +45,6 @@ class ImageSize(click.ParamType[tuple[int, int]]):
         if len(parts) > 2 or not all(part.isdecimal() and int(part) for part in parts):
             self.fail(f"{value!r} is neither a number of pixels nor HEIGHTxWIDTH.", param, ctx)
         return int(parts[0]), int(parts[-1])
-
-
-class Session:
-    """What every command shares: how it prints, and how it ends."""
-
-    def __init__(self, *, as_json: bool, debug: bool, token: str | None = None) -> None:
-        self.as_json = as_json
-        self.debug = debug
-        self.token = token
-
-    def show(self, text: str, content: dict[str, Any]) -> None:
-        """Prints a result: its text, or with --json its one JSON object."""
-        click.echo(json.dumps(content, indent=2, ensure_ascii=False) if self.as_json else text)
-
-    def fail(self, error: EomtConvertError) -> NoReturn:
-        """Ends the command with what happened and what to do about it."""
-        if self.debug:
-            self.say("".join(traceback.format_exception(error)))
-        self.say(f"Error: {error}")
-        if isinstance(error, OutputsDifferError):
-            from converter import report
-
-            self.say("\n".join(report.verdict(error.conversion.verdict)))
-        if self.as_json:
-            content: dict[str, Any] = {
-                "error": {
-                    "message": self._without_token(error.message),
-                    "remedy": self._without_token(error.remedy),
-                    "exit_code": error.exit_code,
-                }
-            }
-            if isinstance(error, OutputsDifferError):
-                content |= error.conversion.to_dict()
-            click.echo(json.dumps(content, indent=2, ensure_ascii=False))
-        sys.exit(error.exit_code)
-
-    def say(self, text: str) -> None:
-        """Prints what is not the result, such as a warning."""
-        click.echo(self._without_token(text), err=True)
-
-    def _without_token(self, text: str) -> str:
-        for token in (self.token, os.environ.get("HF_TOKEN")):
-            text = text.replace(token, "[token]") if token else text
-        return text
-
-    @contextmanager
-    def errors(self) -> Iterator[None]:
-        """Turns errors that a user can meet into messages and exit codes."""
-        try:
-            yield
-        except EomtConvertError as error:
-            self.fail(error)
-        except KeyboardInterrupt:
-            self.say("Interrupted; nothing was left behind.")
-            sys.exit(INTERRUPTED)
-
-
-def hub_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of every command that may reach the Hub."""
-    for option in (
-        click.option(
-            "--token",
-            metavar="TOKEN",
-            help="Token for the Hub. HF_TOKEN or `hf auth login` keep it out of your shell's "
-            "history and the list of processes.",
-        ),
-        click.option(
-            "--cache-dir",
-            type=click.Path(path_type=Path),
-            help="Where downloads are kept. [default: the Hub's cache]",
-        ),
-        click.option("--offline", is_flag=True, help="Use the cache alone, like HF_HUB_OFFLINE=1."),
-    ):
-        command = option(command)
-    return command
-
-
-def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of every command."""
-    command = click.option("--debug", is_flag=True, help="Show where an error comes from.")(command)
-    return click.option(
-        "--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else."
-    )(command)
 
 
 @click.group(
@@ -254,7 +167,7 @@ def main(
         from converter import report
         from converter.conversion import convert
 
-        with _progress_bar(sys.stderr.isatty() and not as_json) as progress:
+        with progress_bar(sys.stderr.isatty() and not as_json) as progress:
             conversion = convert(
                 checkpoint,
                 output,
@@ -295,94 +208,3 @@ def main(
 def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
     """Ends a run that is asked to stop as Ctrl+C does: cleaned up."""
     raise KeyboardInterrupt
-
-
-@contextmanager
-def _progress_bar(shown: bool) -> Iterator[Callable[[str, int, int], None]]:
-    if not shown:
-        yield lambda *_: None
-        return
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
-    ) as bars:
-        tasks: dict[str, Any] = {}
-
-        def advance(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done)
-
-        yield advance
-
-
-@main.command("list")
-@common_options
-def list_command(as_json: bool, debug: bool) -> None:
-    """Show the catalogue: the checkpoints that have a name."""
-    from converter import report
-    from converter.catalog import CATALOG
-
-    Session(as_json=as_json, debug=debug).show(
-        report.catalogue_table(), {"checkpoints": [entry.to_dict() for entry in CATALOG]}
-    )
-
-
-@main.command("inspect")
-@click.argument("source", metavar="PATH|REPO")
-@hub_options
-@common_options
-def inspect_command(
-    source: str,
-    token: str | None,
-    cache_dir: Path | None,
-    offline: bool,
-    as_json: bool,
-    debug: bool,
-) -> None:
-    """Show what is in a file of weights: layout, tensors, and whether it is a delta."""
-    session = Session(as_json=as_json, debug=debug, token=token)
-    with session.errors():
-        from converter import report
-        from converter.inspection import inspect
-        from converter.sources import Access, fetch, parse_source
-        from converter.tensorfiles import open_tensors
-
-        fetched = fetch(parse_source(source), Access(token, cache_dir, offline))
-        with open_tensors(fetched.weights) as file:
-            found = inspect(file)
-        session.show(report.inspection(found), found.to_dict())
-
-
-@main.command("verify")
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "--recorded",
-    type=click.Path(path_type=Path),
-    help="Recorded outputs: a folder, or its recorded.safetensors. [default: those that come with "
-    "an offline checkpoint]",
-)
-@common_options
-def verify_command(model: Path, recorded: Path | None, as_json: bool, debug: bool) -> None:
-    """Check the model in a folder against recorded outputs and its own conversion.json.
-
-    Exit codes: 0 passed or unverified, 3 failed, 1 unreadable.
-    """
-    session = Session(as_json=as_json, debug=debug)
-    with session.errors():
-        from converter import report
-        from converter.verification import verify
-
-        found = verify(model, recorded=recorded)
-        session.show("\n".join(report.verdict(found)), found.to_dict())
-        if found.verdict == "failed":
-            sys.exit(OutputsDifferError.exit_code)

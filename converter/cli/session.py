@@ -1,0 +1,130 @@
+"""What every command shares: its options, how it prints, and how it ends."""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import click
+
+from converter.errors import EomtConvertError, OutputsDifferError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+# said of every option that can name a file, a folder or a Hub repository
+SOURCE = "PATH|REPO[@REV]"
+
+
+class Session:
+    """How a command prints, and how it ends."""
+
+    def __init__(self, *, as_json: bool, debug: bool, token: str | None = None) -> None:
+        self.as_json = as_json
+        self.debug = debug
+        self.token = token
+
+    def show(self, text: str, content: dict[str, Any]) -> None:
+        """Prints a result: its text, or with --json its one JSON object."""
+        click.echo(json.dumps(content, indent=2, ensure_ascii=False) if self.as_json else text)
+
+    def fail(self, error: EomtConvertError) -> NoReturn:
+        """Ends the command with what happened and what to do about it."""
+        if self.debug:
+            self.say("".join(traceback.format_exception(error)))
+        self.say(f"Error: {error}")
+        if isinstance(error, OutputsDifferError):
+            from converter import report
+
+            self.say("\n".join(report.verdict(error.conversion.verdict)))
+        if self.as_json:
+            content: dict[str, Any] = {
+                "error": {
+                    "message": self._without_token(error.message),
+                    "remedy": self._without_token(error.remedy),
+                    "exit_code": error.exit_code,
+                }
+            }
+            if isinstance(error, OutputsDifferError):
+                content |= error.conversion.to_dict()
+            click.echo(json.dumps(content, indent=2, ensure_ascii=False))
+        sys.exit(error.exit_code)
+
+    def say(self, text: str) -> None:
+        """Prints what is not the result, such as a warning."""
+        click.echo(self._without_token(text), err=True)
+
+    def _without_token(self, text: str) -> str:
+        for token in (self.token, os.environ.get("HF_TOKEN")):
+            text = text.replace(token, "[token]") if token else text
+        return text
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Turns errors that a user can meet into messages and exit codes."""
+        try:
+            yield
+        except EomtConvertError as error:
+            self.fail(error)
+        except KeyboardInterrupt:
+            self.say("Interrupted; nothing was left behind.")
+            sys.exit(INTERRUPTED)
+
+
+def hub_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of every command that may reach the Hub."""
+    for option in (
+        click.option(
+            "--token",
+            metavar="TOKEN",
+            help="Token for the Hub. HF_TOKEN or `hf auth login` keep it out of your shell's "
+            "history and the list of processes.",
+        ),
+        click.option(
+            "--cache-dir",
+            type=click.Path(path_type=Path),
+            help="Where downloads are kept. [default: the Hub's cache]",
+        ),
+        click.option("--offline", is_flag=True, help="Use the cache alone, like HF_HUB_OFFLINE=1."),
+    ):
+        command = option(command)
+    return command
+
+
+def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options of every command."""
+    command = click.option("--debug", is_flag=True, help="Show where an error comes from.")(command)
+    return click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON object, and nothing else."
+    )(command)
+
+
+@contextmanager
+def progress_bar(shown: bool) -> Iterator[Callable[[str, int, int], None]]:
+    if not shown:
+        yield lambda *_: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
+    ) as bars:
+        tasks: dict[str, Any] = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done)
+
+        yield advance
