@@ -10,7 +10,16 @@ from typing import Any, Literal
 from converter.catalog import Checkpoint, Task, find
 from converter.class_names import ClassNames
 from converter.configs import model_config, preprocessor_config, write_json
-from converter.errors import MismatchError, NotVerifiedError, OutputsDifferError, UsageError
+from converter.downloads import arrived_damaged
+from converter.errors import (
+    MismatchError,
+    NotVerifiedError,
+    OutputsDifferError,
+    PlanError,
+    UnreadableFileError,
+    UsageError,
+)
+from converter.hub import Access
 from converter.inspection import WeightsKind, signs_of_a_delta
 from converter.job import (
     DTYPES,
@@ -27,7 +36,7 @@ from converter.merge import Digests, Merged, merge, sharding_of
 from converter.pairing import PairCheck, check_absolute, check_outputs, check_pair
 from converter.plan import Plan, Source, make_plan
 from converter.recorded import find_recorded
-from converter.sources import Access, Fetched
+from converter.sources import Fetched, HubSource, discard_damaged
 from converter.staging import Stage, check_place, staged
 from converter.verification import Verdict, check, unverified
 from converter.version import __version__
@@ -159,6 +168,7 @@ def convert(
     Raises:
         UsageError: a name is unknown, or what was given is not enough or contradicts itself.
         AccessError: a repository or a file in it is missing, gated, or not in the cache.
+        HubUnavailableError: the Hub is down, out of reach, or asks to wait.
         UnreadableFileError: a file is missing, broken, or of another kind than it should be.
         PlanError: the weights do not add up to a model.
         MismatchError: delta and backbone do not belong together.
@@ -181,8 +191,13 @@ def convert(
         recorded=_recorded(recorded, entry),
         dtype=dtype,
         max_shard_size=_bytes(max_shard_size),
+        verify=verify,
+        check_backbone=check_backbone,
+        image=_path(image),
+        allow_mismatch=allow_mismatch,
+        allow_nonfinite=allow_nonfinite,
     )
-    _check_requirements(job, verify=verify, required=require_verified)
+    _check_requirements(job, required=require_verified)
     place = _place(job, output)
     rejected = place.with_name(f"{place.name}.unverified")
     if not dry_run:
@@ -191,35 +206,50 @@ def convert(
             check_place(rejected, force=force)
 
     access = Access(token, _path(cache_dir), local_files_only)
-    with ExitStack() as stack:
-        inputs = open_inputs(job, access, stack, dry_run=dry_run)
-        plan = make_plan(
-            inputs.files[role_of(inputs.weights)].tensors,
-            inputs.files["backbone"].tensors if "backbone" in inputs.files else None,
-            inputs.backbone_config,
-            backbone_layout=BACKBONE_LAYOUTS[backbone_layout] if backbone_layout else None,
-            dtype=DTYPES[dtype],
-        )
-        classes = choose_class_names(job, inputs, plan.heads.num_classes)
-        _check_image_size(job, plan.config.patch_size)
-        if dry_run:
-            verdict = unverified("Nothing was converted (--dry-run).")
-            return Conversion(job, inputs, plan, (), None, {}, verdict)
+    if dry_run:
+        return _plan(job, access)
+    try:
+        return _carry_out(job, access, place, rejected if keep_unverified else None, progress)
+    except (UnreadableFileError, PlanError, MismatchError):
+        # a file that arrived damaged may look like anything; one more download tells
+        if access.offline or not _discard_damaged(job, access):
+            raise
+    try:
+        return _carry_out(job, access, place, rejected if keep_unverified else None, progress)
+    except (UnreadableFileError, PlanError, MismatchError) as error:
+        if damaged := _discard_damaged(job, access):
+            raise arrived_damaged(*damaged[0]) from error
+        raise
 
+
+def _plan(job: Job, access: Access) -> Conversion:
+    with ExitStack() as stack:
+        inputs = open_inputs(job, access, stack, dry_run=True)
+        plan, _ = _make_plan(job, inputs)
+    verdict = unverified("Nothing was converted (--dry-run).")
+    return Conversion(job, inputs, plan, (), None, {}, verdict)
+
+
+def _carry_out(
+    job: Job, access: Access, place: Path, rejected: Path | None, progress: Progress
+) -> Conversion:
+    """Converts, and publishes the result to its place; one that fails, to ``rejected`` if any."""
+    with ExitStack() as stack:
+        inputs = open_inputs(job, access, stack, dry_run=False)
+        plan, classes = _make_plan(job, inputs)
         pair = _check_pair(job, inputs, plan)
-        _refuse_mismatch(pair, allow_mismatch=allow_mismatch)
-        if check_backbone:
-            pair += (check_outputs(inputs.files, plan, _path(image), access),)
-            _refuse_mismatch(pair, allow_mismatch=allow_mismatch)
+        _refuse_mismatch(pair, allow_mismatch=job.allow_mismatch)
+        if job.check_backbone:
+            pair += (check_outputs(inputs.files, plan, job.image, access),)
+            _refuse_mismatch(pair, allow_mismatch=job.allow_mismatch)
         size = sharding_of(plan, job.max_shard_size).size + _SMALL_FILES
         with staged(place, size=size) as stage:
-            merged = _merge(job, plan, inputs, stage, allow_nonfinite, progress)
+            merged = _merge(job, plan, inputs, stage, progress)
             pair += _check_digests(inputs, merged)
-            _refuse_mismatch(pair, allow_mismatch=allow_mismatch)
             _write_configs(job, inputs, plan, classes, stage.folder)
-            if verify:
+            if job.verify:
                 verdict = check(
-                    stage.folder, job.recorded, merged.tensors, allow_nonfinite=allow_nonfinite
+                    stage.folder, job.recorded, merged.tensors, allow_nonfinite=job.allow_nonfinite
                 )
             else:
                 verdict = unverified("Verification was switched off (--no-verify).")
@@ -227,16 +257,37 @@ def convert(
             if verdict.verdict != "failed":
                 stage.publish(place)
                 return Conversion(job, inputs, plan, pair, place, files, verdict)
-            if keep_unverified:
+            if rejected:
                 stage.publish(rejected)
-            kept = rejected if keep_unverified else None
             raise OutputsDifferError(
                 f"The converted model is not right: {verdict.reason}",
-                f"It was kept as {kept}, to look at."
-                if kept
+                f"It was kept as {rejected}, to look at."
+                if rejected
                 else f"Nothing was left at {place}; --keep-unverified keeps it beside.",
-                conversion=Conversion(job, inputs, plan, pair, kept, files, verdict),
+                conversion=Conversion(job, inputs, plan, pair, rejected, files, verdict),
             )
+
+
+def _make_plan(job: Job, inputs: Inputs) -> tuple[Plan, ClassNames]:
+    plan = make_plan(
+        inputs.files[role_of(inputs.weights)].tensors,
+        inputs.files["backbone"].tensors if "backbone" in inputs.files else None,
+        inputs.backbone_config,
+        backbone_layout=BACKBONE_LAYOUTS[job.backbone_layout] if job.backbone_layout else None,
+        dtype=DTYPES[job.dtype],
+    )
+    _check_image_size(job, plan.config.patch_size)
+    return plan, choose_class_names(job, inputs, plan.heads.num_classes)
+
+
+def _discard_damaged(job: Job, access: Access) -> list[tuple[str, str]]:
+    """Deletes what arrived damaged from the cache: names of files and their repositories."""
+    return [
+        (name, source.repo_id)
+        for source in (job.eomt, job.backbone)
+        if isinstance(source, HubSource)
+        for name in discard_damaged(source, access)
+    ]
 
 
 def _path(given: str | Path | None) -> Path | None:
@@ -256,8 +307,8 @@ def _recorded(given: str | Path | None, entry: Checkpoint | None) -> Path | None
     return find_recorded(place) if place else None
 
 
-def _check_requirements(job: Job, *, verify: bool, required: bool) -> None:
-    if required and not verify:
+def _check_requirements(job: Job, *, required: bool) -> None:
+    if required and not job.verify:
         raise UsageError("--require-verified and --no-verify contradict each other.")
     if required and job.recorded is None:
         raise NotVerifiedError(
@@ -297,7 +348,11 @@ def _check_pair(job: Job, inputs: Inputs, plan: Plan) -> tuple[PairCheck, ...]:
 
 
 def _check_digests(inputs: Inputs, merged: Merged) -> tuple[PairCheck, ...]:
-    """Holds what was read against the digests that the Hub gives."""
+    """Holds what was read against the digests that the Hub gives.
+
+    Raises:
+        UnreadableFileError: a file is not what the Hub says it is.
+    """
     checks = []
     for role, source in inputs.fetched.items():
         for name, (_, digest) in merged.inputs[role].items():
@@ -306,11 +361,11 @@ def _check_digests(inputs: Inputs, merged: Merged) -> tuple[PairCheck, ...]:
             if digest == expected:
                 checks.append(PairCheck("hub-digest", "passed", f"{file} has the Hub's SHA-256."))
             elif expected is not None:
-                finding = (
-                    f"{file} has the SHA-256 {digest[:12]}..., the Hub says {expected[:12]}...: "
-                    "the download is damaged, delete it from the cache."
+                raise UnreadableFileError(
+                    f"{file} is damaged in the cache: its SHA-256 is {digest[:12]}..., the Hub "
+                    f"says {expected[:12]}....",
+                    "Run once with a connection, to fetch it again.",
                 )
-                checks.append(PairCheck("hub-digest", "failed", finding))
     return tuple(checks)
 
 
@@ -327,9 +382,7 @@ def _refuse_mismatch(pair: tuple[PairCheck, ...], *, allow_mismatch: bool) -> No
 # writing ---------------------------------------------------------------------------------------
 
 
-def _merge(
-    job: Job, plan: Plan, inputs: Inputs, stage: Stage, allow_nonfinite: bool, progress: Progress
-) -> Merged:
+def _merge(job: Job, plan: Plan, inputs: Inputs, stage: Stage, progress: Progress) -> Merged:
     done, total = 0, sum(row.nbytes for row in plan.rows)
 
     def advance(count: int) -> None:
@@ -342,7 +395,7 @@ def _merge(
         inputs.files,
         stage.folder,
         max_shard_size=job.max_shard_size,
-        allow_nonfinite=allow_nonfinite,
+        allow_nonfinite=job.allow_nonfinite,
         advance=advance,
     )
 
@@ -384,6 +437,7 @@ def _write_history(
     files = dict(sorted({**merged.files, **_digests(configs)}.items()))
     history = {
         "tool": {"name": "eomt-convert", "version": __version__},
+        "command": job.command(),
         "checkpoint": job.checkpoint.name if job.checkpoint else None,
         "task": job.task,
         "dtype": job.dtype,

@@ -60,6 +60,10 @@ class OutputsDifferError(EomtConvertError):
         self.conversion = conversion
 
 
+class HubUnavailableError(EomtConvertError):
+    """The Hub is down, out of reach, or asks to wait: the same command may succeed later."""
+
+
 class AccessError(EomtConvertError):
     """A repository or file that is gated, missing, or not in the cache when offline."""
 

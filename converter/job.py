@@ -1,5 +1,6 @@
 """What to convert: names resolved to sources, sources to open files, and what those are."""
 
+import shlex
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,12 +17,12 @@ from converter.configs import (
     read_model_config,
 )
 from converter.errors import EomtConvertError, UsageError
+from converter.hub import Access
 from converter.inspection import Evidence, WeightsKind, decide, signs_of_a_delta
 from converter.layouts import EOMT_TRANSFORMERS, recognise
 from converter.merge import Files
 from converter.plan import Source
 from converter.sources import (
-    Access,
     Fetched,
     HubSource,
     LocalSource,
@@ -54,6 +55,11 @@ class Job:
         recorded: the recorded outputs to check against, if there are any.
         dtype: of the model's weights.
         max_shard_size: bytes of tensors in one file; None for one file.
+        verify: whether to check the result.
+        check_backbone: whether to run the bare backbone too, on ``image``.
+        image: the picture for that; None to download it.
+        allow_mismatch: whether a pair is merged that does not belong together.
+        allow_nonfinite: whether weights may be NaN or infinite.
     """
 
     checkpoint: Checkpoint | None
@@ -68,6 +74,63 @@ class Job:
     recorded: Path | None
     dtype: Dtype
     max_shard_size: int | None
+    verify: bool
+    check_backbone: bool
+    image: Path | None
+    allow_mismatch: bool
+    allow_nonfinite: bool
+
+    def command(self) -> str:
+        """The command line that does it, the same wherever files lie: paths are just their names.
+
+        Options that change nothing about the result are not in it.
+        """
+        entry = self.checkpoint
+        options: dict[str, str | bool | None] = {
+            "--checkpoint": entry.name if entry else None,
+            "--delta": _shown(self.eomt, entry.source("delta") if entry else None),
+            "--backbone": _shown(self.backbone, entry.source("backbone") if entry else None),
+            "--weights": self.weights if self.weights != "auto" else None,
+            "--backbone-layout": self.backbone_layout,
+            "--backbone-config": _name(self.backbone_config),
+            "--task": self.task if not entry or self.task != entry.task else None,
+            "--image-size": _size(self.image_size)
+            if not entry or self.image_size != entry.image_size
+            else None,
+            "--labels": _name(self.labels),
+            "--dtype": self.dtype if self.dtype != "float32" else None,
+            "--max-shard-size": str(self.max_shard_size) if self.max_shard_size else None,
+            "--recorded": _name(self.recorded.parent)
+            if self.recorded and not (entry and entry.recorded == self.recorded.parent)
+            else None,
+            "--no-verify": not self.verify,
+            "--check-backbone": self.check_backbone,
+            "--allow-mismatch": self.allow_mismatch,
+            "--allow-nonfinite": self.allow_nonfinite,
+        }
+        words = ["eomt-convert"]
+        for option, value in options.items():
+            if value:
+                words += [option] if value is True else [option, value]
+        return shlex.join(words)
+
+
+def _shown(
+    source: LocalSource | HubSource | None, usual: LocalSource | HubSource | None
+) -> str | None:
+    if source is None or source == usual:
+        return None
+    if isinstance(source, LocalSource):
+        return source.path.resolve().name
+    return source.repo_id + (f"@{source.revision}" if source.revision != "main" else "")
+
+
+def _name(path: Path | None) -> str | None:
+    return path.resolve().name if path else None
+
+
+def _size(image_size: tuple[int, int] | None) -> str | None:
+    return f"{image_size[0]}x{image_size[1]}" if image_size else None
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from converter.backbones import KNOWN_BACKBONES, PICTURE_URL, describe, find_backbone, size_of
 from converter.configs import IMAGE_MEAN, IMAGE_STD
 from converter.errors import AccessError, UnreadableFileError
+from converter.hub import Access
 from converter.inspection import Evidence, decide
 from converter.layouts import DINOV3_META, recognise, translate
 from converter.merge import Files, read_operand
 from converter.plan import Plan, Row
-from converter.sources import Access
 from converter.tensorfiles import ShardedTensorFile, TensorFile
 
 if TYPE_CHECKING:

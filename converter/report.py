@@ -23,6 +23,11 @@ def summary(conversion: Conversion, place: str) -> str:
     """
     lines = [
         *(f"{role:<9} {_source(source)}" for role, source in conversion.sources.items()),
+        *(
+            f"note      {source.repo_id} is called {source.moved_to} now"
+            for source in conversion.sources.values()
+            if source.moved_to
+        ),
         *(f"weights   {sign.finding}: {sign.speaks_for}" for sign in conversion.inputs.evidence),
         *_pair(conversion.pair),
         *_tensors(conversion.plan),

@@ -1,29 +1,16 @@
 """From what a user names - a file, a folder, a Hub repository - to files on this machine."""
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from converter.errors import AccessError, EomtConvertError, UnreadableFileError, UsageError
+from converter.downloads import discard, download, hub_sha256, is_damaged, remember, resolve
+from converter.errors import AccessError, UnreadableFileError, UsageError
+from converter.hub import Access
 from converter.tensorfiles import WEIGHT_SUFFIXES, WEIGHTS, WEIGHTS_INDEX, shard_names
 
 # the file names that weights are published under, the safer format first
 _WEIGHT_FILES = (WEIGHTS, WEIGHTS_INDEX, "pytorch_model.bin")
-
-
-# the same weights in repositories that are not gated
-OPEN_BACKBONES = {
-    "facebook/dinov3-vits16-pretrain-lvd1689m": "timm/vit_small_patch16_dinov3.lvd1689m",
-    "facebook/dinov3-vits16plus-pretrain-lvd1689m": "timm/vit_small_plus_patch16_dinov3.lvd1689m",
-    "facebook/dinov3-vitb16-pretrain-lvd1689m": "timm/vit_base_patch16_dinov3.lvd1689m",
-    "facebook/dinov3-vitl16-pretrain-lvd1689m": "timm/vit_large_patch16_dinov3.lvd1689m",
-    "facebook/dinov3-vitl16-pretrain-sat493m": "timm/vit_large_patch16_dinov3.sat493m",
-    "facebook/dinov3-vith16plus-pretrain-lvd1689m": "timm/vit_huge_plus_patch16_dinov3.lvd1689m",
-    "facebook/dinov3-vit7b16-pretrain-lvd1689m": "timm/vit_7b_patch16_dinov3.lvd1689m",
-    "facebook/dinov3-vit7b16-pretrain-sat493m": "timm/vit_7b_patch16_dinov3.sat493m",
-}
 
 
 @dataclass(frozen=True)
@@ -47,21 +34,6 @@ class HubSource:
 
 
 @dataclass(frozen=True)
-class Access:
-    """How the Hub is reached; parameters as in every function of huggingface_hub.
-
-    Attributes:
-        token: overrides HF_TOKEN and the login file.
-        cache_dir: overrides HF_HOME and HF_HUB_CACHE.
-        local_files_only: whether only the cache is used.
-    """
-
-    token: str | None = None
-    cache_dir: Path | None = None
-    local_files_only: bool = False
-
-
-@dataclass(frozen=True)
 class Fetched:
     """The files of a source, on this machine.
 
@@ -72,6 +44,7 @@ class Fetched:
         revision: its commit; None for local files.
         shards: the files that ``weights`` is the index of, if it is one.
         digests: SHA-256 of its large files, where the Hub told it.
+        moved_to: the repository's name today, where it is not ``repo_id`` any more.
     """
 
     weights: Path
@@ -80,6 +53,7 @@ class Fetched:
     revision: str | None = None
     shards: tuple[Path, ...] = ()
     digests: Mapping[str, str] = field(default_factory=dict)
+    moved_to: str | None = None
 
     @property
     def size(self) -> int:
@@ -125,6 +99,7 @@ def fetch(source: LocalSource | HubSource, access: Access) -> Fetched:
         UnreadableFileError: a local file is missing, or a folder has no weights or several.
         AccessError: a repository or a file in it is missing, gated, or not in the cache when only
             that may be used.
+        HubUnavailableError: the Hub is down, out of reach, or asks to wait.
     """
     return _find(source.path) if isinstance(source, LocalSource) else _download(source, access)
 
@@ -140,12 +115,21 @@ def fetch_config(source: LocalSource | HubSource, access: Access) -> Path | None
         config = folder / "config.json"
         return config if config.is_file() else None
 
-    if _offline(access):
-        return _find_in_cache(source, access).config
-    with _explained(source):
-        if "config.json" in _list_files(source, access):
-            return _download_file(source, "config.json", access)
-    return None
+    if access.offline:
+        return _cached_files(source, access)[1].get("config.json")
+    return fetch_file(source, "config.json", access)
+
+
+def fetch_file(source: HubSource, name: str, access: Access) -> Path | None:
+    """Fetches one file of a repository; None if it has none of this name.
+
+    Raises:
+        AccessError, HubUnavailableError: as `explained` tells.
+    """
+    found = resolve(source.repo_id, source.revision, access)
+    if name not in found.names:
+        return None
+    return download(source.repo_id, name, found.commit, access)
 
 
 def _find(path: Path) -> Fetched:
@@ -162,9 +146,7 @@ def _find(path: Path) -> Fetched:
 
 
 def _shards(weights: Path) -> tuple[Path, ...]:
-    if not weights.name.endswith(".index.json"):
-        return ()
-    shards = tuple(weights.parent / name for name in shard_names(weights))
+    shards = tuple(weights.parent / name for name in _named_shards(weights))
     for shard in shards:
         if not shard.is_file():
             raise UnreadableFileError(
@@ -172,6 +154,10 @@ def _shards(weights: Path) -> tuple[Path, ...]:
                 "Fetch or copy all the shards.",
             )
     return shards
+
+
+def _named_shards(weights: Path) -> Sequence[str]:
+    return shard_names(weights) if weights.name.endswith(".index.json") else ()
 
 
 def _choose_weights(names: Sequence[str]) -> str | None:
@@ -190,140 +176,97 @@ def _no_weights(place: str, names: Sequence[str]) -> str:
     return f"{place} has no file of weights ({', '.join(_WEIGHT_FILES)} or another *.safetensors)."
 
 
-def _offline(access: Access) -> bool:
-    from huggingface_hub import constants
-
-    return access.local_files_only or constants.HF_HUB_OFFLINE
-
-
-def _list_files(source: HubSource, access: Access) -> list[str]:
-    from huggingface_hub import HfApi
-
-    info = HfApi(token=access.token).model_info(source.repo_id, revision=source.revision)
-    return [sibling.rfilename for sibling in info.siblings or ()]
-
-
-def _download_file(source: HubSource, name: str, access: Access) -> Path:
-    import huggingface_hub
-
-    return Path(
-        huggingface_hub.hf_hub_download(
-            source.repo_id,
-            name,
-            revision=source.revision,
-            token=access.token,
-            cache_dir=access.cache_dir,
-        )
-    )
-
-
 def _download(source: HubSource, access: Access) -> Fetched:
-    if _offline(access):
+    if access.offline:
         return _find_in_cache(source, access)
-    with _explained(source):
-        names = _list_files(source, access)
-        name = _choose_weights(names)
-        if name is None:
-            raise AccessError(_no_weights(f"{source.repo_id} at {source.revision}", names))
-        weights = _download_file(source, name, access)
-        # The first download resolves the branch, and notes in the cache what it resolved to; the
-        # rest comes from that very commit. The path is .../snapshots/COMMIT/NAME.
-        pinned = HubSource(source.repo_id, weights.parent.name)
-        config = _download_file(pinned, "config.json", access) if "config.json" in names else None
-        shards: tuple[Path, ...] = ()
-        if name.endswith(".index.json"):
-            shards = tuple(_download_file(pinned, shard, access) for shard in shard_names(weights))
-    return Fetched(
-        weights, config, source.repo_id, pinned.revision, shards, _hub_digests((weights, *shards))
-    )
+    found = resolve(source.repo_id, source.revision, access)
+    name = _choose_weights(found.names)
+    if name is None:
+        raise AccessError(_no_weights(f"{source.repo_id} at {source.revision}", found.names))
 
+    def bring(name: str) -> Path:
+        return download(source.repo_id, name, found.commit, access)
 
-def _hub_digests(paths: Sequence[Path]) -> dict[str, str]:
-    """What the Hub says that the SHA-256 of files in its cache is.
-
-    The client keeps a large file under the digest that the Hub gave for it, and does not check it.
-    """
-    blobs = {path.name: path.resolve().name for path in paths}
-    return {name: blob for name, blob in blobs.items() if re.fullmatch("[0-9a-f]{64}", blob)}
+    weights = bring(name)
+    config = bring("config.json") if "config.json" in found.names else None
+    shards = tuple(bring(shard) for shard in _named_shards(weights))
+    remember(source.repo_id, source.revision, found.commit, access)
+    moved_to = found.repo_id if found.repo_id != source.repo_id else None
+    return _fetched(source, found.commit, weights, config, shards, moved_to)
 
 
 def _find_in_cache(source: HubSource, access: Access) -> Fetched:
-    from huggingface_hub import constants, scan_cache_dir
+    commit, paths = _cached_files(source, access)
+    name = _choose_weights(sorted(paths))
+    if name is None:
+        raise _not_in_cache(source, "of its files only " + ", ".join(sorted(paths)))
+    weights = paths[name]
+    missing = [shard for shard in _named_shards(weights) if shard not in paths]
+    if missing:
+        raise _not_in_cache(source, f"all but {', '.join(missing)}")
+    shards = tuple(paths[shard] for shard in _named_shards(weights))
+    return _fetched(source, commit, weights, paths.get("config.json"), shards)
+
+
+def _cached_files(source: HubSource, access: Access) -> tuple[str, dict[str, Path]]:
+    """The commit of a revision, and its files, as far as they are in the cache.
+
+    Raises:
+        AccessError: nothing of it is.
+    """
+    from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        repositories = scan_cache_dir(access.cache_dir or constants.HF_HUB_CACHE).repos
+        repositories = scan_cache_dir(access.cache).repos
     except CacheNotFound:
         repositories = frozenset()
-    for repository in repositories:
-        if (repository.repo_type, repository.repo_id) != ("model", source.repo_id):
-            continue
+    found = [
+        repository
+        for repository in repositories
+        if (repository.repo_type, repository.repo_id) == ("model", source.repo_id)
+    ]
+    for repository in found:
         for revision in repository.revisions:
             if source.revision in {revision.commit_hash, *revision.refs}:
                 paths = {file.file_name: file.file_path for file in revision.files}
-                weights = _choose_weights(sorted(paths))
-                if weights is not None:
-                    shards = _shards(paths[weights])
-                    return Fetched(
-                        paths[weights],
-                        paths.get("config.json"),
-                        source.repo_id,
-                        revision.commit_hash,
-                        shards,
-                        _hub_digests((paths[weights], *shards)),
-                    )
-    raise AccessError(
-        f"{source.repo_id} at {source.revision} is not in the cache, or its weights are not.",
+                return revision.commit_hash, paths
+    raise _not_in_cache(source, "other revisions of it" if found else "nothing of it")
+
+
+def _not_in_cache(source: HubSource, cached: str) -> AccessError:
+    return AccessError(
+        f"{source.repo_id} at {source.revision} is not in the cache: there is {cached}.",
         "Run once with a connection, without --offline and HF_HUB_OFFLINE.",
     )
 
 
-@contextmanager
-def _explained(source: HubSource) -> Iterator[None]:
-    """Turns what huggingface_hub raises into a sentence and a remedy."""
-    from huggingface_hub import errors
+def _fetched(
+    source: HubSource,
+    commit: str,
+    weights: Path,
+    config: Path | None,
+    shards: tuple[Path, ...],
+    moved_to: str | None = None,
+) -> Fetched:
+    digests = {path.name: hub_sha256(path) for path in (weights, *shards)}
+    known = {name: digest for name, digest in digests.items() if digest}
+    return Fetched(weights, config, source.repo_id, commit, shards, known, moved_to)
 
-    repo, page = source.repo_id, f"https://huggingface.co/{source.repo_id}"
-    log_in = "log in with `hf auth login`, or set HF_TOKEN"
+
+def discard_damaged(source: LocalSource | HubSource | None, access: Access) -> list[str]:
+    """Deletes files of a repository from the cache that are not what the Hub says they are.
+
+    Returns:
+        Their names; empty for local files, and where nothing is in the cache.
+    """
+    if not isinstance(source, HubSource):
+        return []
     try:
-        yield
-    except EomtConvertError:
-        raise
-    except errors.GatedRepoError as error:
-        remedy = f"Ask for access at {page}, then {log_in}."
-        if open_repo := OPEN_BACKBONES.get(repo):
-            remedy += (
-                f"\nOr take timm's copy, which is not gated: --backbone {open_repo}. DINOv3's "
-                "licence holds for it and for the merged weights all the same."
-            )
-        raise AccessError(
-            f"{repo} is gated, and this login has no access to it.", remedy
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise AccessError(
-            f"There is no repository {repo}, or it is private and this login does not see it.",
-            f"Check the name; for a private one, {log_in}.",
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise AccessError(f"{repo} has no revision {source.revision!r}.") from error
-    except errors.LocalEntryNotFoundError as error:
-        raise AccessError(
-            f"{repo} at {source.revision} is not in the cache, and the Hub did not answer.",
-            "Check the connection and HF_ENDPOINT.",
-        ) from error
-    except errors.HFValidationError as error:
-        raise UsageError(f"{repo!r} is no valid name of a repository: {error}") from error
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        raise AccessError(
-            f"The Hub refused {repo} with status {status}.",
-            f"The token may have expired: {log_in}." if status == 401 else "Try again later.",
-        ) from error
-    except Exception as error:
-        # huggingface_hub lets errors of its HTTP library through, and has changed that library
-        if not isinstance(error, OSError) and not type(error).__module__.startswith("http"):
-            raise
-        raise AccessError(
-            f"The Hub could not be reached for {repo}: {type(error).__name__}.",
-            "Check the connection and HF_ENDPOINT; --offline uses the cache alone.",
-        ) from error
+        _, paths = _cached_files(source, access)
+    except AccessError:
+        return []
+    damaged = [name for name, path in sorted(paths.items()) if is_damaged(path)]
+    for name in damaged:
+        discard(paths[name])
+    return damaged

@@ -395,9 +395,44 @@ def test_the_token_of_the_environment_is_never_shown(tmp_path: Path) -> None:
     )
     stdout, stderr = process.communicate(timeout=60)
 
-    assert process.returncode == 4
+    assert process.returncode == 1
+    assert "could not be reached" in stderr
     assert "Traceback" in stderr
     assert "hf_secret" not in stdout + stderr
+
+
+def test_no_token_is_shown_wherever_it_comes_from(
+    command: Command, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line break in a token makes the HTTP library complain of the whole header."""
+    token = "hf_secret\nX-More: 1"  # noqa: S105
+    delta = ("inspect", "tue-mps/delta", "--debug")
+    shown = command(*delta, "--token", token).output
+    monkeypatch.setenv("HF_TOKEN", token)
+    shown += command(*delta).output
+    monkeypatch.delenv("HF_TOKEN")
+    (tmp_path / "home").mkdir(exist_ok=True)
+    (tmp_path / "home" / "token").write_text("hf_secret_of_the_login")
+    hub.create_repo("tue-mps/delta", {"pytorch_model.bin": b""}, gated=True)
+    shown += command(*delta).output
+
+    assert "Traceback" in shown
+    assert "hf_secret" not in shown
+
+
+def test_a_fault_of_the_tool_ends_in_1_without_a_token(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fault(*_: object, **__: object) -> None:
+        raise RuntimeError("sent hf_secret")
+
+    monkeypatch.setattr("converter.conversion.convert", fault)
+    result = command("--checkpoint", "tiny_panoptic_64", "--token", "hf_secret")
+
+    assert result.exit_code == 1
+    assert "RuntimeError: sent [token]" in result.stderr
+    assert "Please report it" in result.stderr
+    assert "hf_secret" not in result.output
 
 
 @pytest.mark.parametrize("terminal", [True, False])

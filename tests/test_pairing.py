@@ -6,8 +6,10 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import huggingface_hub
+import huggingface_hub.file_download
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,7 @@ import converter
 from converter import backbones, pairing
 from converter.backbones import KnownBackbone, RecordedOutputs
 from converter.configs import read_backbone_config
-from converter.errors import AccessError, MismatchError
+from converter.errors import AccessError, MismatchError, UnreadableFileError
 from converter.inspection import Evidence
 from converter.pairing import PairCheck
 from converter.plan import make_plan
@@ -240,16 +242,61 @@ def test_local_cls_norm_tells_what_a_vit_l_was_trained_on(
 # the Hub's digests -----------------------------------------------------------------------------
 
 
-def test_a_download_that_is_not_what_the_hub_has_is_refused(hub: Hub, tmp_path: Path) -> None:
+@pytest.fixture
+def damaged(hub: Hub) -> Path:
+    """A backbone's weights in the cache, one bit of which is wrong."""
     hub.create_repo("meta/backbone", {p.name: p for p in (TINY / "backbone").iterdir()})
     path = Path(huggingface_hub.hf_hub_download("meta/backbone", "model.safetensors")).resolve()
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
+    hub.served.clear()
+    return path
 
-    with pytest.raises(MismatchError, match="the download is damaged"):
+
+def test_a_download_that_is_not_what_the_hub_has_is_fetched_once_more(
+    hub: Hub, damaged: Path, tmp_path: Path
+) -> None:
+    conversion = converter.convert("tiny_panoptic_64", tmp_path / "out", backbone="meta/backbone")
+
+    assert conversion.verdict.verdict == "passed"
+    assert "meta/backbone/model.safetensors" in hub.served
+
+
+def test_a_download_that_stays_wrong_is_refused_and_not_kept(
+    hub: Hub, damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = damaged.read_bytes()
+
+    def bring_the_same(_url: str, file: BinaryIO, **_: object) -> None:
+        file.write(content)
+
+    monkeypatch.setattr(huggingface_hub.file_download, "http_get", bring_the_same)
+
+    with pytest.raises(UnreadableFileError, match="meta/backbone arrived damaged twice"):
         converter.convert("tiny_panoptic_64", tmp_path / "out", backbone="meta/backbone")
     assert not (tmp_path / "out").exists()
+    assert not damaged.exists()
+
+
+def test_a_download_whose_header_is_wrong_is_fetched_once_more(
+    hub: Hub, damaged: Path, tmp_path: Path
+) -> None:
+    damaged.write_bytes(b"\xff" * 1000)
+
+    conversion = converter.convert("tiny_panoptic_64", tmp_path / "out", backbone="meta/backbone")
+
+    assert conversion.verdict.verdict == "passed"
+
+
+def test_a_wrong_download_stays_in_the_cache_when_offline(
+    hub: Hub, damaged: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UnreadableFileError, match="is damaged in the cache"):
+        converter.convert(
+            "tiny_panoptic_64", tmp_path / "out", backbone="meta/backbone", local_files_only=True
+        )
+    assert damaged.exists()
 
 
 def test_a_download_with_the_hubs_digest_passes(hub: Hub, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """From a name to files: paths, repositories, and what goes wrong with them."""
 
+import json
 from pathlib import Path
 
 import huggingface_hub
@@ -7,11 +8,16 @@ import pytest
 from conftest import FIXTURES
 from hub_server import Hub
 
+from converter import sources
 from converter.catalog import CATALOG
-from converter.errors import AccessError, UnreadableFileError, UsageError
+from converter.errors import (
+    AccessError,
+    HubUnavailableError,
+    UnreadableFileError,
+    UsageError,
+)
+from converter.hub import OPEN_BACKBONES, Access
 from converter.sources import (
-    OPEN_BACKBONES,
-    Access,
     Fetched,
     HubSource,
     LocalSource,
@@ -161,6 +167,44 @@ def test_what_is_not_in_the_cache_is_said_when_offline(repositories: Hub) -> Non
         fetch(HubSource(BACKBONE), Access(local_files_only=True))
 
 
+def test_offline_it_is_said_which_shards_are_missing(hub: Hub) -> None:
+    index = {"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}
+    shards = dict.fromkeys(index["weight_map"].values(), b"")
+    hub.create_repo(DELTA, {"model.safetensors.index.json": json.dumps(index).encode(), **shards})
+    found = fetch(HubSource(DELTA), Access())
+    found.shards[1].unlink()
+
+    with pytest.raises(AccessError, match=r"there is all but model-2-of-2\.safetensors\."):
+        fetch(HubSource(DELTA), Access(local_files_only=True))
+
+
+def test_offline_another_revision_is_not_taken(repositories: Hub) -> None:
+    fetch(HubSource(DELTA), Access())
+
+    with pytest.raises(AccessError, match=r"delta at v1 is not in the cache: there is other rev"):
+        fetch(HubSource(DELTA, "v1"), Access(local_files_only=True))
+
+
+def test_all_files_come_from_the_commit_that_the_branch_was_at_first(
+    repositories: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The branch moves while the first file is under way."""
+    download, moved = sources.download, []
+
+    def move_then_download(repo_id: str, name: str, commit: str, access: Access) -> Path:
+        if not moved:
+            moved.append(repositories.commit(BACKBONE, {"config.json": b"{}"}))
+        return download(repo_id, name, commit, access)
+
+    monkeypatch.setattr(sources, "download", move_then_download)
+    found = fetch(HubSource(BACKBONE), Access())
+
+    assert found.config is not None
+    assert found.config.read_bytes() == (FOLDER / "backbone" / "config.json").read_bytes()
+    assert found.revision != moved[0]
+    assert {path.parent.name for path in (found.weights, found.config)} == {found.revision}
+
+
 def test_another_cache_may_be_used(repositories: Hub, tmp_path: Path) -> None:
     found = fetch(HubSource(DELTA), Access(cache_dir=tmp_path / "cache"))
 
@@ -219,7 +263,7 @@ def test_a_repository_without_weights_is_named(hub: Hub) -> None:
 
 
 def test_an_expired_token_is_told_apart(repositories: Hub) -> None:
-    with pytest.raises(AccessError, match="token may have expired") as caught:
+    with pytest.raises(AccessError, match="does not accept the token") as caught:
         fetch(HubSource(DELTA), Access(token="hf_expired"))
     assert "hf_expired" not in str(caught.value)
 
@@ -227,7 +271,7 @@ def test_an_expired_token_is_told_apart(repositories: Hub) -> None:
 def test_a_hub_that_is_down_is_told_apart(monkeypatch: pytest.MonkeyPatch, hub: Hub) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
 
-    with pytest.raises(AccessError, match="could not be reached"):
+    with pytest.raises(HubUnavailableError, match="could not be reached"):
         fetch(HubSource(DELTA), Access())
 
 
@@ -238,5 +282,7 @@ def test_a_name_that_no_repository_can_have_is_wrong_usage(hub: Hub) -> None:
 
 def test_a_renamed_repository_is_found(repositories: Hub) -> None:
     repositories.rename(DELTA, "tue-mps/new-name")
+    found = fetch(HubSource(DELTA), Access())
 
-    assert fetch(HubSource(DELTA), Access()).weights.is_file()
+    assert found.weights.is_file()
+    assert found.moved_to == "tue-mps/new-name"

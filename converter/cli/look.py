@@ -35,8 +35,9 @@ def inspect_command(
     session = Session(as_json=as_json, debug=debug, token=token)
     with session.errors():
         from converter import report
+        from converter.hub import Access
         from converter.inspection import inspect
-        from converter.sources import Access, fetch, parse_source
+        from converter.sources import fetch, parse_source
         from converter.tensorfiles import open_tensors
 
         fetched = fetch(parse_source(source), Access(token, cache_dir, offline))

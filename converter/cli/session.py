@@ -58,8 +58,13 @@ class Session:
         click.echo(self._without_token(text), err=True)
 
     def _without_token(self, text: str) -> str:
-        for token in (self.token, os.environ.get("HF_TOKEN")):
-            text = text.replace(token, "[token]") if token else text
+        tokens = {self.token, os.environ.get("HF_TOKEN")}
+        if "huggingface_hub" in sys.modules:  # else nobody has read the login file
+            tokens.add(sys.modules["huggingface_hub"].get_token())
+        for token in tokens:
+            if token and (secret := token.strip()):
+                for written in (secret, repr(secret)[1:-1]):
+                    text = text.replace(written, "[token]")
         return text
 
     @contextmanager
@@ -72,6 +77,10 @@ class Session:
         except KeyboardInterrupt:
             self.say("Interrupted; nothing was left behind.")
             sys.exit(INTERRUPTED)
+        except Exception as error:
+            self.say("".join(traceback.format_exception(error)))
+            self.say("This is a fault in eomt-convert. Please report it with the lines above.")
+            sys.exit(EomtConvertError.exit_code)
 
 
 def hub_options(command: Callable[..., Any]) -> Callable[..., Any]:
