@@ -27,10 +27,19 @@ _POSITIVE = (
     "num_queries",
     "num_blocks",
     "num_upscale_blocks",
+    "train_num_points",
 )
 _SWITCHES = ("query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias", "use_gated_mlp")
 _RATES = ("hidden_dropout_prob", "attention_dropout", "drop_path_rate")
-_NUMBERS = ("initializer_range", "layer_norm_eps", "layerscale_value", "no_object_weight")
+_NUMBERS = (
+    "initializer_range",
+    "layer_norm_eps",
+    "layerscale_value",
+    "no_object_weight",
+    "class_weight",
+    "mask_weight",
+    "dice_weight",
+)
 
 
 @dataclass(frozen=True)
@@ -245,6 +254,14 @@ class EomtDinov3Config:
             )
         for key in _NUMBERS:
             self._require(key, lambda value: _is_number(value) and value >= 0, "a number from 0")
+        self._require(
+            "oversample_ratio", lambda value: _is_number(value) and value >= 1, "a number from 1"
+        )
+        self._require(
+            "importance_sample_ratio",
+            lambda value: _is_number(value) and 0 <= value <= 1,
+            "a number from 0 to 1",
+        )
         known = ", ".join(sorted(ACTIVATIONS))
         self._require("hidden_act", lambda name: name in list(ACTIVATIONS), f"one of {known}")
 

@@ -7,6 +7,7 @@ Kerssies et al., "Your ViT is Secretly an Image Segmentation Model" (arXiv 2503.
 # it asks for by a class's name, as annotations are with this import, it leaves to from_pretrained.
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from reference_model.backbone import Embeddings, Layer, RotaryEmbedding, patch_grid
 from reference_model.config import EomtDinov3Config
+from reference_model.loss import SetCriterion
 from reference_model.pretrained import EomtDinov3PreTrainedModel
 
 
@@ -48,6 +50,10 @@ class EomtDinov3ForUniversalSegmentationOutput:
         block_logits: on request, num_blocks + 1 predictions: one from the tokens that enter each
             of the last `num_blocks` layers (it masks that layer's attention where masking is on),
             then the final one.
+        loss: scalar, float32, where labels were given; the sum of `loss_dict`.
+        loss_dict: the weighted losses of every prediction: `loss_mask`, `loss_dice` and
+            `loss_cross_entropy` of the final one, `loss_mask_0` and so on of those before the last
+            `num_blocks` layers.
     """
 
     masks_queries_logits: Tensor
@@ -56,6 +62,8 @@ class EomtDinov3ForUniversalSegmentationOutput:
     patch_offsets: list[Tensor] | None = None
     hidden_states: tuple[Tensor, ...] | None = None
     block_logits: tuple[Prediction, ...] | None = None
+    loss: Tensor | None = None
+    loss_dict: dict[str, Tensor] | None = None
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -109,16 +117,6 @@ class MaskHead(nn.Module):
         return output
 
 
-class SetCriterion(nn.Module):
-    """The weights of the classes in the training loss, which checkpoints hold."""
-
-    def __init__(self, config: EomtDinov3Config) -> None:
-        super().__init__()
-        self.empty_weight: Tensor
-        self.register_buffer("empty_weight", torch.ones(config.num_labels + 1))
-        self.empty_weight[-1] = config.no_object_weight
-
-
 class EomtDinov3ForUniversalSegmentation(EomtDinov3PreTrainedModel):
     """EoMT-DINOv3. Built from a config it has random weights, as before training.
 
@@ -149,41 +147,55 @@ class EomtDinov3ForUniversalSegmentation(EomtDinov3PreTrainedModel):
     def forward(
         self,
         pixel_values: Tensor,
+        mask_labels: Sequence[Tensor] | None = None,
+        class_labels: Sequence[Tensor] | None = None,
         patch_offsets: list[Tensor] | None = None,
         output_hidden_states: bool = False,
         output_block_logits: bool = False,
     ) -> EomtDinov3ForUniversalSegmentationOutput:
-        """Masks and classes of every query.
+        """Masks and classes of every query, and the loss where labels are given.
+
+        As in transformers, the loss is over the predictions that the pass needs: in training mode
+        that of every block; in evaluation mode the final one, those of blocks with masked
+        attention, and all with `output_block_logits`.
 
         Args:
             pixel_values: (batch, channels, height, width), rescaled and normalised.
+            mask_labels: per picture its segments' masks, (segments, height, width), 0 or 1.
+            class_labels: per picture its segments' class ids, (segments,).
             patch_offsets: windows of the pictures, handed through to the output.
             output_hidden_states: also give every layer's tokens.
             output_block_logits: also give the predictions before each of the last layers.
 
         Raises:
-            ValueError: height or width is not a multiple of the patch size.
+            ValueError: height or width is not a multiple of the patch size; only one kind of
+                labels is given, or they do not fit each other, the batch or the classes.
+            ImportError: there are labels, but no SciPy.
         """
+        if (mask_labels is None) != (class_labels is None):
+            raise ValueError("the loss needs both mask_labels and class_labels; found one of them")
         grid = patch_grid(pixel_values, self.config.patch_size)
         x = self.dropout(self.embeddings(pixel_values))  # (batch, prefix + patches, hidden)
         rope = self.rope_embeddings(grid, x.dtype, x.device)
         hidden_states = [x] if output_hidden_states else []
-        block_logits: list[Prediction] = []
+        predictions: dict[str, Prediction] = {}  # by what follows their losses' names
 
         first_block = len(self.layers) - self.config.num_blocks
         keep_probabilities = [0.0] * first_block + self.attn_mask_probs.tolist()
         for index, (layer, keep_probability) in enumerate(
             zip(self.layers, keep_probabilities, strict=True)
         ):
-            if index == first_block:
+            block = index - first_block
+            if block == 0:
                 queries = self.query.weight.expand(x.shape[0], -1, -1)
                 x = torch.cat((queries, x), dim=1)  # (batch, queries + prefix + patches, hidden)
             mask = None
-            if index >= first_block and (keep_probability > 0 or output_block_logits):
+            # the original's training draws queries to mask with probability 0 too
+            masking = self.training or keep_probability > 0
+            if block >= 0 and (masking or output_block_logits):
                 prediction = self.predict(self.layernorm(x), grid)
-                if output_block_logits:
-                    block_logits.append(prediction)
-                if keep_probability > 0:
+                predictions[f"_{block}"] = prediction
+                if masking:
                     mask = self.attention_mask(prediction, grid, keep_probability)
             x = layer(x, rope, mask)
             if output_hidden_states:
@@ -191,13 +203,55 @@ class EomtDinov3ForUniversalSegmentation(EomtDinov3PreTrainedModel):
 
         x = self.layernorm(x)
         prediction = self.predict(x, grid)
+        predictions[""] = prediction
+
+        loss_dict: dict[str, Tensor] = {}
+        if mask_labels is not None and class_labels is not None:
+            for suffix, (masks, classes) in predictions.items():
+                losses = self.criterion(masks, classes, mask_labels, class_labels)
+                loss_dict |= {f"{name}{suffix}": loss for name, loss in losses.items()}
         return EomtDinov3ForUniversalSegmentationOutput(
             *prediction,
             last_hidden_state=x,
             patch_offsets=patch_offsets,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            block_logits=(*block_logits, prediction) if output_block_logits else None,
+            block_logits=tuple(predictions.values()) if output_block_logits else None,
+            loss=torch.stack(list(loss_dict.values())).sum() if loss_dict else None,
+            loss_dict=loss_dict or None,
         )
+
+    @torch.no_grad()
+    def anneal_attention_masks(
+        self,
+        step: int,
+        start_steps: Sequence[int],
+        end_steps: Sequence[int],
+        power: float = 0.9,
+    ) -> None:
+        """Fades masked attention out, block by block: sets `attn_mask_probs` after a step.
+
+        A block's probability is 1 before its start, (1 - progress) ** power on the way, and 0 from
+        its end on. The original's training/lightning_module.py (`mask_annealing`) and its default
+        power; its configs have the published models' steps, such as 14782, 29564, 44346, 59128 and
+        29564, 44346, 59128, 73910 for ViT-L on COCO.
+
+        Args:
+            step: how many steps the optimiser has taken.
+            start_steps: for each of the last `num_blocks` layers.
+            end_steps: likewise.
+            power: of the polynomial.
+
+        Raises:
+            ValueError: there is not one start and one end for every block.
+        """
+        if not len(start_steps) == len(end_steps) == self.config.num_blocks:
+            raise ValueError(
+                f"start_steps has {len(start_steps)} values and end_steps {len(end_steps)}; "
+                f"expected {self.config.num_blocks}, one for each block"
+            )
+        for block, (start, end) in enumerate(zip(start_steps, end_steps, strict=True)):
+            remaining = min(max((end - step) / max(end - start, 1), 0.0), 1.0)
+            self.attn_mask_probs[block] = remaining**power
 
     def predict(self, x: Tensor, grid: tuple[int, int]) -> Prediction:
         """Reads masks and classes from normalised tokens (batch, tokens, hidden)."""
