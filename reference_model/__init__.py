@@ -1,11 +1,14 @@
 """EoMT-DINOv3 in plain PyTorch: the network that converted checkpoints are checked against.
 
+processor = EomtImageProcessor.from_pretrained("path/or/hub-repo")
 model = EomtDinov3ForUniversalSegmentation.from_pretrained("path/or/hub-repo")
-output = model(pixel_values)  # (batch, 3, height, width), rescaled and normalised
+outputs = model(**processor(images=image))
+processor.post_process_panoptic_segmentation(outputs, target_sizes=[image.size[::-1]])
 """
 
 from reference_model.backbone import Dinov3Backbone
 from reference_model.config import EomtDinov3Config
+from reference_model.image_processing import BatchFeature, EomtImageProcessor
 from reference_model.model import (
     EomtDinov3ForUniversalSegmentation,
     EomtDinov3ForUniversalSegmentationOutput,
@@ -14,10 +17,12 @@ from reference_model.model import (
 from reference_model.pretrained import EomtDinov3PreTrainedModel
 
 __all__ = [
+    "BatchFeature",
     "Dinov3Backbone",
     "EomtDinov3Config",
     "EomtDinov3ForUniversalSegmentation",
     "EomtDinov3ForUniversalSegmentationOutput",
     "EomtDinov3PreTrainedModel",
+    "EomtImageProcessor",
     "Prediction",
 ]

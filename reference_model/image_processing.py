@@ -1,0 +1,504 @@
+"""EomtImageProcessor: pictures to pixel values, outputs to segments, as the original does both.
+
+Source: github.com/tue-mps/eomt training/lightning_module.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Self, TypeAlias
+
+import numpy as np
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from reference_model.config import EomtDinov3Config
+from reference_model.model import EomtDinov3ForUniversalSegmentationOutput
+from reference_model.pictures import Picture, flatten, read_map, read_picture
+from reference_model.post_processing import (
+    Placement,
+    Window,
+    instance_segmentation,
+    panoptic_segmentation,
+    semantic_segmentation,
+)
+
+PREPROCESSOR_CONFIG_NAME = "preprocessor_config.json"
+IMAGE_PROCESSOR_TYPE = "EomtImageProcessor"
+THRESHOLD = 0.8  # of a segment's score, as in transformers and the original
+
+Size: TypeAlias = Mapping[str, int | None]
+Classes: TypeAlias = Mapping[int, int]  # by id of a segmentation map
+
+
+class BatchFeature(dict[str, Any]):
+    """Values by name, also as attributes: a model's inputs go on as `model(**inputs)`."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(name) from error
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Moves the tensors as `Tensor.to` does; only floating point ones change their dtype."""
+        self.update({name: _move(value, *args, **kwargs) for name, value in self.items()})
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class EomtImageProcessor:
+    """EoMT's image processor, with the names, arguments and defaults of transformers'.
+
+    Values that cannot work raise ValueError.
+
+    Attributes:
+        do_resize: whether pictures are resized: to fit into `size`, or to cover it where windows
+            slide.
+        size: of the network's input in pixels: `height` and `width`; or `shortest_edge` and
+            `longest_edge`, which stand for height and width, without the second for a square.
+        resample: PIL's number of an interpolation, done on 8 bits per channel; 2 is bilinear.
+        do_rescale, rescale_factor: whether levels from 0 to 255 are multiplied, and by what.
+        do_normalize, image_mean, image_std: whether the mean is subtracted and the rest divided
+            by the standard deviation, per channel.
+        do_pad: whether pictures are padded to `size`, with black below and on the right.
+        do_split_image: whether windows of `size` slide along the side that is longer than theirs,
+            as the original evaluates semantic segmentation.
+        ignore_index: if given, id 0 of segmentation maps is ignored, as is the class of this
+            number, and the other ids are classes (or instances) counted from 1.
+        stuff_classes: ids of classes without instances; None if they are not known.
+    """
+
+    do_resize: bool = True
+    size: Size = field(default_factory=lambda: {"shortest_edge": 640, "longest_edge": 640})
+    resample: int = Image.Resampling.BILINEAR.value
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    image_mean: Sequence[float] = (0.485, 0.456, 0.406)  # ImageNet's
+    image_std: Sequence[float] = (0.229, 0.224, 0.225)
+    do_pad: bool = False
+    do_split_image: bool = False
+    ignore_index: int | None = None
+    stuff_classes: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        given = {edge: pixels for edge, pixels in self.size.items() if pixels is not None}
+        if set(given) not in (
+            {"height", "width"},
+            {"shortest_edge"},
+            {"shortest_edge", "longest_edge"},
+        ) or not all(isinstance(pixels, int) and pixels > 0 for pixels in given.values()):
+            raise ValueError(
+                f"size is {self.size!r}; expected positive numbers of pixels for height and width, "
+                "or for shortest_edge and longest_edge"
+            )
+        if self.do_split_image and not self.do_resize:
+            raise ValueError("do_split_image needs do_resize: windows slide over resized pictures")
+        for name in ("image_mean", "image_std", "stuff_classes"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """What `size` says, as (height, width) in pixels."""
+        height = self.size.get("height") or self.size["shortest_edge"] or 0
+        return height, self.size.get("width") or self.size.get("longest_edge") or height
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        **settings: Any,
+    ) -> Self:
+        """Reads preprocessor_config.json of a folder or a Hub repository.
+
+        The parameters are those of everywhere on the Hub; others are attributes to be other than
+        in the file. Stuff classes are in the config.json beside it, if there is one that has some.
+
+        Raises:
+            FileNotFoundError: the folder has no preprocessor_config.json.
+            ValueError: a file is not sound, or of another image processor.
+        """
+        hub: dict[str, Any] = {
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+            "force_download": force_download,
+        }
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir():
+            path = folder / PREPROCESSOR_CONFIG_NAME
+        else:
+            path = Path(
+                hf_hub_download(str(pretrained_model_name_or_path), PREPROCESSOR_CONFIG_NAME, **hub)
+            )
+        values = _read_settings(path) | settings
+        if "stuff_classes" not in values:
+            try:
+                config = EomtDinov3Config.from_pretrained(pretrained_model_name_or_path, **hub)
+                values["stuff_classes"] = config.stuff_classes
+            except (FileNotFoundError, EntryNotFoundError):
+                pass
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Writes preprocessor_config.json, which transformers reads too, into a folder."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True)
+        (folder / PREPROCESSOR_CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into preprocessor_config.json."""
+        values = {**asdict(self), "image_processor_type": IMAGE_PROCESSOR_TYPE}
+        if self.stuff_classes is None:
+            del values["stuff_classes"]
+        return values
+
+    def __call__(
+        self,
+        images: Picture | Sequence[Any],
+        segmentation_maps: Picture | Sequence[Any] | None = None,
+        instance_id_to_semantic_id: Classes | Sequence[Classes] | None = None,
+        *,
+        return_tensors: str = "pt",
+        input_data_format: str | None = None,
+        **settings: Any,
+    ) -> BatchFeature:
+        """Pictures, and their segmentation maps if there are any, as inputs of the model.
+
+        Args:
+            images: one picture or several: PIL images, paths, open files, or arrays and tensors of
+                8 or 16 bits, (height, width), or with 1, 3 or 4 channels first or last; those of a
+                fourth dimension are several. Grey, palette, 16-bit and CMYK pictures become RGB;
+                what is transparent lies over black. The EXIF orientation of files is applied; that
+                of PIL images is their owner's business.
+            segmentation_maps: for every picture, an id per pixel: (height, width).
+            instance_id_to_semantic_id: classes by id, where the ids are not classes; one mapping,
+                or one for each picture.
+            return_tensors: always "pt".
+            input_data_format: "channels_first" or "channels_last" where an array's shape does not
+                tell.
+            settings: attributes to be other than the processor's, for this call.
+
+        Returns:
+            pixel_values: (batch, 3, height, width) float32, in channels-last memory format.
+            patch_offsets: with do_split_image, for every window of the batch a tensor (picture,
+                start, end): between which pixels of the resized picture's longer side it lies.
+            mask_labels: with segmentation maps, for every element of the batch
+                (segments, height, width) float32, 1 inside.
+            class_labels: with them, (segments,) int64.
+
+        Raises:
+            ValueError: an input cannot be understood, or inputs without padding differ in size.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f'return_tensors is {return_tensors!r}; only "pt" is known')
+        processor = replace(self, **settings)
+        pictures = [read_picture(image, input_data_format) for image in flatten(images, 3)]
+        inputs, offsets = [], []
+        for index, picture in enumerate(pictures):
+            for start, end, pixels in processor._inputs(picture, processor.resample):
+                inputs.append(pixels)
+                offsets.append(torch.tensor([index, start, end]))
+        if len({pixels.shape for pixels in inputs}) != 1:
+            sizes = sorted({pixels.shape[:2] for pixels in inputs})
+            raise ValueError(f"inputs must be of one size, (height, width), not {sizes}; pad them")
+        features = BatchFeature(pixel_values=processor._normalise(np.stack(inputs)))
+        if processor.do_split_image:
+            features["patch_offsets"] = offsets
+        if segmentation_maps is None:
+            return features
+
+        maps = [read_map(entry) for entry in flatten(segmentation_maps, 2)]
+        if [entry.size for entry in maps] != [picture.size for picture in pictures]:
+            raise ValueError("segmentation maps must be as many as the pictures, and of their size")
+        classes: Sequence[Classes | None]
+        if instance_id_to_semantic_id is None or isinstance(instance_id_to_semantic_id, Mapping):
+            classes = [instance_id_to_semantic_id] * len(maps)
+        else:
+            classes = instance_id_to_semantic_id
+        labels = [
+            _masks_and_classes(ids, classes_of_map, processor.ignore_index)
+            for entry, classes_of_map in zip(maps, classes, strict=True)
+            for _, _, ids in processor._inputs(entry, Image.Resampling.NEAREST)
+        ]
+        features["mask_labels"] = [masks for masks, _ in labels]
+        features["class_labels"] = [found for _, found in labels]
+        return features
+
+    @torch.no_grad()
+    def post_process_semantic_segmentation(
+        self,
+        outputs: EomtDinov3ForUniversalSegmentationOutput,
+        target_sizes: Sequence[tuple[int, int]],
+        size: Size | None = None,
+        return_segmentation_scores: bool = False,
+    ) -> list[Any]:
+        """Every pixel's class.
+
+        Args:
+            outputs: of the model, for pictures or for windows on them.
+            target_sizes: (height, width) of every picture, in pixels.
+            size: the processor's size, if it was another for these inputs.
+            return_segmentation_scores: also give the scores of all classes.
+
+        Returns:
+            For every picture a tensor (height, width) int64; with scores, a BatchFeature of it as
+            `segmentation` and of `segmentation_scores`, (classes, height, width) float32.
+
+        Raises:
+            ValueError: there is not one target size for every picture.
+        """
+        masks, classes = outputs.masks_queries_logits, outputs.class_queries_logits
+        offsets = [(index, 0, 0) for index in range(len(masks))]
+        if outputs.patch_offsets:
+            offsets = [(int(n), int(start), int(end)) for n, start, end in outputs.patch_offsets]
+        _check_targets(target_sizes, 1 + max(picture for picture, _, _ in offsets))
+        placements = self._placements(target_sizes, size)
+        windows: list[list[Window]] = [[] for _ in placements]
+        for index, (picture, start, _) in enumerate(offsets):
+            down = placements[picture].scaled_size[0] > placements[picture].input_size[0]
+            top, left = (start, 0) if down else (0, start)
+            windows[picture].append(Window(masks[index], classes[index], top, left))
+        results = [
+            semantic_segmentation(entry, placement, return_scores=return_segmentation_scores)
+            for entry, placement in zip(windows, placements, strict=True)
+        ]
+        if return_segmentation_scores:
+            return [BatchFeature(segmentation=m, segmentation_scores=s) for m, s in results]
+        return [segmentation for segmentation, _ in results]
+
+    @torch.no_grad()
+    def post_process_panoptic_segmentation(
+        self,
+        outputs: EomtDinov3ForUniversalSegmentationOutput,
+        target_sizes: Sequence[tuple[int, int]],
+        threshold: float = THRESHOLD,
+        mask_threshold: float = 0.5,
+        overlap_mask_area_threshold: float = 0.8,
+        stuff_classes: Collection[int] | None = None,
+        size: Size | None = None,
+    ) -> list[dict[str, Any]]:
+        """Every pixel's segment, of things and of stuff.
+
+        Args:
+            outputs: of the model.
+            target_sizes: (height, width) of every picture, in pixels.
+            threshold: what a query's class probability must exceed.
+            mask_threshold: the mask probability from which on a pixel is inside a mask.
+            overlap_mask_area_threshold: the share of a mask's area that must be left to its query
+                when every pixel went to one query.
+            stuff_classes: ids of the classes whose segments are merged into one; by default the
+                processor's, none if it knows none.
+            size: the processor's size, if it was another for these inputs.
+
+        Returns:
+            For every picture `segmentation`, (height, width) int64, ids of segments or -1 for
+            none, and `segments_info` with `id`, `label_id` and `score` of each.
+
+        Raises:
+            ValueError: there is not one target size for every picture.
+        """
+        if stuff_classes is None:
+            stuff_classes = self.stuff_classes or ()
+        _check_targets(target_sizes, len(outputs.masks_queries_logits))
+        return [
+            panoptic_segmentation(
+                masks,
+                classes,
+                placement,
+                threshold=threshold,
+                mask_threshold=mask_threshold,
+                overlap_mask_area_threshold=overlap_mask_area_threshold,
+                stuff_classes=stuff_classes,
+            )
+            for masks, classes, placement in zip(
+                outputs.masks_queries_logits,
+                outputs.class_queries_logits,
+                self._placements(target_sizes, size),
+                strict=True,
+            )
+        ]
+
+    @torch.no_grad()
+    def post_process_instance_segmentation(
+        self,
+        outputs: EomtDinov3ForUniversalSegmentationOutput,
+        target_sizes: Sequence[tuple[int, int]],
+        threshold: float | None = None,
+        size: Size | None = None,
+        top_k: int | None = None,
+        return_binary_maps: bool = False,
+    ) -> list[dict[str, Any]]:
+        """Instances, each with its mask; masks may overlap.
+
+        Args:
+            outputs: of the model.
+            target_sizes: (height, width) of every picture, in pixels.
+            threshold: the least score; by default 0.8, and none with top_k.
+            size: the processor's size, if it was another for these inputs.
+            top_k: instead of every query's best class, take this many of all pairs of a query and
+                a class, those of the largest class probability, best first; also pairs whose mask
+                is empty. The original evaluates with 100.
+            return_binary_maps: also give the masks.
+
+        Returns:
+            For every picture `segmentation`, (height, width) int64, ids of segments or -1 for
+            none, of one of the masks where they overlap; `segments_info` with `id`, `label_id`
+            and `score` of each; on request `binary_maps`, (segments, height, width) bool, by id.
+
+        Raises:
+            ValueError: there is not one target size for every picture.
+        """
+        if threshold is None:
+            threshold = THRESHOLD if top_k is None else 0.0
+        _check_targets(target_sizes, len(outputs.masks_queries_logits))
+        return [
+            instance_segmentation(
+                masks,
+                classes,
+                placement,
+                threshold=threshold,
+                top_k=top_k,
+                return_binary_maps=return_binary_maps,
+            )
+            for masks, classes, placement in zip(
+                outputs.masks_queries_logits,
+                outputs.class_queries_logits,
+                self._placements(target_sizes, size),
+                strict=True,
+            )
+        ]
+
+    def _scaled_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) of a picture once it is resized, rounded as the original does."""
+        if not self.do_resize:
+            return size
+        factors = [ours / theirs for ours, theirs in zip(self.image_size, size, strict=True)]
+        factor = max(factors) if self.do_split_image else min(factors)
+        height, width = (max(1, round(side * factor)) for side in size)
+        return height, width
+
+    def _placements(
+        self, target_sizes: Sequence[tuple[int, int]], size: Size | None
+    ) -> list[Placement]:
+        """How pictures of these sizes lie in the inputs that the processor makes of them."""
+        processor = self if size is None else replace(self, size=size)
+        placements = []
+        for height, width in target_sizes:
+            target = int(height), int(width)
+            scaled = input_size = processor._scaled_size(target)
+            if processor.do_split_image:
+                input_size = processor.image_size
+            elif processor.do_pad:
+                input_size = processor._padded_size(scaled)
+            placements.append(Placement(input_size, scaled, target))
+        return placements
+
+    def _padded_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        height, width = self.image_size
+        return max(height, size[0]), max(width, size[1])
+
+    def _inputs(self, image: Image.Image, resample: int) -> list[tuple[int, int, NDArray[Any]]]:
+        """The resized image, padded or cut into windows: (start, end, pixels) of each."""
+        if self.do_resize:
+            height, width = self._scaled_size((image.height, image.width))
+            image = image.resize((width, height), Image.Resampling(resample))
+        pixels = np.asarray(image)
+        height, width = pixels.shape[:2]
+        if self.do_pad:
+            padded_height, padded_width = self._padded_size((height, width))
+            sides = [(0, padded_height - height), (0, padded_width - width)]
+            pixels = np.pad(pixels, sides + [(0, 0)] * (pixels.ndim - 2))
+        if not self.do_split_image:
+            return [(0, width, pixels)]
+
+        down = height > self.image_size[0]
+        length, window = (height, self.image_size[0]) if down else (width, self.image_size[1])
+        count = math.ceil(length / window)
+        starts = [index * (length - window) // max(1, count - 1) for index in range(count)]
+        ranges = [slice(start, start + window) for start in starts]
+        return [(cut.start, cut.stop, pixels[cut] if down else pixels[:, cut]) for cut in ranges]
+
+    def _normalise(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """Pixels (batch, height, width, 3) as the network takes them, (batch, 3, height, width).
+
+        With the default values, bit for bit the original's (pixels / 255 - mean) / std in float32.
+        The memory format stays that of decoded pictures: it decides how the patch embedding rounds.
+        """
+        values = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        if self.do_rescale:
+            values = values.double() * self.rescale_factor
+        values = values.float()
+        if self.do_normalize:
+            mean, std = torch.tensor(self.image_mean), torch.tensor(self.image_std)
+            values = (values - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+        return values
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """What a preprocessor_config.json says of the processor; null stands for the default."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    kind = content.get("image_processor_type", IMAGE_PROCESSOR_TYPE)
+    if not str(kind).startswith(IMAGE_PROCESSOR_TYPE):  # it may end in Fast or Pil
+        raise ValueError(f"{path} is of a {kind}; expected {IMAGE_PROCESSOR_TYPE}")
+    known = {entry.name for entry in fields(EomtImageProcessor)}
+    return {name: value for name, value in content.items() if name in known and value is not None}
+
+
+def _masks_and_classes(
+    ids: NDArray[Any], classes: Classes | None, ignore_index: int | None
+) -> tuple[Tensor, Tensor]:
+    """Every id's mask, (segments, height, width) float32, and class, (segments,) int64."""
+    first = 0 if ignore_index is None else 1
+    present = [
+        number
+        for number in np.unique(ids).tolist()
+        if ignore_index is None or (number != 0 and number - first != ignore_index)
+    ]
+    try:
+        found = [(number if classes is None else classes[number]) - first for number in present]
+    except KeyError as error:
+        raise ValueError(f"instance_id_to_semantic_id has no class for id {error}") from error
+    masks = ids == np.array(present, dtype=ids.dtype)[:, None, None]
+    return torch.from_numpy(masks).float(), torch.tensor(found, dtype=torch.long)
+
+
+def _check_targets(target_sizes: Sequence[tuple[int, int]], pictures: int) -> None:
+    if len(target_sizes) != pictures:
+        raise ValueError(f"{len(target_sizes)} target_sizes for {pictures} pictures")
+
+
+def _move(value: Any, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(value, list):
+        return [_move(entry, *args, **kwargs) for entry in value]
+    if not isinstance(value, Tensor):
+        return value
+    if value.is_floating_point():
+        return value.to(*args, **kwargs)
+    return value.to(value.new_empty(0, dtype=torch.float32).to(*args, **kwargs).device)
