@@ -1,0 +1,114 @@
+"""``eomt-convert evaluate``."""
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from converter.cli.session import Session, common_options, hub_options, progress_bar
+
+if TYPE_CHECKING:
+    from converter.evaluation import Evaluation
+
+
+@click.command("evaluate")
+@click.argument("model", metavar="MODEL|REPO[@REV]")
+@click.option(
+    "--dataset",
+    required=True,
+    metavar="NAME",
+    help="coco-panoptic, coco-instance or ade20k-semantic.",
+)
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The folder that holds the dataset's zips, or what they unpack to.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many pictures.")
+@click.option("--device", help="As torch names it. [default: a GPU if there is one]")
+@click.option("--threads", type=click.IntRange(min=1), help="Number of CPU threads.")
+@hub_options
+@common_options
+def evaluate_command(
+    model: str,
+    dataset: str,
+    data: Path,
+    limit: int | None,
+    device: str | None,
+    threads: int | None,
+    token: str | None,
+    cache_dir: Path | None,
+    offline: bool,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Measure a converted model on a dataset: PQ, mask AP or mIoU.
+
+    Under torchrun the pictures are split over its processes:
+    torchrun --nproc-per-node 8 --no-python eomt-convert evaluate ...
+    """
+    from converter.evaluation import evaluate, is_first_process
+
+    first = is_first_process()
+    session = Session(as_json=as_json and first, debug=debug, token=token)
+    with session.errors():
+        if threads:
+            import torch
+
+            torch.set_num_threads(threads)
+        shown = sys.stderr.isatty() and first and not as_json
+        with progress_bar(shown, of="pictures") as progress:
+            found = evaluate(
+                model,
+                dataset,
+                data,
+                limit=limit,
+                device=device,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=offline,
+                progress=progress,
+            )
+        if first:
+            session.show(_table(found), found.to_dict())
+
+
+def _table(found: "Evaluation") -> str:
+    """The figures beside the published one, then a line per class."""
+    summary = [("", "measured", "published", "difference")]
+    for name, value in found.metrics.items():
+        row = (name, _number(value), "-", "-")
+        if found.published and name == found.published.metric:
+            published, difference = found.published.value, found.published.difference
+            row = (name, _number(value), f"{published:.1f}", f"{difference:+.2f}")
+        summary.append(row)
+    names = list(found.per_class[0])
+    classes = [names, *([_number(row[name]) for name in names] for row in found.per_class)]
+    lines = [f"{found.model} on {found.dataset}: {found.images} pictures", ""]
+    lines += [*_aligned(summary), "", *_aligned(classes)]
+    if found.published:
+        lines += ["", f"published: {found.published.checkpoint} on {found.published.dataset}"]
+    return "\n".join(lines)
+
+
+def _number(value: Any) -> str:
+    """A figure with two decimals; a count or a name as it is; - for the mean of nothing."""
+    if not isinstance(value, float):
+        return str(value)
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of columns: the first to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0])]
+            + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        )
+        for row in rows
+    ]

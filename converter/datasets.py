@@ -1,0 +1,503 @@
+"""The datasets that models are evaluated on, read as they are published: zipped or unpacked.
+
+Which pictures count, and what their annotations mean, is the original's choice
+(github.com/tue-mps/eomt datasets/).
+"""
+
+import json
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from converter import class_names
+from converter.errors import UnreadableFileError
+
+if TYPE_CHECKING:
+    from typing import Self
+
+IGNORED = 255  # in semantic targets: pixels that belong to no class
+
+# No picture, no file of annotations and no zip within a zip that is published comes near these.
+_MAX_PICTURE_BYTES = 1 << 26
+_MAX_ANNOTATION_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class Segments:
+    """A picture cut into segments: annotated ones, or those that a model found.
+
+    Attributes:
+        ids: (height, width) int64, the index of every pixel's segment; -1 outside all of them.
+            Every segment has a pixel.
+        classes: class id per segment.
+        crowd: per segment, whether it is a group whose members were not told apart; always false
+            for what a model found.
+    """
+
+    ids: NDArray[np.int64]
+    classes: tuple[int, ...]
+    crowd: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Instances:
+    """Objects in a picture, which may overlap: annotated ones, or those that a model found.
+
+    Attributes:
+        image_id: the picture's position in its dataset.
+        masks: COCO's run-length encoding per object: ``size`` (height, width), ``counts`` bytes.
+        classes: class id per object.
+        crowd: as in Segments.
+        scores: confidence per object, from 0 to 1; empty for annotated ones.
+    """
+
+    image_id: int
+    masks: tuple[Mapping[str, Any], ...]
+    classes: tuple[int, ...]
+    crowd: tuple[bool, ...]
+    scores: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture and what was annotated in it.
+
+    Attributes:
+        image: RGB; a rotation noted in the file is not applied.
+        target: Segments, Instances, or a class map (height, width) uint8 with IGNORED.
+    """
+
+    image: Image.Image
+    target: Any
+
+
+class Dataset(Protocol):
+    """Pictures with annotations.
+
+    Attributes:
+        names: class names, in the order of the class ids.
+        stuff: ids of the classes that have no instances (sky, grass).
+    """
+
+    names: tuple[str, ...]
+    stuff: tuple[int, ...]
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Example | None:
+        """Reads an example; None for one that the original leaves out.
+
+        Raises:
+            UnreadableFileError: a file is missing, broken or larger than any published one.
+        """
+
+
+class Files:
+    """The files below a folder, where zips are read as if they were unpacked where they lie.
+
+    Nothing is unpacked to disk. A file on disk goes before one of its name in a zip.
+    """
+
+    def __init__(self, root: Path) -> None:
+        if not root.is_dir():
+            raise UnreadableFileError(f"There is no folder {root}.")
+        self.root = root
+        self._archives: list[zipfile.ZipFile] = []
+        self._members: dict[str, tuple[zipfile.ZipFile, zipfile.ZipInfo]] = {}
+
+    def __enter__(self) -> "Self":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for archive in self._archives:
+            archive.close()
+
+    def __contains__(self, name: str) -> bool:
+        return (self.root / name).is_file() or name in self._members
+
+    def open_zip(self, name: str) -> None:
+        """Adds the files of a zip, which may lie in another one.
+
+        Raises:
+            UnreadableFileError: as in `read`, or it is no zip.
+        """
+        path = self.root / name
+        with _readable(self.title(name)):
+            archive = zipfile.ZipFile(
+                path if path.is_file() else BytesIO(self.read(name, _MAX_ANNOTATION_BYTES))
+            )
+        self._archives.append(archive)
+        for info in archive.infolist():
+            member = str(PurePosixPath(name).parent / info.filename)
+            if not info.is_dir():
+                self._members.setdefault(member, (archive, info))
+
+    def title(self, name: str) -> str:
+        """What to call a file in a message: its path, or its zip's and its name there."""
+        if name in self._members and not (self.root / name).is_file():
+            archive, info = self._members[name]
+            return f"{info.filename} in {archive.filename or 'a zip within a zip'}"
+        return str(self.root / name)
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the files that lie directly in a folder, sorted."""
+        if (self.root / folder).is_dir():
+            return sorted(path.name for path in (self.root / folder).iterdir() if path.is_file())
+        paths = map(PurePosixPath, self._members)
+        return sorted(path.name for path in paths if str(path.parent) == folder)
+
+    def read(self, name: str, limit: int) -> bytes:
+        """The bytes of a file.
+
+        Raises:
+            UnreadableFileError: it is missing, broken, or has more than ``limit`` bytes.
+        """
+        title = self.title(name)
+        path = self.root / name
+        with _readable(title):
+            if path.is_file():
+                with path.open("rb") as file:
+                    content = file.read(limit + 1)
+            elif name in self._members:
+                archive, info = self._members[name]
+                with archive.open(info) as member:
+                    content = member.read(limit + 1)
+            else:
+                raise UnreadableFileError(f"There is no {title}.")
+        if len(content) > limit:
+            raise UnreadableFileError(f"{title} has more than {limit:,} bytes: it is not read.")
+        return content
+
+    def read_image(self, name: str, mode: str) -> Image.Image:
+        """A picture, converted to one of Pillow's modes.
+
+        Raises:
+            UnreadableFileError: as in `read`, or it is no picture or one of a hostile size.
+        """
+        content = self.read(name, _MAX_PICTURE_BYTES)
+        with _readable(self.title(name)), Image.open(BytesIO(content)) as image:
+            return image.convert(mode)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """A JSON object.
+
+        Raises:
+            UnreadableFileError: as in `read`, or it is no JSON object.
+        """
+        with _readable(self.title(name)):
+            content = json.loads(self.read(name, _MAX_ANNOTATION_BYTES))
+            if not isinstance(content, dict):
+                raise ValueError("not a JSON object")
+            return content
+
+
+class CocoPanoptic:
+    """Pictures with annotations in COCO's panoptic format.
+
+    Published: annotations/panoptic_val2017.json and its folder or zip of id maps beside it, and
+    val2017. Otherwise: panoptic.json, panoptic and images.
+    """
+
+    zips = (
+        "val2017.zip",
+        "panoptic_annotations_trainval2017.zip",
+        "annotations/panoptic_val2017.zip",
+    )
+
+    def __init__(self, files: Files) -> None:
+        """Reads the annotations.
+
+        Raises:
+            UnreadableFileError: they are missing or have another form.
+        """
+        self._files = files
+        self._annotations, self._images = _find(
+            files, {"annotations/panoptic_val2017.json": "val2017", "panoptic.json": "images"}
+        )
+        with _readable(files.title(self._annotations)):
+            content = files.read_json(self._annotations)
+            self.names, self.stuff, self._class_ids = _parse_categories(content)
+            file_names = _parse_file_names(content)
+            self._entries = sorted(
+                (file_names[entry["image_id"]], entry["image_id"], _plain(entry["file_name"]))
+                for entry in content["annotations"]
+                if entry["segments_info"]
+            )
+            self._segments = {
+                entry["image_id"]: {
+                    segment["id"]: (segment["category_id"], bool(segment["iscrowd"]))
+                    for segment in entry["segments_info"]
+                }
+                for entry in content["annotations"]
+            }
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def read(self, index: int) -> Example:
+        """Reads an example with Segments.
+
+        Segments are numbered by ascending id; pixels of an id or a category that the annotations
+        do not list belong to none.
+        """
+        file_name, image_id, map_name = self._entries[index]
+        image = self._files.read_image(f"{self._images}/{file_name}", "RGB")
+        map_path = f"{self._annotations.removesuffix('.json')}/{map_name}"
+        id_map = self._files.read_image(map_path, "RGB")
+        _check_size(id_map, image, self._files.title(map_path))
+
+        colours = np.asarray(id_map).astype(np.int64)
+        # COCO's panoptic format: id = R + 256 G + 256² B
+        pixels = colours @ np.array([1, 1 << 8, 1 << 16])
+        present, inverse = np.unique(pixels, return_inverse=True)
+        indices = np.full(len(present), -1, dtype=np.int64)
+        classes: list[int] = []
+        crowd: list[bool] = []
+        for i, segment_id in enumerate(present.tolist()):
+            category, is_crowd = self._segments[image_id].get(segment_id, (None, False))
+            if category in self._class_ids:
+                indices[i] = len(classes)
+                classes.append(self._class_ids[category])
+                crowd.append(is_crowd)
+        target = Segments(indices[inverse].reshape(pixels.shape), tuple(classes), tuple(crowd))
+        return Example(image, target)
+
+
+class CocoInstances:
+    """Pictures with annotations in COCO's format for instances; those without one are left out.
+
+    Published: annotations/instances_val2017.json and val2017. Otherwise: instances.json and images.
+    """
+
+    zips = ("val2017.zip", "annotations_trainval2017.zip")
+
+    def __init__(self, files: Files) -> None:
+        """Reads the annotations.
+
+        Raises:
+            UnreadableFileError: they are missing or have another form.
+        """
+        self._files = files
+        self.stuff: tuple[int, ...] = ()
+        self._annotations, self._images = _find(
+            files, {"annotations/instances_val2017.json": "val2017", "instances.json": "images"}
+        )
+        with _readable(files.title(self._annotations)):
+            content = files.read_json(self._annotations)
+            self.names, _, self._class_ids = _parse_categories(content)
+            file_names = _parse_file_names(content)
+            self._objects: dict[int, list[dict[str, Any]]] = {}
+            for annotation in content["annotations"]:
+                self._objects.setdefault(annotation["image_id"], []).append(annotation)
+            self._entries = sorted((file_names[image_id], image_id) for image_id in self._objects)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def read(self, index: int) -> Example:
+        """Reads an example with Instances; objects of unlisted categories are left out."""
+        file_name, image_id = self._entries[index]
+        image = self._files.read_image(f"{self._images}/{file_name}", "RGB")
+        size = (image.height, image.width)
+        with _readable(f"picture {image_id} in {self._files.title(self._annotations)}"):
+            objects = [
+                annotation
+                for annotation in self._objects[image_id]
+                if annotation["category_id"] in self._class_ids
+            ]
+            target = Instances(
+                index,
+                tuple(_encode(annotation["segmentation"], size) for annotation in objects),
+                tuple(self._class_ids[annotation["category_id"]] for annotation in objects),
+                tuple(bool(annotation["iscrowd"]) for annotation in objects),
+            )
+        return Example(image, target)
+
+
+class Ade20kSemantic:
+    """ADE20K's validation pictures with their 150 classes, from ADEChallengeData2016."""
+
+    zips = ("ADEChallengeData2016.zip",)
+
+    def __init__(self, files: Files) -> None:
+        """Lists the pictures.
+
+        Raises:
+            UnreadableFileError: there are none.
+        """
+        self._files = files
+        classes = class_names.of_dataset("ade20k_semantic")
+        self.names, self.stuff = classes.names, classes.stuff
+        for root in ("ADEChallengeData2016", "."):
+            self._root = PurePosixPath(root)
+            self._stems = [
+                PurePosixPath(name).stem
+                for name in files.names(str(self._root / "annotations/validation"))
+                if name.endswith(".png")
+            ]
+            if self._stems:
+                return
+        raise UnreadableFileError(
+            f"{files.root} has neither ADEChallengeData2016.zip nor a folder ADEChallengeData2016 "
+            "with annotations/validation and images/validation."
+        )
+
+    def __len__(self) -> int:
+        return len(self._stems)
+
+    def read(self, index: int) -> Example | None:
+        """Reads an example with a class map; None if all its pixels are annotated alike."""
+        stem = self._stems[index]
+        image = self._files.read_image(str(self._root / "images/validation" / f"{stem}.jpg"), "RGB")
+        map_name = str(self._root / "annotations/validation" / f"{stem}.png")
+        labels = self._files.read_image(map_name, "L")
+        _check_size(labels, image, self._files.title(map_name))
+        low, high = labels.getextrema()
+        if low == high:
+            return None
+        # label 1 is class 0; label 0 is "none of them"
+        target = np.asarray(labels) - np.uint8(1)
+        target[target >= len(self.names)] = IGNORED
+        return Example(image, target)
+
+
+_READERS: Mapping[str, type[CocoPanoptic] | type[CocoInstances] | type[Ade20kSemantic]] = {
+    "coco-panoptic": CocoPanoptic,
+    "coco-instance": CocoInstances,
+    "ade20k-semantic": Ade20kSemantic,
+}
+
+DATASETS = tuple(_READERS)
+
+
+@contextmanager
+def open_dataset(name: str, data: Path) -> Iterator[Dataset]:
+    """Opens a dataset in a folder that has its zips, or what they unpack to.
+
+    Args:
+        name: one of DATASETS.
+        data: the folder.
+
+    Raises:
+        UnreadableFileError: its annotations are missing or broken.
+    """
+    reader = _READERS[name]
+    with Files(data) as files:
+        for zipped in reader.zips:
+            if zipped in files:
+                files.open_zip(zipped)
+        yield reader(files)
+
+
+@contextmanager
+def _readable(title: str) -> Iterator[None]:
+    """Turns what hostile and broken files raise into a sentence."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except UnreadableFileError:
+        raise
+    except UnidentifiedImageError as error:
+        raise UnreadableFileError(f"{title} is no picture of a known format.") from error
+    except KeyError as error:
+        raise UnreadableFileError(f"{title} cannot be read: it lacks {error}.") from error
+    except (
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+        AttributeError,
+        EOFError,
+        NotImplementedError,  # a zip's compression that Python does not know
+        OSError,
+        OverflowError,
+        RecursionError,
+        RuntimeError,  # a zip that is encrypted
+        SyntaxError,  # Pillow, of a broken PNG
+        TypeError,
+        ValueError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        raise UnreadableFileError(f"{title} cannot be read: {error}.") from error
+
+
+def _find(files: Files, places: Mapping[str, str]) -> tuple[str, str]:
+    """The file of annotations that is there, and the folder of its pictures."""
+    for annotations, images in places.items():
+        if annotations in files:
+            return annotations, images
+    raise UnreadableFileError(
+        f"{files.root} has none of the files of annotations {', '.join(places)}.",
+        "Give the folder that holds the dataset's zips, or what they unpack to.",
+    )
+
+
+def _parse_categories(
+    content: Mapping[str, Any],
+) -> tuple[tuple[str, ...], tuple[int, ...], dict[int, int]]:
+    """Class names, ids of stuff classes, and class ids by category id, which has gaps in COCO."""
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    return (
+        tuple(str(category["name"]) for category in categories),
+        tuple(i for i, category in enumerate(categories) if not category.get("isthing", True)),
+        {category["id"]: i for i, category in enumerate(categories)},
+    )
+
+
+def _parse_file_names(content: Mapping[str, Any]) -> dict[int, str]:
+    return {image["id"]: _plain(image["file_name"]) for image in content["images"]}
+
+
+def _plain(file_name: str) -> str:
+    if file_name != PurePosixPath(file_name).name:
+        raise ValueError(f"{file_name!r} is not the plain name of a file")
+    return file_name
+
+
+def _check_size(annotated: Image.Image, image: Image.Image, title: str) -> None:
+    if annotated.size != image.size:
+        raise UnreadableFileError(
+            f"{title} has {annotated.width}x{annotated.height} pixels, its picture "
+            f"{image.width}x{image.height}."
+        )
+
+
+def _encode(segmentation: Any, size: tuple[int, int]) -> Mapping[str, Any]:
+    """Polygons, or an uncompressed run-length encoding, as a compressed one.
+
+    pycocotools trusts its input, so that what it would read or allocate out of bounds is refused.
+
+    Raises:
+        ValueError: the form is neither, or it does not lie in a picture of ``size``.
+    """
+    from pycocotools import mask
+
+    height, width = size
+    encoded: Mapping[str, Any]
+    if isinstance(segmentation, dict):
+        counts = np.array(segmentation["counts"], dtype=np.int64)
+        fits = tuple(segmentation["size"]) == size and counts.sum() == height * width
+        if counts.ndim != 1 or not fits or (counts < 0).any():
+            raise ValueError(f"a run-length encoding is not one of {height}x{width} pixels")
+        encoded = mask.frPyObjects(segmentation, height, width)
+        return encoded
+    polygons = [np.array(polygon, dtype=np.float64) for polygon in segmentation]
+    for polygon in polygons:
+        if polygon.ndim != 1 or len(polygon) < 6 or len(polygon) % 2:
+            raise ValueError("a polygon is no list of at least three points x, y")
+        if not (np.abs(polygon) <= 2 * max(size)).all():
+            raise ValueError(f"a polygon leaves the {height}x{width} pixels of its picture")
+    if not polygons:
+        raise ValueError("an object has no polygon")
+    encoded = mask.merge(mask.frPyObjects([polygon.tolist() for polygon in polygons], *size))
+    return encoded
