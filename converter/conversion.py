@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from converter.catalog import Checkpoint, Task, find
 from converter.class_names import ClassNames
-from converter.configs import model_config, preprocessor_config, write_json
+from converter.configs import model_config, preprocessor_config, read_json_object, write_json
 from converter.downloads import arrived_damaged
 from converter.errors import (
     MismatchError,
@@ -35,15 +35,20 @@ from converter.layouts import BACKBONE_LAYOUTS
 from converter.merge import Digests, Merged, merge, sharding_of
 from converter.pairing import PairCheck, check_absolute, check_outputs, check_pair
 from converter.plan import Plan, Source, make_plan
+from converter.provenance import Provenance
+from converter.published import PUBLISHED
 from converter.recorded import find_recorded
 from converter.sources import Fetched, HubSource, discard_damaged
 from converter.staging import Stage, check_place, staged
-from converter.verification import Verdict, check, unverified
+from converter.verdict import Verdict, unverified
+from converter.verification import Evidence, Options, check
 from converter.version import __version__
 from converter.writing import parse_size
 
 # room for the files beside the weights
 _SMALL_FILES = 1 << 20
+
+_CONFIGS = ("config.json", "preprocessor_config.json")
 
 # called with what is being done, and how many bytes of how many are done
 Progress = Callable[[str, int, int], None]
@@ -125,6 +130,7 @@ def convert(
     keep_unverified: bool = False,
     allow_nonfinite: bool = False,
     force: bool = False,
+    exist_ok: bool = False,
     dry_run: bool = False,
     token: str | None = None,
     cache_dir: str | Path | None = None,
@@ -159,6 +165,7 @@ def convert(
             ``<output>.unverified``.
         allow_nonfinite: whether weights may be NaN or infinite.
         force: whether an output that exists is replaced.
+        exist_ok: whether an output is replaced that the same command has made before.
         dry_run: whether to stop at the plan; no weights are read then.
         token: for the Hub, as everywhere in huggingface_hub; by default HF_TOKEN or the login.
         cache_dir: where downloads are kept; by default the Hub's cache.
@@ -201,21 +208,26 @@ def convert(
     place = _place(job, output)
     rejected = place.with_name(f"{place.name}.unverified")
     if not dry_run:
-        check_place(place, force=force)
+        check_place(place, force=force or (exist_ok and _made_by(job, place)))
         if keep_unverified:
             check_place(rejected, force=force)
 
     access = Access(token, _path(cache_dir), local_files_only)
     if dry_run:
         return _plan(job, access)
+
+    def carry_out() -> Conversion:
+        kept = rejected if keep_unverified else None
+        return _carry_out(job, access, place, kept, progress, required=require_verified)
+
     try:
-        return _carry_out(job, access, place, rejected if keep_unverified else None, progress)
+        return carry_out()
     except (UnreadableFileError, PlanError, MismatchError):
         # a file that arrived damaged may look like anything; one more download tells
         if access.offline or not _discard_damaged(job, access):
             raise
     try:
-        return _carry_out(job, access, place, rejected if keep_unverified else None, progress)
+        return carry_out()
     except (UnreadableFileError, PlanError, MismatchError) as error:
         if damaged := _discard_damaged(job, access):
             raise arrived_damaged(*damaged[0]) from error
@@ -231,7 +243,13 @@ def _plan(job: Job, access: Access) -> Conversion:
 
 
 def _carry_out(
-    job: Job, access: Access, place: Path, rejected: Path | None, progress: Progress
+    job: Job,
+    access: Access,
+    place: Path,
+    rejected: Path | None,
+    progress: Progress,
+    *,
+    required: bool,
 ) -> Conversion:
     """Converts, and publishes the result to its place; one that fails, to ``rejected`` if any."""
     with ExitStack() as stack:
@@ -249,10 +267,22 @@ def _carry_out(
             _write_configs(job, inputs, plan, classes, stage.folder)
             if job.verify:
                 verdict = check(
-                    stage.folder, job.recorded, merged.tensors, allow_nonfinite=job.allow_nonfinite
+                    stage.folder,
+                    Evidence(
+                        recorded=job.recorded,
+                        published=_published(job),
+                        sources=Provenance(inputs.files, plan),
+                        recipes=merged.tensors,
+                    ),
+                    Options(image=job.image, allow_nonfinite=job.allow_nonfinite, access=access),
                 )
             else:
                 verdict = unverified("Verification was switched off (--no-verify).")
+            if required and verdict.verdict == "unverified":
+                raise NotVerifiedError(
+                    f"A check was required, and the model is unverified: {verdict.reason}",
+                    "Give recorded outputs with --recorded, or convert without --require-verified.",
+                )
             files = _write_history(job, inputs, plan, pair, merged, verdict, stage.folder)
             if verdict.verdict != "failed":
                 stage.publish(place)
@@ -264,8 +294,15 @@ def _carry_out(
                 f"It was kept as {rejected}, to look at."
                 if rejected
                 else f"Nothing was left at {place}; --keep-unverified keeps it beside.",
-                conversion=Conversion(job, inputs, plan, pair, rejected, files, verdict),
+                verdict,
+                Conversion(job, inputs, plan, pair, rejected, files, verdict),
             )
+
+
+def _published(job: Job) -> Checkpoint | None:
+    """The catalogue's entry that these weights are, if they are its own."""
+    entry = job.checkpoint
+    return entry if entry and job.eomt == entry.source("delta") else None
 
 
 def _make_plan(job: Job, inputs: Inputs) -> tuple[Plan, ClassNames]:
@@ -310,7 +347,8 @@ def _recorded(given: str | Path | None, entry: Checkpoint | None) -> Path | None
 def _check_requirements(job: Job, *, required: bool) -> None:
     if required and not job.verify:
         raise UsageError("--require-verified and --no-verify contradict each other.")
-    if required and job.recorded is None:
+    entry = _published(job)
+    if required and job.recorded is None and not (entry and entry.name in PUBLISHED):
         raise NotVerifiedError(
             "There are no recorded outputs to check this model against, and a check was required.",
             "Give recorded outputs with --recorded, or convert without --require-verified.",
@@ -322,6 +360,20 @@ def _place(job: Job, output: str | Path | None) -> Path:
         raise UsageError("Without --checkpoint, --output must be given.")
     name = output or (job.checkpoint.name if job.checkpoint else "")
     return Path(name).expanduser().resolve()
+
+
+def _made_by(job: Job, place: Path) -> bool:
+    """Whether an output is what this very job has made, and nobody has changed since."""
+    if not (place / "conversion.json").is_file():
+        return False
+    history = read_json_object(place / "conversion.json")
+    files = history.get("files")
+    configs = [path for path in map(place.joinpath, _CONFIGS) if path.is_file()]
+    return (
+        history.get("command") == job.command()
+        and isinstance(files, dict)
+        and all(files.get(name) == entry for name, entry in _listed(_digests(configs)).items())
+    )
 
 
 def _check_image_size(job: Job, patch_size: int) -> None:
@@ -433,7 +485,7 @@ def _write_history(
     Returns:
         Size and digest of every file in the folder.
     """
-    configs = [folder / "config.json", folder / "preprocessor_config.json"]
+    configs = [folder / name for name in _CONFIGS]
     files = dict(sorted({**merged.files, **_digests(configs)}.items()))
     history = {
         "tool": {"name": "eomt-convert", "version": __version__},

@@ -120,7 +120,7 @@ def _chunks(plan: Plan, files: Files, allow_nonfinite: bool) -> Iterator[tuple[R
             stop = min(start + CHUNK, row.size)
             # what overflows is an error below, or was asked for
             with np.errstate(over="ignore", invalid="ignore"):
-                chunk = _compute(row, files, start, stop, buffer, addend)
+                chunk = compute(row, files, start, stop, buffer, addend)
                 rounded = round_to(chunk, row.dtype)
                 if not allow_nonfinite:
                     _check_finite(row, files, chunk, rounded, start, stop)
@@ -128,7 +128,7 @@ def _chunks(plan: Plan, files: Files, allow_nonfinite: bool) -> Iterator[tuple[R
             buffer, other = other, buffer
 
 
-def _compute(
+def compute(
     row: Row, files: Files, start: int, stop: int, buffer: "Array", addend: "Array"
 ) -> "Array":
     """Elements [start, stop) of a row in float32, in ``buffer`` if they can be put there."""

@@ -279,7 +279,7 @@ def check_outputs(files: Files, plan: Plan, image: Path | None, access: Access) 
     known = find_backbone(plan.config.size)
     if "backbone" not in files or known is None:
         return PairCheck(name, "not checked", "Nothing is recorded for this backbone.")
-    picture = image or _recorded_picture(access)
+    picture = image or recorded_picture(access)
     tokens = _run_backbone(files, plan, picture)
     first_patch = 1 + plan.config.num_register_tokens
     difference = max(
@@ -300,7 +300,7 @@ def check_outputs(files: Files, plan: Plan, image: Path | None, access: Access) 
     return PairCheck(name, "passed", f"{finding}.")
 
 
-def _recorded_picture(access: Access) -> Path:
+def recorded_picture(access: Access) -> Path:
     """The picture that the outputs were recorded on, from the cache or its address."""
     import torch
     from huggingface_hub import cached_assets_path, constants

@@ -1,160 +1,365 @@
 """Holds a model against evidence: what was checked, how close it came, and what was not."""
 
-import math
+import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from converter.catalog import find
-from converter.configs import read_json_object
-from converter.errors import UnreadableFileError, UsageError
-from converter.recorded import Recorded, find_recorded, read_recorded
-from converter.tensorfiles import (
-    WEIGHTS,
-    WEIGHTS_INDEX,
-    ShardedTensorFile,
-    TensorFile,
-    open_tensors,
+from converter.catalog import Checkpoint
+from converter.configs import (
+    BackboneConfig,
+    read_backbone_config,
+    read_json_object,
+    read_model_config,
 )
+from converter.errors import UnreadableFileError, UsageError
+from converter.headers import TensorInfo
+from converter.hub import Access
+from converter.merge import round_to
+from converter.pixels import Normalisation, read_normalisation
+from converter.provenance import (
+    Given,
+    History,
+    Provenance,
+    find_named,
+    open_sources,
+    read_history,
+)
+from converter.recorded import Recorded, find_recorded, read_recorded
+from converter.sources import (
+    HubSource,
+    LocalSource,
+    fetch,
+    fetch_config,
+    fetch_first,
+    parse_source,
+)
+from converter.tensorfiles import WEIGHTS, WEIGHTS_INDEX, open_tensors
+from converter.verdict import LEVELS, NOT_ASKED, Level, Verdict
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from reference_model import EomtDinov3ForUniversalSegmentation
+    from converter.comparison import Tolerance
+    from converter.numbers import Numbers
+    from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 
-# Largest difference in float32 between two right computations of a model whose logits reach 50:
-# another order of summation moves them by about 1e-5.
-TOLERANCE = 2e-4
+# what an unverified verdict says of a model that there are no outputs of
+NOTHING_RECORDED = "not verified numerically: nothing recorded"
 
-# Weights that were rounded move the outputs by a share of their range, for each element type.
-ROUNDED_TOLERANCES = {"BF16": 0.04, "F16": 0.005}
+# transformers' and torch's names of element types, as safetensors has them
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
-# figures that are the same wherever and whenever they are taken
-_KEPT = ("tensors", "parameters", "recorded_sha256", "tolerance", "relative_tolerance")
-
-
-@dataclass(frozen=True)
-class Level:
-    """One kind of check.
-
-    Attributes:
-        level: ``structure``, ``arithmetic`` or ``numbers``.
-        status: what came of it.
-        reason: in a sentence, why it failed or was not checked.
-        figures: what was measured.
-    """
-
-    level: str
-    status: Literal["passed", "failed", "not checked"]
-    reason: str = ""
-    figures: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The level as JSON shows it."""
-        return {
-            "level": self.level,
-            "status": self.status,
-            "reason": self.reason,
-            "figures": dict(self.figures),
-        }
+# What a backbone's config.json and a model's must have in common; the rest is for training.
+_SHARED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "patch_size",
+    "num_channels",
+    "num_register_tokens",
+    "hidden_act",
+    "layer_norm_eps",
+    "rope_theta",
+    "use_gated_mlp",
+    "query_bias",
+    "key_bias",
+    "value_bias",
+    "proj_bias",
+    "mlp_bias",
+)
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What is known of a model.
+class Evidence:
+    """What a model is held against.
 
     Attributes:
-        levels: every check, also those that were not made.
+        recorded: its recorded.safetensors, if there is one.
+        published: the catalogue's entry whose weights it has, if any.
+        history: what its conversion.json says, if there is one.
+        sources: the files it was made from; or, in a sentence, why they are not at hand.
+        recipes: SHA-256 of every tensor as its recipe makes it; None without the sources.
+        backbone_config: the backbone's config.json, if a backbone was given.
+        run_backbone: whether the bare backbone is run too.
     """
 
-    levels: tuple[Level, ...]
-
-    @property
-    def verdict(self) -> Literal["passed", "failed", "unverified"]:
-        """Failed if any level failed; passed if its numbers were held against a recording."""
-        statuses = {level.level: level.status for level in self.levels}
-        if "failed" in statuses.values():
-            return "failed"
-        return "passed" if statuses.get("numbers") == "passed" else "unverified"
-
-    @property
-    def reason(self) -> str:
-        """Why it is not passed, in a sentence; empty if it is."""
-        for level in self.levels:
-            if level.status == "failed":
-                return level.reason
-        return next((level.reason for level in self.levels if level.level == "numbers"), "")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The verdict as JSON shows it."""
-        return {"verdict": self.verdict, "levels": [level.to_dict() for level in self.levels]}
-
-    def record(self) -> dict[str, Any]:
-        """The verdict as conversion.json keeps it: without what another machine would round off."""
-        levels = []
-        for level in self.levels:
-            figures = {key: level.figures[key] for key in _KEPT if key in level.figures}
-            levels.append({"level": level.level, "status": level.status, "figures": figures})
-        return {"verdict": self.verdict, "levels": levels}
+    recorded: Path | None = None
+    published: Checkpoint | None = None
+    history: History | None = None
+    sources: Provenance | str = "The sources are not at hand."
+    recipes: Mapping[str, str] | None = None
+    backbone_config: BackboneConfig | None = None
+    run_backbone: bool = False
 
 
-def unverified(reason: str) -> Verdict:
-    """The verdict on a model that nothing was held against."""
-    return Verdict((Level("numbers", "not checked", reason),))
+@dataclass(frozen=True)
+class Options:
+    """How a model is checked.
+
+    Attributes:
+        level: the last of the five levels that is checked.
+        against: a peer to compare with, if any.
+        image: the picture that published outputs were recorded on; None to download it.
+        device: where the model runs, as torch names it.
+        threads: of torch on the CPU; None for as many as it takes.
+        allow_nonfinite: whether weights may be NaN or infinite.
+        access: how the Hub is reached.
+    """
+
+    level: int = len(LEVELS)
+    against: Literal["transformers"] | None = None
+    image: Path | None = None
+    device: str = "cpu"
+    threads: int | None = None
+    allow_nonfinite: bool = False
+    access: Access = field(default_factory=Access)
 
 
-def verify(model: str | Path, *, recorded: str | Path | None = None) -> Verdict:
-    """Checks a converted model.
+def verify(
+    model: str | Path,
+    *,
+    recorded: str | Path | None = None,
+    delta: str | None = None,
+    backbone: str | None = None,
+    against: Literal["transformers"] | None = None,
+    level: int = len(LEVELS),
+    image: str | Path | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Verdict:
+    """Checks a converted model, and looks for the cause where it is not right.
 
-    Its tensors must be those that its config.json asks for, have the digests that its
-    conversion.json gives, and compute what was recorded.
+    ``converter.verify("model", recorded="recorded").verdict`` is ``passed``, ``failed`` or
+    ``unverified``.
 
     Args:
-        model: folder of the model.
+        model: its folder, or a Hub repository as owner/name or owner/name@revision.
         recorded: a folder with recorded outputs, or its recorded.safetensors. By default those of
             the catalogue's entry that conversion.json names, if they come with the package.
+        delta: what it was made from: a file, a folder, or owner/name[@revision]. By default what
+            conversion.json names, if it is in the cache.
+        backbone: likewise.
+        against: ``transformers`` to compare with its model, layer by layer.
+        level: the last level that is checked: 1 structure, 2 arithmetic, 3 numbers, 4 peers,
+            5 published.
+        image: the picture that published outputs were recorded on; by default it is downloaded.
+        device: where the model runs, such as ``cuda``.
+        threads: of torch on the CPU; by default as many as it takes.
+        token: for the Hub, as everywhere in huggingface_hub; by default HF_TOKEN or the login.
+        cache_dir: where downloads are kept; by default the Hub's cache.
+        local_files_only: whether only that cache is used.
 
     Raises:
-        UnreadableFileError: the model or the recording cannot be read.
+        UnreadableFileError: the model, the recording or a source cannot be read.
+        PlanError: the sources that were given do not add up to a model.
+        AccessError: what was named is in a repository that is missing, gated, or not in the cache.
+        HubUnavailableError: the Hub is down, out of reach, or asks to wait.
+        UsageError: a level, a device or a peer that there is not.
     """
-    folder = Path(model).expanduser()
+    if level not in range(1, len(LEVELS) + 1):
+        raise UsageError(f"There is no level {level}: {LEVELS[0]} is 1, {LEVELS[-1]} is 5.")
+    access = Access(token, Path(cache_dir).expanduser() if cache_dir else None, local_files_only)
+    options = Options(
+        level, against, Path(image).expanduser() if image else None, device, threads, access=access
+    )
+    folder, name = _find_model(model, access)
     _find_weights(folder)
-    conversion = folder / "conversion.json"
-    history = read_json_object(conversion) if conversion.is_file() else None
-    evidence = Path(recorded).expanduser() if recorded else _recorded_of(history)
-    return check(folder, find_recorded(evidence) if evidence else None, _digests_in(history))
+    history = read_history(folder)
+    checkpoint = history.checkpoint if history else find_named(name)
+    place = Path(recorded).expanduser() if recorded else checkpoint and checkpoint.recorded
+    with ExitStack() as stack:
+        sources: Provenance | str = _not_asked(options)
+        if level >= _number("arithmetic"):
+            sources = open_sources(
+                Given(delta, backbone),
+                history,
+                read_model_config(folder / "config.json"),
+                _DTYPES.get(_dtype_in(read_json_object(folder / "config.json")), "F32"),
+                access,
+                stack,
+            )
+        evidence = Evidence(
+            recorded=find_recorded(place) if place else None,
+            published=checkpoint if _is_of(checkpoint, history) else None,
+            history=history,
+            sources=sources,
+            recipes=sources.digests() if isinstance(sources, Provenance) else None,
+            backbone_config=_config_of(backbone, access) if backbone else None,
+            run_backbone=backbone is not None,
+        )
+        return check(folder, evidence, options)
 
 
-def check(
-    folder: Path,
-    recorded: Path | None,
-    digests: Mapping[str, str] | None,
-    *,
-    allow_nonfinite: bool = False,
-) -> Verdict:
-    """Checks the model in a folder against a recording and the digests of its tensors.
+def _is_of(checkpoint: Checkpoint | None, history: History | None) -> bool:
+    """Whether a model has a checkpoint's own weights, and not others in its name."""
+    if checkpoint is None or history is None:
+        return checkpoint is not None
+    delta = history.sources.get("delta")
+    if delta is None or delta.repo_id is None:
+        return delta is not None and checkpoint.offline
+    return find_named(delta.repo_id) == checkpoint
 
-    Weights that are NaN or infinite fail it, unless they are allowed.
+
+def _find_model(model: str | Path, access: Access) -> tuple[Path, str | None]:
+    """The folder of a model, and the repository it came from."""
+    if isinstance(model, Path) or model.count("/") != 1:
+        return Path(model).expanduser(), None
+    source = parse_source(model)
+    if isinstance(source, LocalSource):
+        return source.path, None
+    found = fetch(source, access)
+    for name in ("preprocessor_config.json", "conversion.json"):
+        fetch_first(HubSource(source.repo_id, str(found.revision)), (name,), access)
+    return found.weights.parent, source.repo_id
+
+
+def _config_of(backbone: str, access: Access) -> BackboneConfig | None:
+    """A backbone's config.json; None where it has none in transformers' format."""
+    config = fetch_config(parse_source(backbone), access)
+    # timm's repositories have a config.json of another kind
+    if config and read_json_object(config).get("model_type") is not None:
+        return read_backbone_config(config)
+    return None
+
+
+def check(folder: Path, evidence: Evidence, options: Options | None = None) -> Verdict:
+    """Checks the model in a folder against the evidence that there is.
 
     Raises:
         UnreadableFileError: the model or the recording cannot be read.
+        UsageError: the device or the peer is none that there is.
     """
-    evidence = read_recorded(recorded) if recorded else None
-    with open_tensors(_find_weights(folder)) as file:
-        levels = [_check_arithmetic(file, digests)]
-        dtypes = {info.dtype for info in file.tensors.values()}
-    model = _load(folder)
-    if isinstance(model, Level):
-        levels.insert(0, model)
-        levels.append(Level("numbers", "not checked", "The model cannot be built."))
-        return Verdict(tuple(levels))
-    levels.insert(0, _structure(model, allow_nonfinite=allow_nonfinite))
-    if evidence is None:
-        levels.append(Level("numbers", "not checked", "No recorded outputs to check against."))
-    else:
-        levels.append(_check_numbers(model, folder, evidence, dtypes))
-    return Verdict(tuple(levels))
+    options = options or Options()
+    with _torch_set_up(options):
+        return _check(_read_model(folder, keep=options.level > 1), evidence, options)
+
+
+def _check(found: "_Model", evidence: Evidence, options: Options) -> Verdict:
+    structure = _check_structure(found, evidence, options)
+    levels = {"structure": structure}
+    if options.level >= _number("arithmetic"):
+        levels["arithmetic"] = _check_arithmetic(found, evidence)
+    numbers, recorded = None, None
+    if evidence.recorded and options.level >= _number("numbers"):
+        recorded = read_recorded(evidence.recorded)
+    if found.misfits:
+        for name in LEVELS[_number("arithmetic") : options.level]:
+            levels[name] = Level(name, "not checked", "The model cannot be built.")
+    elif options.level >= _number("numbers"):
+        model = _build(found, options.device)
+        numbers = _check_numbers(model, found, evidence, recorded)
+        levels["numbers"] = numbers.level
+        if options.level >= _number("peers"):
+            levels["peers"] = _check_peers(model, found, options, recorded, numbers)
+        if options.level >= _number("published"):
+            levels["published"] = _check_published(model, found, evidence, options)
+    for name in LEVELS[options.level :]:
+        levels[name] = Level(name, "not checked", _not_asked(options))
+    return _with_diagnosis(tuple(levels.values()), found, evidence, recorded, numbers)
+
+
+def _number(level: str) -> int:
+    return LEVELS.index(level) + 1
+
+
+def _not_asked(options: Options) -> str:
+    return f"{NOT_ASKED} {options.level} were asked for."
+
+
+@contextmanager
+def _torch_set_up(options: Options) -> Iterator[None]:
+    """Lets torch have as many threads as were asked for, and finds out whether the device is."""
+    import torch
+
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"The device {options.device!r} cannot be used: {reason}") from error
+    before = torch.get_num_threads()
+    torch.set_num_threads(options.threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# the model's files ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The files of a model, read once.
+
+    Attributes:
+        folder: where they are.
+        config: its config.json.
+        values: the same, as it stands there.
+        normalisation: what its preprocessor_config.json does to pixels.
+        tensors: shapes and types of its tensors, by name.
+        weights: their values in float32; empty if they are not needed.
+        digests: their SHA-256.
+        nonfinite: names of those that hold NaN or infinity.
+        misfits: in sentences, why no model can be built of them.
+    """
+
+    folder: Path
+    config: "EomtDinov3Config"
+    values: Mapping[str, Any]
+    normalisation: Normalisation
+    tensors: Mapping[str, TensorInfo]
+    weights: "Mapping[str, Tensor]"
+    digests: Mapping[str, str]
+    nonfinite: tuple[str, ...]
+    misfits: tuple[str, ...]
+
+
+def _read_model(folder: Path, *, keep: bool) -> _Model:
+    import numpy as np
+    import torch
+
+    from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
+
+    path = _find_weights(folder)
+    values = read_json_object(folder / "config.json")
+    try:
+        config = EomtDinov3Config.from_dict(values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UnreadableFileError(f"{folder / 'config.json'}: {error}") from error
+    normalisation = read_normalisation(folder / "preprocessor_config.json", config.num_channels)
+    weights, digests, nonfinite = {}, {}, []
+    with open_tensors(path) as file:
+        tensors = dict(file.tensors)
+        for name, info in tensors.items():
+            stored = file.read(name)
+            # bfloat16 comes widened: back to the bits that are stored
+            bits = round_to(stored, "BF16") if info.dtype == "BF16" else stored
+            digests[name] = hashlib.sha256(np.ascontiguousarray(bits).data).hexdigest()
+            if stored.dtype.kind == "f" and not np.isfinite(stored).all():
+                nonfinite.append(name)
+            if keep:
+                weights[name] = torch.from_numpy(stored).float()
+    with torch.device("meta"):
+        needed = EomtDinov3ForUniversalSegmentation(config).state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in needed.items()}
+    return _Model(
+        folder,
+        config,
+        values,
+        normalisation,
+        tensors,
+        weights,
+        digests,
+        tuple(nonfinite),
+        tuple(_misfits(tensors, shapes)),
+    )
 
 
 def _find_weights(folder: Path) -> Path:
@@ -167,194 +372,253 @@ def _find_weights(folder: Path) -> Path:
     )
 
 
-def _recorded_of(history: Mapping[str, Any] | None) -> Path | None:
-    name = (history or {}).get("checkpoint")
-    try:
-        return find(name).recorded if isinstance(name, str) else None
-    except UsageError:
+def _misfits(
+    tensors: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[str]:
+    """What keeps tensors from being the model of these shapes, a sentence each."""
+    for name, shape in shapes.items():
+        if name not in tensors:
+            yield f"{name} is missing."
+        elif tensors[name].shape != shape:
+            yield (
+                f"{name} has the shape {list(tensors[name].shape)}, config.json asks for "
+                f"{list(shape)}."
+            )
+        elif not tensors[name].dtype.startswith(("F", "BF")):
+            yield f"{name} holds {tensors[name].dtype}, not floating point numbers."
+    for name in tensors:
+        if name not in shapes:
+            yield f"{name} is unknown: the model of config.json has no place for it."
+
+
+def _build(found: _Model, device: str) -> "EomtDinov3ForUniversalSegmentation":
+    """The model; rounded weights are computed with in float32."""
+    import torch
+
+    from reference_model import EomtDinov3ForUniversalSegmentation
+
+    with torch.device("meta"):
+        model = EomtDinov3ForUniversalSegmentation(found.config)
+    model.load_state_dict(dict(found.weights), assign=True)
+    return model.eval().to(device)
+
+
+# structure --------------------------------------------------------------------------------------
+
+
+def _check_structure(found: _Model, evidence: Evidence, options: Options) -> Level:
+    problems = list(found.misfits)
+    if not options.allow_nonfinite:
+        problems += [f"{name} holds NaN or infinity." for name in found.nonfinite]
+    problems += _disagreements(found, evidence)
+    figures = {
+        "tensors": len(found.tensors),
+        "parameters": sum(
+            info.size
+            for name, info in found.tensors.items()
+            if name not in ("attn_mask_probs", "criterion.empty_weight")
+        ),
+        "dtypes": sorted({info.dtype for info in found.tensors.values()}),
+        "problems": problems,
+    }
+    if problems:
+        more = f" {len(problems) - 1} more are like that." if len(problems) > 1 else ""
+        return Level("structure", "failed", problems[0] + more, figures)
+    return Level("structure", "passed", figures=figures)
+
+
+def _disagreements(found: _Model, evidence: Evidence) -> Iterator[str]:
+    """Where the model's files contradict each other, or the backbone's config.json."""
+    declared = _dtype_in(found.values)
+    for name, info in found.tensors.items():
+        if _DTYPES.get(declared, info.dtype) != info.dtype:
+            yield f"{name} is {info.dtype}, config.json says {declared}."
+            break
+    labels, ids = found.config.label2id, found.values.get("label2id")
+    if ids is not None and ids != labels and len(labels) == len(found.config.id2label):
+        yield "label2id in config.json is not the inverse of its id2label."
+    preprocessor = read_json_object(found.folder / "preprocessor_config.json")
+    trained, made = found.config.image_size, _size_in(preprocessor)
+    trained = (trained, trained) if isinstance(trained, int) else trained
+    if made and made != trained:
+        yield (
+            f"image_size in config.json is {list(trained)}, preprocessor_config.json makes "
+            f"pictures of {list(made)}."
+        )
+    task = evidence.history.task if evidence.history else None
+    windows = preprocessor.get("do_split_image")
+    if task and windows is not None and windows != (task == "semantic"):
+        yield (
+            f"do_split_image in preprocessor_config.json is {windows}, which is not for {task} "
+            "segmentation."
+        )
+    if evidence.backbone_config:
+        ours, theirs = (
+            asdict(config)
+            for config in (
+                read_model_config(found.folder / "config.json"),
+                evidence.backbone_config,
+            )
+        )
+        for key in _SHARED:
+            if ours[key] != theirs[key]:
+                yield f"{key} in config.json is {ours[key]}, the backbone's says {theirs[key]}."
+
+
+def _dtype_in(values: Mapping[str, Any]) -> str:
+    return str(values.get("dtype") or values.get("torch_dtype"))
+
+
+def _size_in(preprocessor: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(height, width) that pictures are made to fit, as far as a preprocessor_config.json says."""
+    size = preprocessor.get("size")
+    if not isinstance(size, dict):
         return None
+    height, width = (size.get(key) or size.get("shortest_edge") for key in ("height", "width"))
+    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
 
 
-def _digests_in(history: Mapping[str, Any] | None) -> dict[str, str] | None:
-    if history is None:
-        return None
-    try:
-        return {name: entry["sha256"] for name, entry in history["tensors"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UnreadableFileError("conversion.json lists no digests of tensors.") from error
+# arithmetic -------------------------------------------------------------------------------------
 
 
-def _check_arithmetic(
-    file: TensorFile | ShardedTensorFile, expected: Mapping[str, str] | None
-) -> Level:
-    if expected is None:
-        return Level("arithmetic", "not checked", "There is no conversion.json.")
-    names = sorted({*expected, *file.tensors})
-    wrong = [
+def _check_arithmetic(found: _Model, evidence: Evidence) -> Level:
+    history, recipes = evidence.history, evidence.recipes
+    if recipes is None and history is None:
+        return Level("arithmetic", "not checked", str(evidence.sources))
+    references = [digests for digests in (recipes, history and history.tensors) if digests]
+    names = sorted({*found.digests, *(name for digests in references for name in digests)})
+    different = [
         name
         for name in names
-        if name not in file.tensors or file.sha256(name) != expected.get(name)
+        if any(found.digests.get(name) != digests.get(name) for digests in references)
     ]
-    figures = {"tensors": len(names), "different": wrong}
-    if wrong:
-        reason = f"{wrong[0]} is not what conversion.json says" + (
-            f", nor are {len(wrong) - 1} other tensors." if len(wrong) > 1 else "."
-        )
+    files = _changed_files(found.folder, history) if history else []
+    figures = {
+        "tensors": len(names),
+        "against": "sources" if recipes is not None else "conversion.json",
+        "different": different,
+        "different_files": files,
+        "digests": dict(found.digests),
+        "sources": {
+            role: {"repo": source.repo_id, "revision": source.revision}
+            for role, source in (history.sources if history else {}).items()
+        },
+    }
+    if different:
+        expected = "what conversion.json says"
+        if recipes is not None and found.digests.get(different[0]) != recipes.get(different[0]):
+            expected = f"what its sources give: {_recipe(different[0], evidence)}"
+        more = f", and {len(different) - 1} more are not" if len(different) > 1 else ""
+        reason = f"{different[0]} is not {expected}{more}."
+        return Level("arithmetic", "failed", reason, figures)
+    if files:
+        reason = f"{files[0]} is not as it was written, by conversion.json."
         return Level("arithmetic", "failed", reason, figures)
     return Level("arithmetic", "passed", figures=figures)
 
 
-def _load(folder: Path) -> "EomtDinov3ForUniversalSegmentation | Level":
-    import torch
-
-    from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
-
-    values = read_json_object(folder / "config.json")
-    try:
-        config = EomtDinov3Config.from_dict(values)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UnreadableFileError(f"{folder / 'config.json'}: {error}") from error
-    try:
-        # Rounded weights are held against the recording as they are, computed with in float32.
-        return EomtDinov3ForUniversalSegmentation.from_pretrained(
-            folder, config=config, dtype=torch.float32
-        )
-    except ValueError as error:
-        return Level("structure", "failed", str(error))
+def _recipe(name: str, evidence: Evidence) -> str:
+    rows = evidence.sources.rows if isinstance(evidence.sources, Provenance) else {}
+    return rows[name].recipe if name in rows else "nothing"
 
 
-def _structure(model: "EomtDinov3ForUniversalSegmentation", *, allow_nonfinite: bool) -> Level:
-    state = model.state_dict()
-    figures = {"tensors": len(state), "parameters": sum(p.numel() for p in model.parameters())}
-    for name, tensor in state.items():
-        if not allow_nonfinite and not bool(tensor.isfinite().all()):
-            return Level("structure", "failed", f"{name} holds NaN or infinity.", figures)
-    return Level("structure", "passed", figures=figures)
+def _changed_files(folder: Path, history: History) -> list[str]:
+    """The configuration files that are not as the conversion wrote them."""
+    return [
+        name
+        for name in ("config.json", "preprocessor_config.json")
+        if name in history.files
+        and hashlib.sha256((folder / name).read_bytes()).hexdigest() != history.files[name]
+    ]
+
+
+# numbers and what comes after -------------------------------------------------------------------
 
 
 def _check_numbers(
     model: "EomtDinov3ForUniversalSegmentation",
-    folder: Path,
-    recorded: Recorded,
-    dtypes: set[str],
-) -> Level:
-    relative = max((ROUNDED_TOLERANCES.get(dtype, 0.0) for dtype in dtypes), default=0.0)
-    pixel_values = _normalise(recorded.pixels, folder / "preprocessor_config.json")
-    try:
-        pairs = list(_pairs(model, pixel_values, recorded, rounded=relative > 0))
-    except ValueError as error:
-        return Level("numbers", "failed", f"The recorded input does not suit the model: {error}")
-    compared = {name: _compare(name, ours, theirs, relative) for name, ours, theirs in pairs}
-    largest = [c.max_abs for c in compared.values()]
-    figures = {
-        "recorded_sha256": recorded.sha256,
-        "tolerance": TOLERANCE,
-        "relative_tolerance": relative,
-        "max_abs": max(largest) if all(map(math.isfinite, largest)) else None,
-        "compared": {name: comparison.to_dict() for name, comparison in compared.items()},
-    }
-    failures = [c.failure for c in compared.values() if c.failure]
-    if failures:
-        return Level("numbers", "failed", failures[0], figures)
-    return Level("numbers", "passed", figures=figures)
+    found: _Model,
+    evidence: Evidence,
+    recorded: Recorded | None,
+) -> "Numbers":
+    from converter.numbers import Numbers, bare_backbone, check_numbers
+
+    if recorded is None:
+        return Numbers(Level("numbers", "not checked", NOTHING_RECORDED), {}, {})
+    backbone = None
+    if evidence.run_backbone and isinstance(evidence.sources, Provenance):
+        backbone = bare_backbone(evidence.sources).to(model.device)
+    return check_numbers(model, found.normalisation, recorded, _tolerance(found), backbone)
 
 
-def _normalise(pixels: "Tensor", preprocessor: Path) -> "Tensor":
-    """Rescales and normalises uint8 pixels as a model's own preprocessor_config.json says.
+def _tolerance(found: _Model) -> "Tolerance":
+    """The tolerance of the type that config.json declares, or else of the types there are."""
+    from converter.comparison import tolerance_for
 
-    With its usual values the result is, bit for bit, the original's (pixels / 255 - mean) / std.
-    """
-    import torch
-
-    values = read_json_object(preprocessor)
-    try:
-        channels = (1, -1, 1, 1)
-        mean = torch.tensor(values["image_mean"], dtype=torch.float32).reshape(channels)
-        std = torch.tensor(values["image_std"], dtype=torch.float32).reshape(channels)
-        scale = float(values["rescale_factor"])
-        # the memory format of decoded pictures, which decides how the patch convolution rounds
-        scaled = pixels.to(torch.float64, memory_format=torch.channels_last) * scale
-        return (scaled.to(torch.float32) - mean) / std
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UnreadableFileError(
-            f"{preprocessor} has no usable rescale_factor, image_mean and image_std: {error}."
-        ) from error
+    declared = _DTYPES.get(_dtype_in(found.values))
+    return tolerance_for({declared} if declared else {i.dtype for i in found.tensors.values()})
 
 
-def _pairs(
+def _check_peers(
     model: "EomtDinov3ForUniversalSegmentation",
-    pixel_values: "Tensor",
-    recorded: Recorded,
-    *,
-    rounded: bool,
-) -> "Iterator[tuple[str, Tensor, Tensor]]":
-    """Every recorded tensor beside the model's own, by the name of the recording.
+    found: _Model,
+    options: Options,
+    recorded: Recorded | None,
+    numbers: "Numbers",
+) -> Level:
+    if options.against is None:
+        return Level("peers", "not checked", "No peer was asked for with --against.")
+    from converter.peers import check_transformers
 
-    Masked attention is cut off where a mask logit is 0, which weights that were rounded move: with
-    them only the block is compared that no mask has reached yet.
-    """
-    import torch
-
-    with torch.inference_mode():
-        output = model(pixel_values, output_hidden_states=True)
-        yield "mask_logits", output.masks_queries_logits, recorded.tensors["mask_logits"]
-        yield "class_logits", output.class_queries_logits, recorded.tensors["class_logits"]
-        embeddings, *hidden_states = output.hidden_states
-        if "patch_embeddings" in recorded.tensors:
-            yield "patch_embeddings", embeddings, recorded.tensors["patch_embeddings"]
-        for i, theirs in enumerate(recorded.numbered("hidden_states")):
-            # a recording may have more layers than the model: that is a difference too
-            ours = hidden_states[i] if i < len(hidden_states) else torch.empty(0)
-            yield f"hidden_states.{i}", ours[: len(theirs)], theirs
-        if "last_hidden_state" in recorded.tensors:
-            theirs = recorded.tensors["last_hidden_state"]
-            yield "last_hidden_state", output.last_hidden_state[: len(theirs)], theirs
-
-        masks = recorded.numbered("masked.mask_logits")
-        classes = recorded.numbered("masked.class_logits")
-        if masks and len(masks) == len(classes):
-            model.attn_mask_probs.fill_(1)  # as at the beginning of training; the model is ours
-            blocks = model(pixel_values, output_block_logits=True).block_logits
-            recorded_blocks = list(zip(masks, classes, strict=True))
-            for i, recorded_block in enumerate(recorded_blocks[:1] if rounded else recorded_blocks):
-                block = blocks[i] if i < len(blocks) else (torch.empty(0), torch.empty(0))
-                yield f"masked.mask_logits.{i}", block[0], recorded_block[0]
-                yield f"masked.class_logits.{i}", block[1], recorded_block[1]
+    pixels = recorded.pixels if recorded and numbers.outputs else None
+    return check_transformers(found.folder, model, found.normalisation, pixels, numbers)
 
 
-@dataclass(frozen=True)
-class _Comparison:
-    """Our tensor beside the recorded one.
+def _check_published(
+    model: "EomtDinov3ForUniversalSegmentation",
+    found: _Model,
+    evidence: Evidence,
+    options: Options,
+) -> Level:
+    from converter.published import PUBLISHED, check_published
 
-    Attributes:
-        max_abs, mean_abs: largest and mean absolute difference.
-        spread: standard deviation of the recorded values, to judge the others by.
-        failure: what is wrong, in a sentence; empty if nothing is.
-    """
-
-    max_abs: float
-    mean_abs: float
-    spread: float
-    failure: str
-
-    def to_dict(self) -> dict[str, float | None]:
-        """The figures as JSON shows them; null for what is no number."""
-        figures = {"max_abs": self.max_abs, "mean_abs": self.mean_abs, "spread": self.spread}
-        return {key: value if math.isfinite(value) else None for key, value in figures.items()}
+    slices = PUBLISHED.get(evidence.published.name) if evidence.published else None
+    if slices is None:
+        return Level("published", "not checked", NOTHING_RECORDED)
+    if _tolerance(found).relative:
+        reason = "The published outputs are of float32 weights, these were rounded."
+        return Level("published", "not checked", reason)
+    return check_published(model, found.normalisation, slices, options.image, options.access)
 
 
-def _compare(name: str, ours: "Tensor", theirs: "Tensor", relative: float) -> _Comparison:
-    """Compares two tensors; where weights were rounded, by a share of the recorded range."""
-    spread = float(theirs.float().std())
-    if ours.shape != theirs.shape:
-        failure = (
-            f"{name} has the shape {list(ours.shape)}, recorded is the shape {list(theirs.shape)}."
-        )
-        return _Comparison(math.nan, math.nan, spread, failure)
-    difference = (ours.double() - theirs.double()).abs()
-    largest, mean = float(difference.max()), float(difference.mean())
-    tolerance = max(TOLERANCE, relative * float(theirs.max() - theirs.min()))
-    failure = ""
-    if not largest <= tolerance:
-        failure = f"{name} differs by up to {largest:.3g}, more than {tolerance:.3g}."
-    return _Comparison(largest, mean, spread, failure)
+def _with_diagnosis(
+    levels: tuple[Level, ...],
+    found: _Model,
+    evidence: Evidence,
+    recorded: Recorded | None,
+    numbers: "Numbers | None",
+) -> Verdict:
+    failed = {level.level for level in levels if level.status == "failed"}
+    if found.misfits or not failed & {"arithmetic", "numbers"}:
+        return Verdict(levels)
+    from converter.by_value import Reference
+    from converter.diagnosis import diagnose, not_tried
+    from converter.numbers import first_difference
+    from converter.stages import Network, Skeleton
+
+    difference = None
+    if numbers and "numbers" in failed:
+        difference = first_difference(numbers.compared, found.config)
+        if not numbers.comparable:
+            tried = not_tried("The recorded outputs are those of a model of other sizes.")
+            return Verdict(levels, difference, None, tried)
+    provenance = evidence.sources if isinstance(evidence.sources, Provenance) else None
+    digests = evidence.recipes or (evidence.history and evidence.history.tensors)
+    cause, tried = diagnose(
+        Network(Skeleton(found.config), found.weights, found.normalisation),
+        recorded if "numbers" in failed else None,
+        _tolerance(found),
+        found.digests,
+        Reference(digests, provenance) if digests else None,
+    )
+    return Verdict(levels, difference, cause, tried)

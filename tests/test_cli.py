@@ -61,7 +61,7 @@ def test_json_is_one_object_and_nothing_else(command: Command) -> None:
 
     content = json.loads(result.stdout)
     assert content["verdict"] == "passed"
-    assert [level["level"] for level in content["levels"]] == ["structure", "arithmetic", "numbers"]
+    assert [level["level"] for level in content["levels"]] == list(LEVELS)
     assert content["plan"]["counts"]["added"] == 74
     assert content["output"].endswith("/out")
     assert content["files"]["model.safetensors"]["size"] == 1201504
@@ -252,7 +252,13 @@ def test_a_right_model_passes_verification(command: Command, model: Path) -> Non
     result = command("verify", model, "--recorded", TINY, "--json")
 
     assert result.exit_code == 0
-    assert list(json.loads(result.stdout)) == ["verdict", "levels"]
+    assert list(json.loads(result.stdout)) == [
+        "verdict",
+        "levels",
+        "first_difference",
+        "cause",
+        "tried",
+    ]
     assert json.loads(result.stdout)["verdict"] == "passed"
 
 
@@ -319,14 +325,15 @@ def test_a_run_without_verification_needs_no_torch(tmp_path: Path) -> None:
 SLOW = """
 import time
 from converter import merge
-compute = merge._compute
+compute = merge.compute
 def slow(row, *rest):
     if row.name.startswith("layers.1"):
         print("merging", flush=True)
         time.sleep(60)
     return compute(row, *rest)
-merge._compute = slow
+merge.compute = slow
 from converter.cli import main
+from converter.verdict import LEVELS
 main()
 """
 

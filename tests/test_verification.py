@@ -8,14 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import Result
 from conftest import FIXTURES, NAMES
+from hub_server import Hub
 from safetensors.torch import load_file, save_file
 
 import converter
-from converter.errors import UnreadableFileError
-from converter.verification import TOLERANCE, Verdict
+from converter.comparison import TOLERANCE
+from converter.errors import UnreadableFileError, UsageError
+from converter.testing import assert_matches_recorded
+from converter.verdict import LEVELS, Level, Verdict
+from reference_model import EomtDinov3ForUniversalSegmentation
 
 TINY = FIXTURES / "tiny_panoptic_64"
+
+Command = Callable[..., Result]
 
 
 def change_weights(model: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -29,7 +36,12 @@ def change_json(path: Path, **changes: Any) -> None:
 
 
 def statuses(verdict: Verdict) -> dict[str, str]:
-    return {level.level: level.status for level in verdict.levels}
+    """Of the levels that need nothing but the folder."""
+    return {level.level: level.status for level in verdict.levels[:3]}
+
+
+def level_of(verdict: Verdict, name: str) -> Level:
+    return verdict.levels[LEVELS.index(name)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -38,11 +50,15 @@ def test_a_right_model_passes_with_figures(name: str, converted: Callable[[str],
 
     assert verdict.verdict == "passed"
     assert statuses(verdict) == {"structure": "passed", "arithmetic": "passed", "numbers": "passed"}
-    numbers = verdict.levels[-1].figures
+    numbers = level_of(verdict, "numbers").figures
     assert 0 <= numbers["max_abs"] <= TOLERANCE
     recorded = load_file(FIXTURES / name / "recorded.safetensors")
     skipped = ("pipeline.", "rope.", "backbone.", "pixels")
     assert set(numbers["compared"]) == {n for n in recorded if not n.startswith(skipped)}
+    assert (numbers["best_class"], numbers["mask_iou"], numbers["same_segment"]) == (1, 1, 1)
+    for figures in numbers["compared"].values():
+        assert set(figures) == {"max_abs", "mean_abs", "spread", "relative", "cosine"}
+        assert figures["cosine"] == pytest.approx(1)
 
 
 def test_the_recording_of_an_offline_checkpoint_is_found(model: Path) -> None:
@@ -55,7 +71,7 @@ def test_without_a_recording_a_model_is_unverified(model: Path) -> None:
     verdict = converter.verify(model)
 
     assert verdict.verdict == "unverified"
-    assert verdict.reason == "No recorded outputs to check against."
+    assert verdict.reason == "not verified numerically: nothing recorded"
 
 
 def test_changed_weights_fail_with_figures(model: Path) -> None:
@@ -78,7 +94,10 @@ def test_weights_changed_beyond_notice_are_told_by_their_digest(model: Path) -> 
 
     assert statuses(verdict)["numbers"] == "passed"
     assert verdict.verdict == "failed"
-    assert "layernorm.weight is not what conversion.json says" in verdict.reason
+    assert verdict.reason == (
+        "layernorm.weight is not what its sources give: "
+        "backbone:norm.weight + delta:network.encoder.backbone.norm.weight."
+    )
 
 
 def test_one_flipped_bit_names_the_tensor(model: Path) -> None:
@@ -89,7 +108,11 @@ def test_one_flipped_bit_names_the_tensor(model: Path) -> None:
 
     verdict = converter.verify(model)
 
-    assert verdict.levels[1].figures["different"] == ["upscale_block.block.1.layernorm2d.weight"]
+    name = "upscale_block.block.1.layernorm2d.weight"
+    assert verdict.levels[1].figures["different"] == [name]
+    assert name in verdict.reason
+    assert verdict.cause is not None
+    assert (verdict.cause.name, verdict.cause.tensors) == ("tensor-replaced", (name,))
 
 
 def test_a_changed_config_is_noticed_by_the_numbers(model: Path) -> None:
@@ -98,7 +121,8 @@ def test_a_changed_config_is_noticed_by_the_numbers(model: Path) -> None:
 
     verdict = converter.verify(model, recorded=TINY)
 
-    assert statuses(verdict) == {"structure": "passed", "arithmetic": "passed", "numbers": "failed"}
+    assert statuses(verdict) == {"structure": "passed", "arithmetic": "failed", "numbers": "failed"}
+    assert level_of(verdict, "arithmetic").figures["different_files"] == ["config.json"]
 
 
 def test_another_normalisation_is_noticed(model: Path) -> None:
@@ -107,8 +131,11 @@ def test_another_normalisation_is_noticed(model: Path) -> None:
     assert statuses(converter.verify(model, recorded=TINY))["numbers"] == "failed"
 
 
-def test_weights_that_are_not_numbers_fail_and_stay_valid_json(model: Path) -> None:
+@pytest.mark.parametrize("history", [True, False])
+def test_weights_that_are_not_numbers_fail_and_stay_valid_json(history: bool, model: Path) -> None:
     change_weights(model, lambda state: state["query.weight"].view(-1)[5].fill_(float("nan")))
+    if not history:
+        (model / "conversion.json").unlink()
 
     verdict = converter.verify(model, recorded=TINY)
 
@@ -125,7 +152,9 @@ def test_another_number_of_classes_fails_with_both_shapes(
     )
 
     assert verdict.verdict == "failed"
-    assert "[2, 16, 16, 16], recorded is the shape [2, 12, 16, 16]" in verdict.reason
+    assert "the shape [2, 21, 64], recorded is the shape [2, 33, 64]" in verdict.reason
+    assert verdict.cause is None
+    assert {trial.status for trial in verdict.tried} == {"not tried"}
 
 
 def test_pictures_that_patches_do_not_fill_fail(model: Path, tmp_path: Path) -> None:
@@ -204,3 +233,250 @@ def test_a_model_on_the_move_is_checked_where_it_is(model: Path, tmp_path: Path)
     moved = Path(shutil.move(model, tmp_path / "elsewhere"))
 
     assert converter.verify(moved).verdict == "passed"
+
+
+# structure --------------------------------------------------------------------------------------
+
+
+def problems(model: Path, **options: Any) -> list[str]:
+    verdict = converter.verify(model, level=1, **options)
+    found: list[str] = level_of(verdict, "structure").figures["problems"]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda state: state.pop("query.weight"), "query.weight is missing."),
+        (
+            lambda state: state.update(spare=torch.zeros(3)),
+            "spare is unknown: the model of config.json has no place for it.",
+        ),
+        (
+            lambda state: state.update({"layernorm.bias": torch.zeros(63)}),
+            "layernorm.bias has the shape [63], config.json asks for [64].",
+        ),
+        (
+            lambda state: state.update({"layernorm.bias": torch.zeros(64, dtype=torch.int64)}),
+            "layernorm.bias holds I64, not floating point numbers.",
+        ),
+        (
+            lambda state: state.update({"layernorm.bias": torch.zeros(64).half()}),
+            "layernorm.bias is F16, config.json says float32.",
+        ),
+        (
+            lambda state: state["query.weight"].view(-1)[3].fill_(float("inf")),
+            "query.weight holds NaN or infinity.",
+        ),
+    ],
+)
+def test_a_tensor_that_does_not_belong_is_named(
+    change: Callable[[dict[str, torch.Tensor]], object], problem: str, model: Path
+) -> None:
+    change_weights(model, change)
+
+    assert problem in problems(model)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "problem"),
+    [
+        ("config.json", {"num_blocks": 3}, "attn_mask_probs has the shape [2]"),
+        ("config.json", {"num_hidden_layers": 3}, "layers.3.attention.k_proj.weight is unknown"),
+        ("config.json", {"id2label": {"0": "a"}, "stuff_classes": []}, "class_predictor.weight"),
+        ("config.json", {"label2id": {"LABEL_0": 1}}, "label2id in config.json"),
+        ("config.json", {"image_size": 128}, "image_size in config.json is [128, 128]"),
+        ("preprocessor_config.json", {"do_split_image": True}, "is not for panoptic"),
+    ],
+)
+def test_files_that_contradict_each_other_fail(
+    file: str, changes: dict[str, Any], problem: str, model: Path
+) -> None:
+    change_json(model / file, **changes)
+
+    assert any(problem in found for found in problems(model))
+
+
+def test_the_backbones_config_is_compared_where_it_is_given(model: Path) -> None:
+    change_json(model / "config.json", layer_norm_eps=1e-6)
+
+    assert problems(model) == []
+    assert problems(model, backbone=str(TINY / "backbone")) == [
+        "layer_norm_eps in config.json is 1e-06, the backbone's says 1e-05."
+    ]
+
+
+# arithmetic --------------------------------------------------------------------------------------
+
+
+def test_the_sources_that_are_given_decide(model: Path) -> None:
+    (model / "conversion.json").unlink()
+    sources: Any = {"delta": str(TINY / "delta"), "backbone": str(TINY / "backbone")}
+
+    right = level_of(converter.verify(model, level=2, **sources), "arithmetic")
+    change_weights(model, lambda state: state["query.weight"].view(-1)[0].add_(1))
+    wrong = level_of(converter.verify(model, level=2, **sources), "arithmetic")
+
+    assert (right.status, right.figures["against"]) == ("passed", "sources")
+    assert wrong.status == "failed"
+    assert wrong.reason == "query.weight is not what its sources give: delta:network.q.weight."
+
+
+@pytest.mark.parametrize("layout", ["backbone_meta", "backbone_timm"])
+def test_sources_in_other_layouts_give_the_same_tensors(layout: str, model: Path) -> None:
+    level = level_of(
+        converter.verify(model, level=2, delta=str(TINY / "delta"), backbone=str(TINY / layout)),
+        "arithmetic",
+    )
+
+    assert level.status == "passed"
+
+
+def test_absolute_weights_are_sources_too(model: Path) -> None:
+    (model / "conversion.json").unlink()
+
+    found = converter.verify(model, level=2, delta=str(TINY / "absolute.ckpt"))
+
+    assert level_of(found, "arithmetic").figures["against"] == "sources"
+
+
+def test_sources_are_found_in_the_cache_at_the_revisions_of_conversion_json(
+    hub: Hub, tmp_path: Path
+) -> None:
+    hub.create_repo("me/delta", {"pytorch_model.bin": TINY / "delta" / "pytorch_model.bin"})
+    files = {name: TINY / "backbone" / name for name in ("config.json", "model.safetensors")}
+    hub.create_repo("me/backbone", files)
+    converter.convert(
+        output=tmp_path / "out",
+        delta="me/delta",
+        backbone="me/backbone",
+        task="panoptic",
+        image_size=64,
+        verify=False,
+    )
+    hub.requests.clear()
+
+    level = level_of(converter.verify(tmp_path / "out"), "arithmetic")
+
+    assert (level.status, level.figures["against"]) == ("passed", "sources")
+    assert level.figures["sources"]["delta"]["repo"] == "me/delta"
+    assert hub.requests == []
+
+
+def test_without_the_sources_conversion_json_decides(model: Path) -> None:
+    change_json(model / "conversion.json", checkpoint=None)
+
+    level = level_of(converter.verify(model), "arithmetic")
+
+    assert (level.status, level.figures["against"]) == ("passed", "conversion.json")
+
+
+def test_without_either_arithmetic_is_not_checked(model: Path) -> None:
+    (model / "conversion.json").unlink()
+
+    level = level_of(converter.verify(model), "arithmetic")
+
+    assert (level.status, "--delta" in level.reason) == ("not checked", True)
+
+
+def test_rounded_weights_are_what_their_sources_give_rounded(tmp_path: Path) -> None:
+    converter.convert("tiny_panoptic_64", tmp_path / "out", dtype="bfloat16", verify=False)
+
+    found = converter.verify(tmp_path / "out", recorded=TINY)
+
+    assert statuses(found) == {"structure": "passed", "arithmetic": "passed", "numbers": "passed"}
+
+
+# the rest ----------------------------------------------------------------------------------------
+
+
+def test_the_bare_backbone_is_run_where_it_is_given(model: Path) -> None:
+    sources: Any = {"delta": str(TINY / "delta"), "backbone": str(TINY / "backbone")}
+
+    compared = level_of(converter.verify(model, **sources), "numbers").figures["compared"]
+
+    assert compared["backbone.last_hidden_state"]["max_abs"] < 1e-5
+
+
+@pytest.mark.parametrize("level", range(1, 6))
+def test_levels_are_checked_up_to_the_one_asked_for(level: int, model: Path) -> None:
+    found = converter.verify(model, level=level)
+
+    assert [entry.level for entry in found.levels] == list(LEVELS)
+    checked = {entry.level for entry in found.levels if entry.status != "not checked"}
+    assert checked == set(LEVELS[: min(level, 3)])
+    assert found.verdict == ("passed" if level >= 3 else "unverified")
+
+
+@pytest.mark.parametrize("options", [{"level": 0}, {"level": 6}, {"device": "abacus"}])
+def test_what_there_is_not_is_wrong_usage(options: dict[str, Any], model: Path) -> None:
+    with pytest.raises(UsageError, match=r"level|device"):
+        converter.verify(model, **options)
+
+
+def test_threads_are_set_for_the_check_alone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    asked: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+
+    converter.verify(model, threads=3, level=1)
+
+    assert asked == [3, before]
+
+
+def test_a_right_model_is_run_once_for_each_recorded_set(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[str] = []
+    forward = EomtDinov3ForUniversalSegmentation.forward
+
+    def counted(self: Any, *args: Any, **options: Any) -> Any:
+        runs.append("masked" if self.attn_mask_probs.any() else "unmasked")
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(EomtDinov3ForUniversalSegmentation, "forward", counted)
+
+    assert converter.verify(model, recorded=TINY).verdict == "passed"
+    assert runs == ["unmasked", "masked"]
+
+
+def test_a_model_on_the_hub_is_checked(model: Path, hub: Hub) -> None:
+    hub.create_repo("me/model", {path.name: path for path in model.iterdir()})
+
+    assert converter.verify("me/model").verdict == "passed"
+
+
+def test_json_has_the_first_difference_the_cause_and_what_was_tried(model: Path) -> None:
+    change_weights(model, lambda state: state["layers.1.norm1.bias"].add_(1))
+
+    content = json.loads(json.dumps(converter.verify(model).to_dict(), allow_nan=False))
+
+    assert list(content) == ["verdict", "levels", "first_difference", "cause", "tried"]
+    assert content["first_difference"]["layer"] == "layers.1"
+    assert content["cause"]["tensors"] == ["layers.1.norm1.bias"]
+    assert set(content["cause"]) == {"name", "tensors", "residual"}
+    assert {trial["name"] for trial in content["tried"]} >= {"rope-base", "tensor-replaced"}
+
+
+def test_the_record_has_nothing_that_was_measured(model: Path) -> None:
+    change_weights(model, lambda state: state["layers.1.norm1.bias"].add_(1))
+
+    record = json.dumps(converter.verify(model).record())
+
+    assert "failed" in record
+    assert "max_abs" not in record
+
+
+def test_another_project_can_assert_that_a_model_matches(model: Path) -> None:
+    assert_matches_recorded(model, TINY)
+    change_weights(model, lambda state: state["layers.1.norm1.bias"].add_(1))
+
+    with pytest.raises(AssertionError, match=r"begins    in layers\.1: hidden_states\.1"):
+        assert_matches_recorded(model, TINY)
+
+
+def test_unverified_is_an_error_on_request(command: Command, model: Path) -> None:
+    change_json(model / "conversion.json", checkpoint=None)
+
+    assert command("verify", model).exit_code == 0
+    assert command("verify", model, "--require-verified").exit_code == 1

@@ -2,33 +2,92 @@
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 import click
 
-from converter.cli.session import Session, common_options
-from converter.errors import OutputsDifferError
+from converter.cli.session import SOURCE, Session, common_options, hub_options
+from converter.errors import NotVerifiedError, OutputsDifferError
 
 
 @click.command("verify")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", metavar="MODEL")
 @click.option(
     "--recorded",
     type=click.Path(path_type=Path),
     help="Recorded outputs: a folder, or its recorded.safetensors. [default: those that come with "
     "an offline checkpoint]",
 )
+@click.option(
+    "--delta",
+    metavar=SOURCE,
+    help="What the model was made from. [default: what conversion.json names, from the cache]",
+)
+@click.option("--backbone", metavar=SOURCE, help="Likewise; the bare backbone is run too.")
+@click.option(
+    "--against",
+    type=click.Choice(["transformers"]),
+    help="Another implementation to compare with, layer by layer.",
+)
+@click.option(
+    "--level",
+    type=click.IntRange(1, 5),
+    default=5,
+    show_default=True,
+    help="Check up to this level: 1 structure, 2 arithmetic, 3 numbers, 4 peers, 5 published.",
+)
+@click.option(
+    "--image",
+    type=click.Path(path_type=Path),
+    help="The picture that published outputs were recorded on. [default: downloaded]",
+)
+@click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
+@click.option("--threads", type=click.IntRange(1), help="Threads on the CPU. [default: torch's]")
+@click.option("--require-verified", is_flag=True, help="Fail if there is nothing to check against.")
+@hub_options
 @common_options
-def verify_command(model: Path, recorded: Path | None, as_json: bool, debug: bool) -> None:
-    """Check the model in a folder against recorded outputs and its own conversion.json.
+def verify_command(
+    model: str,
+    recorded: Path | None,
+    delta: str | None,
+    backbone: str | None,
+    against: Literal["transformers"] | None,
+    level: int,
+    image: Path | None,
+    device: str,
+    threads: int | None,
+    require_verified: bool,
+    token: str | None,
+    cache_dir: Path | None,
+    offline: bool,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Check a model, a folder or a repository, and look for the cause where it is not right.
 
-    Exit codes: 0 passed or unverified, 3 failed, 1 unreadable.
+    Exit codes: 0 passed or unverified (1 with --require-verified), 3 failed, 1 unreadable.
     """
-    session = Session(as_json=as_json, debug=debug)
+    session = Session(as_json=as_json, debug=debug, token=token)
     with session.errors():
         from converter import report
         from converter.verification import verify
 
-        found = verify(model, recorded=recorded)
+        found = verify(
+            model,
+            recorded=recorded,
+            delta=delta,
+            backbone=backbone,
+            against=against,
+            level=level,
+            image=image,
+            device=device,
+            threads=threads,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=offline,
+        )
         session.show("\n".join(report.verdict(found)), found.to_dict())
         if found.verdict == "failed":
             sys.exit(OutputsDifferError.exit_code)
+        if found.verdict == "unverified" and require_verified:
+            sys.exit(NotVerifiedError.exit_code)

@@ -1,0 +1,156 @@
+"""What is known of a model: the levels it was checked at, and what is wrong where one failed."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+LEVELS = ("structure", "arithmetic", "numbers", "peers", "published")
+
+# how the reason of a level begins that was left out
+NOT_ASKED = "Only levels up to"
+
+Status = Literal["passed", "failed", "not checked"]
+
+# figures that are the same wherever and whenever they are taken
+_KEPT = ("tensors", "parameters", "recorded_sha256", "tolerance", "relative_tolerance")
+
+
+@dataclass(frozen=True)
+class Level:
+    """One kind of check.
+
+    Attributes:
+        level: one of `LEVELS`.
+        status: what came of it.
+        reason: in a sentence, why it failed or was not checked, or what else is to be known.
+        figures: what was measured.
+    """
+
+    level: str
+    status: Status
+    reason: str = ""
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The level as JSON shows it."""
+        return {
+            "level": self.level,
+            "status": self.status,
+            "reason": self.reason,
+            "figures": dict(self.figures),
+        }
+
+
+@dataclass(frozen=True)
+class FirstDifference:
+    """Where a model first departs from what was recorded.
+
+    Attributes:
+        layer: the part of the network, by the canonical name of its tensors: ``layers.2``.
+        tensor: the recorded tensor: ``hidden_states.2``.
+        max_abs: largest absolute difference there; None where it is no number.
+    """
+
+    layer: str
+    tensor: str
+    max_abs: float | None
+
+
+@dataclass(frozen=True)
+class Cause:
+    """The fault that explains a difference.
+
+    Attributes:
+        name: of the fault; README lists them.
+        tensors: the model's tensors that it is in; empty for a value of a configuration file.
+        residual: largest difference from the recording that is left once it is undone; None where
+            it is known from digests alone.
+        explanation: what was tried and how well that does, in a sentence.
+    """
+
+    name: str
+    tensors: tuple[str, ...]
+    residual: float | None
+    explanation: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The cause as JSON shows it."""
+        return {"name": self.name, "tensors": list(self.tensors), "residual": self.residual}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A fault that was looked for.
+
+    Attributes:
+        name: of the fault.
+        status: whether undoing it accounts for all of the difference, for some of it, or not.
+        residual: largest difference that is left in the parts of the network that were wrong, each
+            run on what was recorded before it; None where nothing was run.
+        reason: in a sentence, what was tried, or why nothing was.
+    """
+
+    name: str
+    status: Literal["explains all", "explains part", "explains nothing", "not tried"]
+    residual: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known of a model.
+
+    Attributes:
+        levels: every check, also those that were not made.
+        first_difference: where its numbers first differ, if they do.
+        cause: what explains that, if something does.
+        tried: what was looked for; empty where nothing differs.
+    """
+
+    levels: tuple[Level, ...]
+    first_difference: FirstDifference | None = None
+    cause: Cause | None = None
+    tried: tuple[Trial, ...] = ()
+
+    @property
+    def verdict(self) -> Literal["passed", "failed", "unverified"]:
+        """Failed if any level failed; passed if its numbers were held against recorded ones."""
+        if any(level.status == "failed" for level in self.levels):
+            return "failed"
+        recorded = (level for level in self.levels if level.level in ("numbers", "published"))
+        return "passed" if any(level.status == "passed" for level in recorded) else "unverified"
+
+    @property
+    def reason(self) -> str:
+        """Why it is not passed, in a sentence; empty if it is."""
+        match self.verdict:
+            case "passed":
+                return ""
+            case "failed":
+                return next(level.reason for level in self.levels if level.status == "failed")
+        recorded = [level for level in self.levels if level.level in ("numbers", "published")]
+        asked = [level for level in recorded if not level.reason.startswith(NOT_ASKED)]
+        return (asked or recorded)[-1].reason
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verdict as JSON shows it."""
+        return {
+            "verdict": self.verdict,
+            "levels": [level.to_dict() for level in self.levels],
+            "first_difference": asdict(self.first_difference) if self.first_difference else None,
+            "cause": self.cause.to_dict() if self.cause else None,
+            "tried": [asdict(trial) for trial in self.tried],
+        }
+
+    def record(self) -> dict[str, Any]:
+        """The verdict as conversion.json keeps it: without what another machine would round off."""
+        levels = []
+        for level in self.levels:
+            figures = {key: level.figures[key] for key in _KEPT if key in level.figures}
+            levels.append({"level": level.level, "status": level.status, "figures": figures})
+        return {"verdict": self.verdict, "levels": levels}
+
+
+def unverified(reason: str) -> Verdict:
+    """The verdict on a model that nothing was held against."""
+    return Verdict((Level("numbers", "not checked", reason),))

@@ -1,0 +1,555 @@
+"""Why a model is not right: faults planted in right models, and what the verdict says of them."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FIXTURES
+from recorded_models import backbone_state_dict, converted_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import converter
+from converter.verdict import Verdict
+
+PANOPTIC, WIDE = "tiny_panoptic_64", "tiny_panoptic_48x80"
+SEMANTIC, GATED, SHAPES = "tiny_semantic_48", "tiny_instance_64_gated", "shapes_panoptic_128"
+
+State = dict[str, Tensor]
+
+# Changes the tensors of a model, and returns the names of those that it changed.
+Change = Callable[[State, str], Iterable[str]]
+
+
+class Planted:
+    """A right model of one's own, to plant faults in."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder = folder
+        self.name = name
+
+    def weights(self, change: Change) -> list[str]:
+        state = load_file(self.folder / "model.safetensors")
+        names = sorted(change(state, self.name))
+        save_file(state, self.folder / "model.safetensors", metadata={"format": "pt"})
+        return names
+
+    def file(self, file: str, **values: Any) -> None:
+        content = json.loads((self.folder / file).read_text())
+        (self.folder / file).write_text(json.dumps(content | values))
+
+    def without_history(self) -> None:
+        (self.folder / "conversion.json").unlink()
+
+    def verify(self, *, sources: bool = False, **options: Any) -> Verdict:
+        fixture = FIXTURES / self.name
+        if sources:
+            options |= {"delta": str(fixture / "delta"), "backbone": str(fixture / "backbone")}
+        return converter.verify(self.folder, recorded=fixture, **options)
+
+
+@pytest.fixture
+def plant(converted: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Planted]:
+    def copy(name: str) -> Planted:
+        shutil.copytree(converted(name), tmp_path / name)
+        return Planted(tmp_path / name, name)
+
+    return copy
+
+
+def assert_cause(found: Verdict, name: str, tensors: list[str]) -> None:
+    assert found.verdict == "failed"
+    assert found.cause is not None
+    assert (found.cause.name, sorted(found.cause.tensors)) == (name, tensors)
+    statuses = {trial.name: trial.status for trial in found.tried}
+    assert statuses[name] == "explains all"
+
+
+def assert_reproduces(found: Verdict) -> None:
+    assert found.cause is not None
+    assert found.cause.residual is not None
+    assert found.cause.residual < 1e-4
+
+
+# faults in the weights --------------------------------------------------------------------------
+
+
+def times_delta(times: int, part: str = "") -> Change:
+    def change(state: State, name: str) -> Iterable[str]:
+        base, right = backbone_state_dict(name), converted_state_dict(name)
+        for key, values in base.items():
+            delta = right[key] - values
+            if part in key and delta.any():
+                state[key] = values + times * delta
+                yield key
+
+    return change
+
+
+def of_other_backbone(state: State, name: str) -> Iterable[str]:
+    """The delta added to another training's weights: the same ones in another order."""
+    base, right = backbone_state_dict(name), converted_state_dict(name)
+    generator = torch.Generator().manual_seed(0)
+    for key, values in base.items():
+        order = torch.randperm(values.numel(), generator=generator)
+        other = values.flatten()[order].view_as(values)
+        if not torch.equal(other, values):
+            state[key] = other + right[key] - values
+            yield key
+
+
+def replaced(*names: str) -> Change:
+    def change(state: State, _: str) -> Iterable[str]:
+        for key in names:
+            state[key] = state[key].roll(1, dims=0) + 0.1
+        return names
+
+    return change
+
+
+def swapped(*pairs: tuple[str, str]) -> Change:
+    def change(state: State, _: str) -> Iterable[str]:
+        for a, b in pairs:
+            state[a], state[b] = state[b], state[a]
+        return [name for pair in pairs for name in pair]
+
+    return change
+
+
+def swapped_everywhere(part: str, other: str) -> Change:
+    def change(state: State, _: str) -> Iterable[str]:
+        pairs = [(key, key.replace(part, other)) for key in state if part in key]
+        return swapped(*pairs)(state, _)
+
+    return change
+
+
+def permuted(*order: int) -> Change:
+    """Layers 0, 1, ... hold those of this order."""
+
+    def change(state: State, _: str) -> Iterable[str]:
+        old = dict(state)
+        for layer, other in enumerate(order):
+            for key in old:
+                if key.startswith(f"layers.{layer}."):
+                    state[key] = old[key.replace(f"layers.{layer}.", f"layers.{other}.")]
+                    if not torch.equal(state[key], old[key]):
+                        yield key
+
+    return change
+
+
+def channels_reversed(state: State, _: str) -> Iterable[str]:
+    key = "embeddings.patch_embeddings.weight"
+    state[key] = state[key].flip(1).contiguous()
+    return [key]
+
+
+def masked(probability: float) -> Change:
+    def change(state: State, _: str) -> Iterable[str]:
+        state["attn_mask_probs"].fill_(probability)
+        return ["attn_mask_probs"]
+
+    return change
+
+
+def rounded(dtype: torch.dtype, part: str = "") -> Change:
+    def change(state: State, _: str) -> Iterable[str]:
+        for key in state:
+            coarse = state[key].to(dtype).float()
+            if part in key and not torch.equal(coarse, state[key]):
+                state[key] = coarse
+                yield key
+
+    return change
+
+
+def without_layer_scale(part: str = "lambda1") -> Change:
+    def change(state: State, _: str) -> Iterable[str]:
+        for key in state:
+            if key.endswith("lambda1") and part in key:
+                state[key].fill_(1)
+                yield key
+
+    return change
+
+
+QUERY_AND_KEY = ("layers.1.attention.q_proj.weight", "layers.1.attention.k_proj.weight")
+MASK_LAYERS = tuple(
+    (f"mask_head.fc1.{kind}", f"mask_head.fc2.{kind}") for kind in ("weight", "bias")
+)
+
+
+@pytest.mark.parametrize(
+    ("cause", "name", "change"),
+    [
+        ("delta-added-twice", PANOPTIC, times_delta(2)),
+        ("delta-added-twice", GATED, times_delta(2, "layers.1")),
+        ("delta-not-added", SEMANTIC, times_delta(0)),
+        ("delta-not-added", SHAPES, times_delta(0, "attention")),
+        ("delta-subtracted", WIDE, times_delta(-1)),
+        ("delta-subtracted", PANOPTIC, times_delta(-1, "layers.2.mlp")),
+        ("other-backbone", PANOPTIC, of_other_backbone),
+        ("other-backbone", SHAPES, of_other_backbone),
+        ("tensor-replaced", GATED, replaced("layers.1.mlp.gate_proj.weight")),
+        ("tensor-replaced", WIDE, replaced("query.weight", "layers.0.norm2.bias")),
+        ("tensors-swapped", SEMANTIC, swapped(QUERY_AND_KEY)),
+        ("layers-permuted", SHAPES, permuted(1, 2, 0)),
+        ("rounded-to-16-bits", WIDE, rounded(torch.bfloat16)),
+        ("rounded-to-16-bits", GATED, rounded(torch.float16)),
+        ("missing-layer-scale", PANOPTIC, without_layer_scale()),
+    ],
+)
+def test_a_fault_in_the_weights_is_named_with_the_sources(
+    cause: str, name: str, change: Change, plant: Callable[[str], Planted]
+) -> None:
+    planted = plant(name)
+    planted.without_history()
+    tensors = planted.weights(change)
+
+    found = planted.verify(sources=True)
+
+    assert_cause(found, cause, tensors)
+    assert_reproduces(found)
+
+
+@pytest.mark.parametrize(
+    ("cause", "name", "change"),
+    [
+        ("tensors-swapped", WIDE, swapped(QUERY_AND_KEY)),
+        ("tensors-swapped", PANOPTIC, swapped(*MASK_LAYERS)),
+        ("tensors-swapped", GATED, swapped_everywhere("gate_proj", "up_proj")),
+        (
+            "tensors-swapped",
+            SEMANTIC,
+            swapped(("layers.0.mlp.down_proj.weight", "layers.2.mlp.down_proj.weight")),
+        ),
+        ("layers-permuted", PANOPTIC, permuted(1, 0)),
+        ("layers-permuted", SEMANTIC, permuted(2, 0, 1)),
+        ("channel-order", PANOPTIC, channels_reversed),
+        ("channel-order", SHAPES, channels_reversed),
+        ("masked-attention-on", SEMANTIC, masked(1)),
+        ("masked-attention-on", PANOPTIC, masked(0.5)),
+        ("missing-layer-scale", WIDE, without_layer_scale()),
+        ("missing-layer-scale", GATED, without_layer_scale("layers.1")),
+    ],
+)
+def test_a_fault_in_the_weights_is_named_by_the_numbers_alone(
+    cause: str, name: str, change: Change, plant: Callable[[str], Planted]
+) -> None:
+    planted = plant(name)
+    planted.without_history()
+    tensors = planted.weights(change)
+
+    found = planted.verify()
+
+    assert_cause(found, cause, tensors)
+    assert_reproduces(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "part"),
+    [(WIDE, torch.bfloat16, ""), (SEMANTIC, torch.float16, "layers.1.mlp.up_proj.weight")],
+)
+def test_rounded_weights_are_off_by_as_much_as_rounding_makes_them(
+    name: str, dtype: torch.dtype, part: str, plant: Callable[[str], Planted]
+) -> None:
+    planted = plant(name)
+    planted.without_history()
+    tensors = planted.weights(rounded(dtype, part))
+
+    found = planted.verify()
+
+    assert_cause(found, "rounded-to-16-bits", tensors)
+    assert found.cause is not None
+    assert "moves the outputs as far as they are off" in found.cause.explanation
+
+
+# faults in the configuration files ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        (PANOPTIC, {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}),
+        (SHAPES, {"rescale_factor": 1.0}),
+        (GATED, {"image_mean": [0.406, 0.456, 0.485], "image_std": [0.225, 0.224, 0.229]}),
+        (WIDE, {"rescale_factor": 1 / 256}),
+        (SEMANTIC, {"do_normalize": False}),
+    ],
+)
+def test_another_normalisation_is_named_and_solved_for(
+    name: str, values: dict[str, Any], plant: Callable[[str], Planted]
+) -> None:
+    planted = plant(name)
+    planted.without_history()
+    planted.file("preprocessor_config.json", **values)
+
+    found = planted.verify()
+
+    assert_cause(found, "image-normalisation", [])
+    assert_reproduces(found)
+    assert found.cause is not None
+    assert "mean 0.485, 0.456, 0.406 and standard deviation 0.229, 0.224, 0.225" in (
+        found.cause.explanation
+    )
+
+
+def rope_theta(value: float) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": value}}
+
+
+@pytest.mark.parametrize(
+    ("cause", "name", "values", "right"),
+    [
+        ("rope-base", PANOPTIC, rope_theta(10_000.0), "a rotary base of 100 "),
+        ("rope-base", SHAPES, rope_theta(90.0), "a rotary base of 100 "),
+        ("attention-heads", PANOPTIC, {"num_attention_heads": 8}, "with 4 heads"),
+        ("attention-heads", GATED, {"num_attention_heads": 1}, "with 2 heads"),
+        ("layer-norm-epsilon", SEMANTIC, {"layer_norm_eps": 1e-6}, "epsilon of 1e-05"),
+        ("layer-norm-epsilon", SHAPES, {"layer_norm_eps": 1e-3}, "epsilon of 1e-05"),
+        ("activation", WIDE, {"hidden_act": "gelu_pytorch_tanh"}, "gelu as the activation"),
+        ("activation", GATED, {"hidden_act": "gelu"}, "silu as the activation"),
+    ],
+)
+def test_a_wrong_value_of_config_json_is_named_with_the_right_one(
+    cause: str, name: str, values: dict[str, Any], right: str, plant: Callable[[str], Planted]
+) -> None:
+    planted = plant(name)
+    planted.without_history()
+    planted.file("config.json", **values)
+
+    found = planted.verify()
+
+    assert_cause(found, cause, [])
+    assert_reproduces(found)
+    assert found.cause is not None
+    assert right in found.cause.explanation
+
+
+@pytest.mark.parametrize(
+    ("cause", "values"),
+    [("rope-base", rope_theta(20.0)), ("attention-heads", {"num_attention_heads": 1})],
+)
+def test_rotary_positions_need_not_be_recorded(
+    cause: str, values: dict[str, Any], plant: Callable[[str], Planted], tmp_path: Path
+) -> None:
+    planted = plant(WIDE)
+    planted.without_history()
+    planted.file("config.json", **values)
+    recorded = load_file(FIXTURES / WIDE / "recorded.safetensors")
+    del recorded["rope.cos"], recorded["rope.sin"]
+    save_file(recorded, tmp_path / "recorded.safetensors")
+
+    found = converter.verify(planted.folder, recorded=tmp_path)
+
+    assert_cause(found, cause, [])
+
+
+# where, and what cannot be told ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "layer", "tensor"),
+    [
+        (replaced("embeddings.cls_token"), "embeddings", "patch_embeddings"),
+        (replaced("layers.2.norm1.bias"), "layers.2", "hidden_states.2"),
+        (replaced("layernorm.bias"), "layernorm", "last_hidden_state"),
+        (replaced("class_predictor.bias"), "class_predictor", "class_logits"),
+        (replaced("mask_head.fc2.weight"), "mask_head", "mask_logits"),
+    ],
+)
+def test_the_first_difference_is_where_the_fault_is(
+    change: Change, layer: str, tensor: str, plant: Callable[[str], Planted]
+) -> None:
+    planted = plant(PANOPTIC)
+    planted.weights(change)
+
+    first = planted.verify().first_difference
+
+    assert first is not None
+    assert (first.layer, first.tensor) == (layer, tensor)
+    assert first.max_abs is not None
+    assert first.max_abs > 1e-3
+
+
+def test_without_the_sources_no_cause_is_made_up(plant: Callable[[str], Planted]) -> None:
+    planted = plant(WIDE)
+    planted.without_history()
+    planted.weights(times_delta(2))
+
+    found = planted.verify()
+
+    assert found.verdict == "failed"
+    assert found.cause is None
+    tried = {trial.name: (trial.status, trial.reason) for trial in found.tried}
+    no_sources = "The sources are not at hand: --delta and --backbone."
+    for name in ("delta-added-twice", "delta-not-added", "delta-subtracted", "other-backbone"):
+        assert tried[name] == ("not tried", no_sources)
+
+
+def test_conversion_json_names_a_replaced_tensor_without_the_sources(
+    plant: Callable[[str], Planted],
+) -> None:
+    planted = plant(WIDE)
+    planted.file("conversion.json", checkpoint=None)
+    tensors = planted.weights(replaced("layers.1.mlp.up_proj.weight"))
+
+    found = planted.verify()
+
+    assert_cause(found, "tensor-replaced", tensors)
+    assert found.cause is not None
+    assert found.cause.residual is None
+
+
+def test_a_tensor_that_no_number_shows_is_named_by_its_digest(
+    plant: Callable[[str], Planted],
+) -> None:
+    planted = plant(WIDE)
+    tensors = planted.weights(replaced("criterion.empty_weight"))
+
+    found = planted.verify()
+
+    assert_cause(found, "tensor-replaced", tensors)
+    assert found.first_difference is None
+
+
+def test_a_fault_of_the_weights_is_named_without_a_recording(
+    plant: Callable[[str], Planted],
+) -> None:
+    planted = plant(SEMANTIC)
+    planted.without_history()
+    tensors = planted.weights(times_delta(2))
+    fixture = FIXTURES / SEMANTIC
+
+    found = converter.verify(
+        planted.folder, delta=str(fixture / "delta"), backbone=str(fixture / "backbone")
+    )
+
+    assert_cause(found, "delta-added-twice", tensors)
+
+
+def test_a_backbone_that_was_not_the_recorded_one_is_told_by_running_it(
+    plant: Callable[[str], Planted], tmp_path: Path
+) -> None:
+    """What a conversion with wrong but consistent sources ends in."""
+    planted = plant(WIDE)
+    planted.without_history()
+    shutil.copytree(FIXTURES / WIDE / "backbone", tmp_path / "backbone")
+    path = tmp_path / "backbone" / "model.safetensors"
+    base = load_file(path)
+    generator = torch.Generator().manual_seed(1)
+    for key, values in base.items():
+        base[key] = values + 0.3 * values.std() * torch.randn(values.shape, generator=generator)
+    save_file(base, path)
+    converter.convert(
+        output=tmp_path / "other",
+        delta=str(FIXTURES / WIDE / "delta"),
+        backbone=str(tmp_path / "backbone"),
+        task="panoptic",
+        image_size=(48, 80),
+        verify=False,
+    )
+
+    found = converter.verify(
+        tmp_path / "other",
+        recorded=FIXTURES / WIDE,
+        delta=str(FIXTURES / WIDE / "delta"),
+        backbone=str(tmp_path / "backbone"),
+    )
+
+    assert found.cause is not None
+    assert found.cause.name == "other-backbone"
+    assert found.cause.residual is None
+
+
+def test_a_right_model_is_not_diagnosed(
+    plant: Callable[[str], Planted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("converter.diagnosis.diagnose", None)
+
+    found = plant(PANOPTIC).verify()
+
+    assert (found.verdict, found.first_difference, found.cause, found.tried) == (
+        "passed",
+        None,
+        None,
+        (),
+    )
+
+
+# two faults --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "values", "first", "causes"),
+    [
+        (
+            [swapped(QUERY_AND_KEY)],
+            rope_theta(1000.0),
+            "hidden_states.0",
+            {"rope-base", "tensors-swapped"},
+        ),
+        (
+            [swapped(QUERY_AND_KEY), channels_reversed],
+            {},
+            "patch_embeddings",
+            {"tensors-swapped", "channel-order"},
+        ),
+        (
+            [permuted(1, 0), swapped(*MASK_LAYERS)],
+            {},
+            "hidden_states.0",
+            {"layers-permuted", "tensors-swapped"},
+        ),
+        (
+            [rounded(torch.bfloat16), swapped(QUERY_AND_KEY)],
+            {},
+            "patch_embeddings",
+            {"rounded-to-16-bits", "tensors-swapped"},
+        ),
+        ([replaced("layers.1.norm2.weight"), swapped(QUERY_AND_KEY)], {}, "hidden_states.1", set()),
+    ],
+)
+def test_two_faults_are_told_as_far_as_can_be(
+    changes: list[Change],
+    values: dict[str, Any],
+    first: str,
+    causes: set[str],
+    plant: Callable[[str], Planted],
+) -> None:
+    """The name that is given has a fault's tensors, and does not claim to explain all of it."""
+    planted = plant(WIDE)
+    planted.without_history()
+    for change in changes:
+        planted.weights(change)
+    if values:
+        planted.file("config.json", **values)
+
+    found = planted.verify()
+
+    assert found.first_difference is not None
+    assert found.first_difference.tensor == first
+    assert all(trial.status != "explains all" for trial in found.tried)
+    named = {trial.name for trial in found.tried if trial.status == "explains part"}
+    assert named == causes
+    assert (found.cause.name in causes) if found.cause else not causes
+
+
+def test_two_faults_of_the_weights_are_both_named_with_the_sources(
+    plant: Callable[[str], Planted],
+) -> None:
+    planted = plant(SEMANTIC)
+    twice = planted.weights(times_delta(2, "layers.0"))
+    other = planted.weights(replaced("layers.0.attention.o_proj.weight"))
+
+    found = planted.verify()
+
+    assert found.cause is not None
+    assert found.cause.name == "delta-added-twice"
+    assert sorted(found.cause.tensors) == sorted(set(twice) - set(other))
+    assert "tensor-replaced explains the rest" in found.cause.explanation
