@@ -12,6 +12,7 @@ from converter.conversion import Conversion, convert
 from converter.errors import (
     AccessError,
     EomtConvertError,
+    HubUnavailableError,
     MismatchError,
     NotVerifiedError,
     OutputError,
@@ -20,23 +21,31 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
-from converter.verification import Level, Verdict, verify
+from converter.publishing import Publication, publish
+from converter.releasing import Release, release
+from converter.verdict import Level, Verdict
+from converter.verification import verify
 from converter.version import __version__
 
 __all__ = [
     "AccessError",
     "Conversion",
     "EomtConvertError",
+    "HubUnavailableError",
     "Level",
     "MismatchError",
     "NotVerifiedError",
     "OutputError",
     "OutputsDifferError",
     "PlanError",
+    "Publication",
+    "Release",
     "UnreadableFileError",
     "UsageError",
     "Verdict",
     "__version__",
     "convert",
+    "publish",
+    "release",
     "verify",
 ]

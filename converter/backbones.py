@@ -283,3 +283,16 @@ def config_from_shapes(weights: Translation) -> BackboneConfig:
         query_bias=known.query_value_bias,
         value_bias=known.query_value_bias,
     )
+
+
+def published_repo(sha256: str) -> str | None:
+    """Where a file of Meta's is published in transformers' layout; None if the file is not known.
+
+    Args:
+        sha256: of the file, whose first digits Meta's names carry.
+    """
+    for known in KNOWN_BACKBONES:
+        for data, name in known.meta_files.items():
+            if sha256.startswith(name.removesuffix(".pth").rpartition("-")[2]):
+                return f"facebook/dinov3-{known.name}-pretrain-{data}"
+    return None

@@ -65,6 +65,13 @@ class Checkpoint:
         return not self.delta.startswith("tue-mps/")
 
     @property
+    def slug(self) -> str:
+        """Its name in the names of repositories, such as coco-panoptic-large-640."""
+        prefix = "tue-mps/eomt-dinov3-"
+        published = (name.removeprefix(prefix) for name in self.aliases if name.startswith(prefix))
+        return next(published, self.name.replace("_", "-"))
+
+    @property
     def recorded(self) -> Path | None:
         """The folder of its recorded outputs, if they come with the package."""
         return fixtures() / self.name if self.offline else None

@@ -47,16 +47,18 @@ class UsageError(EomtConvertError):
 
 
 class OutputsDifferError(EomtConvertError):
-    """The converted model does not compute what was recorded.
+    """A model does not compute what was recorded.
 
     Attributes:
-        conversion: the `Conversion`, with the verdict.
+        verdict: what was found, a `Verdict`.
+        conversion: the `Conversion` that made the model; None where another one was checked.
     """
 
     exit_code = 3
 
-    def __init__(self, message: str, remedy: str, conversion: Any) -> None:
+    def __init__(self, message: str, remedy: str, verdict: Any, conversion: Any = None) -> None:
         super().__init__(message, remedy)
+        self.verdict = verdict
         self.conversion = conversion
 
 

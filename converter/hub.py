@@ -1,5 +1,7 @@
 """How the Hub is reached, and what to say when it does not do what it was asked."""
 
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,6 +80,18 @@ def explained(repo_id: str, revision: str = "main") -> Iterator[None]:
         raise _explanation(error, repo_id, revision) from error
 
 
+def without_token(text: str, token: str | None = None) -> str:
+    """A text without the token given, and without those of HF_TOKEN and the login file."""
+    tokens = {token, os.environ.get("HF_TOKEN")}
+    if "huggingface_hub" in sys.modules:  # else nobody has read the login file
+        tokens.add(sys.modules["huggingface_hub"].get_token())
+    for known in tokens:
+        if known and (secret := known.strip()):
+            for written in (secret, repr(secret)[1:-1]):
+                text = text.replace(written, "[token]")
+    return text
+
+
 def _explanation(error: Exception, repo: str, revision: str) -> EomtConvertError:
     from huggingface_hub import constants, errors
 
@@ -94,6 +108,8 @@ def _explanation(error: Exception, repo: str, revision: str) -> EomtConvertError
             )
         case errors.DisabledRepoError():
             return AccessError(f"{repo} has been disabled on the Hub.")
+        case errors.RepositoryNotFoundError() if "is expired" in str(error):
+            return _token_refused(repo)
         case errors.RepositoryNotFoundError():
             return AccessError(
                 f"There is no repository {repo}, or it is private and this login does not see it.",
@@ -112,6 +128,8 @@ def _explanation(error: Exception, repo: str, revision: str) -> EomtConvertError
             return UsageError(f"{repo!r} is no valid name of a repository: {error}")
         case errors.HfHubHTTPError():
             return _by_status(error, repo)
+        case RuntimeError(__cause__=Exception() as cause):  # how a failed upload is told
+            return _explanation(cause, repo, revision)
         case OSError() if error.errno and not isinstance(error, ConnectionError | TimeoutError):
             return OutputError(f"{error.filename or 'The cache'} cannot be used: {error.strerror}.")
         case OSError():
@@ -137,11 +155,7 @@ def _explanation(error: Exception, repo: str, revision: str) -> EomtConvertError
 def _by_status(error: "HfHubHTTPError", repo: str) -> EomtConvertError:
     status, headers = error.response.status_code, error.response.headers
     if status == 401:
-        return AccessError(
-            f"The Hub does not accept the token for {repo}: it has expired, was revoked, or is "
-            "mistyped.",
-            f"Make a new one at https://huggingface.co/settings/tokens, then {LOG_IN}.",
-        )
+        return _token_refused(repo)
     if status == 403:
         return AccessError(
             f"This login may not do that with {repo}.",
@@ -160,6 +174,14 @@ def _by_status(error: "HfHubHTTPError", repo: str) -> EomtConvertError:
             "Run again later; https://status.huggingface.co tells how it is.",
         )
     return AccessError(f"The Hub refused {repo} with status {status}: {_first_line(error)}")
+
+
+def _token_refused(repo: str) -> AccessError:
+    return AccessError(
+        f"The Hub does not accept the token for {repo}: it has expired, was revoked, or is "
+        "mistyped.",
+        f"Make a new one at https://huggingface.co/settings/tokens, then {LOG_IN}.",
+    )
 
 
 def _first_line(error: Exception) -> str:

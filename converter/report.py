@@ -10,8 +10,10 @@ from converter.conversion import Conversion
 from converter.inspection import Inspection
 from converter.pairing import PairCheck
 from converter.plan import Plan
+from converter.publishing import Publication
+from converter.releasing import Release
 from converter.sources import Fetched
-from converter.verification import Verdict
+from converter.verdict import Level, Verdict
 
 
 def summary(conversion: Conversion, place: str) -> str:
@@ -86,21 +88,37 @@ def _tensors(plan: Plan) -> list[str]:
 
 
 def verdict(found: Verdict) -> list[str]:
-    """A line per check, and the largest differences."""
-    lines = [f"verdict   {found.verdict}" + (f": {found.reason}" if found.reason else "")]
+    """A line per check with its largest differences, then what is known of why it failed."""
+    lines = _wrapped(f"verdict   {found.verdict}" + (f": {found.reason}" if found.reason else ""))
     for level in found.levels:
-        figures = level.figures
-        line = f"  {level.level:<10} {level.status}"
-        if level.level == "arithmetic" and level.status == "passed":
-            line += f": {figures['tensors']} tensors as conversion.json has them"
-        elif level.level == "structure" and level.status == "passed":
-            line += f": {figures['tensors']} tensors, {figures['parameters']:,} parameters"
-        elif level.level == "numbers" and figures:
-            line += f": {_differences(figures)}"
-        elif level.reason and level.reason != found.reason:
-            line += f": {level.reason}"
-        lines += textwrap.wrap(line, 100, subsequent_indent=" " * 13, break_on_hyphens=False)
-    return lines
+        said = _finding(level)
+        if level.reason and (level.reason != found.reason or level.status == "not checked"):
+            said = f"{level.reason} {said}".strip()
+        line = f"  {level.level:<10} {level.status}" + (f": {said}" if said else "")
+        lines += _wrapped(line)
+    return [*lines, *_diagnosis(found)]
+
+
+def _wrapped(line: str) -> list[str]:
+    return textwrap.wrap(line, 100, subsequent_indent=" " * 13, break_on_hyphens=False)
+
+
+def _finding(level: Level) -> str:
+    """What was found at a level, apart from its reason."""
+    figures = level.figures
+    match level.level, level.status:
+        case "structure", "passed":
+            return f"{figures['tensors']} tensors, {figures['parameters']:,} parameters"
+        case "arithmetic", "passed":
+            given = (
+                "their sources give" if figures["against"] == "sources" else "conversion.json says"
+            )
+            return f"{figures['tensors']} tensors are what {given}"
+        case "arithmetic", "failed":
+            return f"{len(figures['different'])} of {figures['tensors']} tensors are other ones"
+        case "numbers" | "peers" | "published", _ if figures:
+            return _differences(figures)
+    return ""
 
 
 def _differences(figures: Mapping[str, Any]) -> str:
@@ -112,10 +130,83 @@ def _differences(figures: Mapping[str, Any]) -> str:
             largest[kind] = max(compared["max_abs"], largest.get(kind, 0.0))
     if not largest:
         return "no tensor can be compared"
-    shown = ", ".join(f"{kind} {value:.2g}" for kind, value in largest.items())
-    relative = figures["relative_tolerance"]
+    outputs = [kind for kind in ("mask_logits", "class_logits") if kind in largest]
+    kinds = dict.fromkeys([*outputs, *largest])
+    shown = ", ".join(f"{kind} {largest[kind]:.2g}" for kind in kinds)
+    relative = figures.get("relative_tolerance")
     tolerance = f"{relative:.1%} of the range" if relative else f"{figures['tolerance']:g}"
-    return f"tolerance {tolerance}, largest differences {shown}"
+    return f"tolerance {tolerance}, largest differences {shown}{_agreement(figures)}"
+
+
+def _agreement(figures: Mapping[str, Any]) -> str:
+    if figures.get("best_class") is None:
+        return ""
+    return (
+        f"; same best class {figures['best_class']:.1%}, mask IoU {figures['mask_iou']:.3f}, same "
+        f"segment {figures['same_segment']:.1%}"
+    )
+
+
+def _diagnosis(found: Verdict) -> list[str]:
+    """Where a difference begins, what explains it, and what was tried."""
+    lines = []
+    if first := found.first_difference:
+        size = "no number" if first.max_abs is None else f"{first.max_abs:.2g}"
+        lines.append(f"begins    in {first.layer}: {first.tensor} is off by up to {size}")
+    if cause := found.cause:
+        lines.append(f"cause     {cause.name}: {cause.explanation}")
+        shown = ", ".join(cause.tensors[:4])
+        if len(cause.tensors) > 4:
+            shown += f" and {len(cause.tensors) - 4} more"
+        lines += [f"tensors   {shown}"] if shown else []
+    elif found.tried:
+        lines.append("cause     none that was tried explains it")
+    by_reason: dict[str, list[str]] = {}
+    for trial in found.tried:
+        if trial.status == "not tried":
+            by_reason.setdefault(trial.reason, []).append(trial.name)
+        elif trial.status == "explains nothing":
+            by_reason.setdefault("tried in vain", []).append(trial.name)
+        elif not cause or trial.name != cause.name:
+            lines.append(f"besides   {trial.name}: {trial.reason}")
+    lines += [f"          {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
+    return [wrapped for line in lines for wrapped in _wrapped(line)]
+
+
+def publication(found: Publication) -> str:
+    """What was, or would be, done about every file, and where it is to be seen.
+
+    A size is what a file has, also where the Hub had it already.
+    """
+    rows = [
+        (change.action, change.name, _size(change.size) if change.size else "")
+        for change in found.changes
+    ]
+    seen_by = "private" if found.private else "public"
+    lines = _aligned(rows)
+    if found.commit is None:
+        lines.append(f"nothing was sent (--dry-run); this is for {found.url} ({seen_by})")
+        return "\n".join(lines)
+    unchanged = all(change.action == "keep" for change in found.changes)
+    lines += [
+        f"commit    {found.commit}" + (" (nothing had to change)" if unchanged else ""),
+        *([f"tag       {found.tag}"] if found.tag else []),
+        f"url       {found.url} ({seen_by})",
+        f"remote    read back: {len(found.changes)} files as they were sent",
+    ]
+    if found.verdict:
+        lines += verdict(found.verdict)
+    return "\n".join(lines)
+
+
+def release_table(found: Release) -> str:
+    """What became of every checkpoint of a release, a line each, and why some failed."""
+    rows = [("CHECKPOINT", "REPOSITORY", "STATUS", "VERDICT", "COMMIT")]
+    for step in found.steps:
+        commit = (step.commit or "-")[:12]
+        rows.append((step.checkpoint, step.repo_id, step.status, step.verdict or "-", commit))
+    reasons = [f"{step.checkpoint}: {step.error}" for step in found.steps if step.error]
+    return "\n".join([*_aligned(rows), *reasons])
 
 
 def plan_table(plan: Plan) -> str:

@@ -115,21 +115,21 @@ def fetch_config(source: LocalSource | HubSource, access: Access) -> Path | None
         config = folder / "config.json"
         return config if config.is_file() else None
 
-    if access.offline:
-        return _cached_files(source, access)[1].get("config.json")
-    return fetch_file(source, "config.json", access)
+    return fetch_first(source, ("config.json",), access)
 
 
-def fetch_file(source: HubSource, name: str, access: Access) -> Path | None:
-    """Fetches one file of a repository; None if it has none of this name.
+def fetch_first(source: HubSource, names: Sequence[str], access: Access) -> Path | None:
+    """Fetches the first of these files that a repository has; None if it has none of them.
 
     Raises:
         AccessError, HubUnavailableError: as `explained` tells.
     """
+    if access.offline:
+        _, paths = _cached_files(source, access)
+        return next((paths[name] for name in names if name in paths), None)
     found = resolve(source.repo_id, source.revision, access)
-    if name not in found.names:
-        return None
-    return download(source.repo_id, name, found.commit, access)
+    name = next((name for name in names if name in found.names), None)
+    return download(source.repo_id, name, found.commit, access) if name else None
 
 
 def _find(path: Path) -> Fetched:

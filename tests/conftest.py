@@ -59,3 +59,34 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     with running_hub() as hub:
         point_client_at(monkeypatch, hub, tmp_path / "home")
         yield hub
+
+
+@pytest.fixture
+def me(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A user of the Hub, logged in; the token."""
+    token = "hf_secret_of_me"  # noqa: S105
+    hub.add_user("me", token)
+    monkeypatch.setenv("HF_TOKEN", token)
+    return token
+
+
+@pytest.fixture
+def derived(hub: Hub, me: str, tmp_path: Path) -> Path:
+    """A converted folder whose weights come from the Hub: a published checkpoint, but tiny."""
+    source = FIXTURES / "tiny_panoptic_64"
+    hub.create_repo(
+        "tue-mps/coco_panoptic_eomt_small_640_dinov3",
+        {"pytorch_model.bin": source / "delta" / "pytorch_model.bin"},
+    )
+    backbone = {path.name: path for path in (source / "backbone").iterdir()}
+    hub.create_repo(
+        "facebook/dinov3-vits16-pretrain-lvd1689m",
+        {**backbone, "LICENSE.md": b"DINOv3 License\n"},
+    )
+    labels = tmp_path / "labels.json"
+    labels.write_text('["a", "b", "c", "d", "e", "f", "g"]')
+    converter.convert(
+        "coco_panoptic_small_640", tmp_path / "derived", labels=labels, recorded=source
+    )
+    hub.requests.clear()
+    return tmp_path / "derived"

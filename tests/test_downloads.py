@@ -2,7 +2,7 @@
 
 import hashlib
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import huggingface_hub.file_download
 import pytest
@@ -111,8 +111,8 @@ def test_a_small_file_that_stays_damaged_is_refused(
 ) -> None:
     fetched = []
 
-    def damage(*arguments: object, **keywords: object) -> str:
-        path = Path(huggingface_hub.file_download.hf_hub_download(*arguments, **keywords))  # type: ignore[arg-type]
+    def damage(*arguments: Any, **keywords: Any) -> str:
+        path = Path(huggingface_hub.file_download.hf_hub_download(*arguments, **keywords))
         path.write_bytes(b'{"a": 3}')
         fetched.append(path)
         return str(path)

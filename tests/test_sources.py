@@ -8,7 +8,7 @@ import pytest
 from conftest import FIXTURES
 from hub_server import Hub
 
-from converter import sources
+from converter import downloads, sources
 from converter.catalog import CATALOG
 from converter.errors import (
     AccessError,
@@ -189,12 +189,12 @@ def test_all_files_come_from_the_commit_that_the_branch_was_at_first(
     repositories: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The branch moves while the first file is under way."""
-    download, moved = sources.download, []
+    moved: list[str] = []
 
     def move_then_download(repo_id: str, name: str, commit: str, access: Access) -> Path:
         if not moved:
             moved.append(repositories.commit(BACKBONE, {"config.json": b"{}"}))
-        return download(repo_id, name, commit, access)
+        return downloads.download(repo_id, name, commit, access)
 
     monkeypatch.setattr(sources, "download", move_then_download)
     found = fetch(HubSource(BACKBONE), Access())

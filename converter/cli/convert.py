@@ -9,6 +9,7 @@ from typing import Any, Literal, NoReturn
 import click
 
 from converter.catalog import Task
+from converter.cli.publish import push_options
 from converter.cli.session import (
     SOURCE,
     Session,
@@ -110,12 +111,15 @@ class ImageSize(click.ParamType[tuple[int, int]]):
 @click.option("--allow-nonfinite", is_flag=True, help="Convert weights that are NaN or infinite.")
 @click.option("--force", is_flag=True, help="Replace an output that exists.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; read no weights.")
+@click.option("--push-to", metavar="REPO", help="Publish the result as this model repository.")
+@push_options
 @hub_options
 @common_options
 @click.version_option(__version__, prog_name="eomt-convert")
 @click.pass_context
 def main(
     context: click.Context,
+    /,
     checkpoint: str | None,
     output: Path | None,
     delta: str | None,
@@ -138,11 +142,13 @@ def main(
     allow_nonfinite: bool,
     force: bool,
     dry_run: bool,
+    push_to: str | None,
     token: str | None,
     cache_dir: Path | None,
     offline: bool,
     as_json: bool,
     debug: bool,
+    **push: Any,
 ) -> None:
     """Convert a checkpoint, unless another command was named."""
     if context.invoked_subcommand:
@@ -164,9 +170,15 @@ def main(
                 "There is nothing to convert: give --checkpoint NAME, or --delta and --backbone.",
                 "eomt-convert list shows the checkpoints, eomt-convert --help the options.",
             )
+        given = [name for name, value in push.items() if value not in (None, False)]
+        if given and not push_to:
+            raise UsageError(f"--{given[0].replace('_', '-')} is for --push-to.")
         from converter import report
         from converter.conversion import convert
+        from converter.publishing import check_login, publish
 
+        if push_to and not dry_run:
+            check_login(push_to, token)
         with progress_bar(sys.stderr.isatty() and not as_json) as progress:
             conversion = convert(
                 checkpoint,
@@ -190,6 +202,7 @@ def main(
                 keep_unverified=keep_unverified,
                 allow_nonfinite=allow_nonfinite,
                 force=force,
+                exist_ok=push_to is not None,
                 dry_run=dry_run,
                 token=token,
                 cache_dir=cache_dir,
@@ -198,11 +211,18 @@ def main(
             )
         if dry_run:
             session.show(report.plan_table(conversion.plan), conversion.to_dict())
-        else:
-            for line in report.warnings(conversion.pair):
-                session.say(line)
-            place = str(output or f"./{conversion.output.name if conversion.output else ''}")
-            session.show(report.summary(conversion, place), conversion.to_dict())
+            return
+        for line in report.warnings(conversion.pair):
+            session.say(line)
+        place = str(output or f"./{conversion.output.name if conversion.output else ''}")
+        content = conversion.to_dict()
+        if not push_to or not conversion.output:
+            session.show(report.summary(conversion, place), content)
+            return
+        if not as_json:  # also if the push fails
+            click.echo(report.summary(conversion, place))
+        published = publish(conversion.output, push_to, token=token, cache_dir=cache_dir, **push)
+        session.show(report.publication(published), {**content, "published": published.to_dict()})
 
 
 def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:

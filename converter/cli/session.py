@@ -7,11 +7,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import click
 
 from converter.errors import EomtConvertError, OutputsDifferError
+from converter.hub import without_token
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -39,7 +40,7 @@ class Session:
         if isinstance(error, OutputsDifferError):
             from converter import report
 
-            self.say("\n".join(report.verdict(error.conversion.verdict)))
+            self.say("\n".join(report.verdict(error.verdict)))
         if self.as_json:
             content: dict[str, Any] = {
                 "error": {
@@ -49,7 +50,7 @@ class Session:
                 }
             }
             if isinstance(error, OutputsDifferError):
-                content |= error.conversion.to_dict()
+                content |= (error.conversion or error.verdict).to_dict()
             click.echo(json.dumps(content, indent=2, ensure_ascii=False))
         sys.exit(error.exit_code)
 
@@ -57,25 +58,32 @@ class Session:
         """Prints what is not the result, such as a warning."""
         click.echo(self._without_token(text), err=True)
 
+    @contextmanager
+    def _quiet_client(self) -> Iterator[None]:
+        """Keeps the progress bars of huggingface_hub, read when it is imported, to terminals."""
+        name = "HF_HUB_DISABLE_PROGRESS_BARS"
+        if name in os.environ or (sys.stderr.isatty() and not self.as_json):
+            yield
+            return
+        os.environ[name] = "1"
+        try:
+            yield
+        finally:
+            del os.environ[name]
+
     def _without_token(self, text: str) -> str:
-        tokens = {self.token, os.environ.get("HF_TOKEN")}
-        if "huggingface_hub" in sys.modules:  # else nobody has read the login file
-            tokens.add(sys.modules["huggingface_hub"].get_token())
-        for token in tokens:
-            if token and (secret := token.strip()):
-                for written in (secret, repr(secret)[1:-1]):
-                    text = text.replace(written, "[token]")
-        return text
+        return without_token(text, self.token)
 
     @contextmanager
     def errors(self) -> Iterator[None]:
         """Turns errors that a user can meet into messages and exit codes."""
         try:
-            yield
+            with self._quiet_client():
+                yield
         except EomtConvertError as error:
             self.fail(error)
         except KeyboardInterrupt:
-            self.say("Interrupted; nothing was left behind.")
+            self.say("Interrupted; nothing unfinished was left behind.")
             sys.exit(INTERRUPTED)
         except Exception as error:
             self.say("".join(traceback.format_exception(error)))
@@ -83,24 +91,27 @@ class Session:
             sys.exit(EomtConvertError.exit_code)
 
 
+token_option = click.option(
+    "--token",
+    metavar="TOKEN",
+    help="Token for the Hub. HF_TOKEN or `hf auth login` keep it out of your shell's history and "
+    "the list of processes.",
+)
+
+cache_option = click.option(
+    "--cache-dir",
+    type=click.Path(path_type=Path),
+    help="Where downloads are kept. [default: the Hub's cache]",
+)
+
+offline_option = click.option(
+    "--offline", is_flag=True, help="Use the cache alone, like HF_HUB_OFFLINE=1."
+)
+
+
 def hub_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of every command that may reach the Hub."""
-    for option in (
-        click.option(
-            "--token",
-            metavar="TOKEN",
-            help="Token for the Hub. HF_TOKEN or `hf auth login` keep it out of your shell's "
-            "history and the list of processes.",
-        ),
-        click.option(
-            "--cache-dir",
-            type=click.Path(path_type=Path),
-            help="Where downloads are kept. [default: the Hub's cache]",
-        ),
-        click.option("--offline", is_flag=True, help="Use the cache alone, like HF_HUB_OFFLINE=1."),
-    ):
-        command = option(command)
-    return command
+    """Options of every command that reads from the Hub."""
+    return token_option(cache_option(offline_option(command)))
 
 
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,7 +123,10 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def progress_bar(shown: bool) -> Iterator[Callable[[str, int, int], None]]:
+def progress_bar(
+    shown: bool, *, of: Literal["bytes", "pictures"] = "bytes"
+) -> Iterator[Callable[[str, int, int], None]]:
+    """Shows how far every stage is, if it is shown; takes its name, what is done and the total."""
     if not shown:
         yield lambda *_: None
         return
@@ -120,20 +134,20 @@ def progress_bar(shown: bool) -> Iterator[Callable[[str, int, int], None]]:
     from rich.progress import (
         BarColumn,
         DownloadColumn,
+        MofNCompleteColumn,
         Progress,
         TextColumn,
         TimeRemainingColumn,
     )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
-    ) as bars:
+    count = DownloadColumn() if of == "bytes" else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def advance(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done)
+            bars.update(tasks[stage], completed=done, total=total)
 
         yield advance

@@ -1,0 +1,240 @@
+"""The model card: what stands in it, and what becomes of people's edits."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from conftest import FIXTURES
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from converter.card import BEGIN, END, ModelRecord, model_card, updated
+from converter.errors import EomtConvertError
+
+REPO = "me/model"
+
+
+def record_of(folder: Path) -> ModelRecord:
+    history = json.loads((folder / "conversion.json").read_text())
+    return ModelRecord(history, json.loads((folder / "config.json").read_text()))
+
+
+def metadata(card: ModelCard) -> ModelCardData:
+    return cast(ModelCardData, card.data)
+
+
+@pytest.fixture
+def published(derived: Path) -> ModelRecord:
+    return record_of(derived)
+
+
+@pytest.fixture
+def card(published: ModelRecord) -> ModelCard:
+    return model_card(REPO, published)
+
+
+def test_the_metadata_says_what_the_model_is_and_what_it_comes_from(card: ModelCard) -> None:
+    data = metadata(card)
+
+    assert (data.library_name, data.pipeline_tag) == ("transformers", "image-segmentation")
+    assert data.base_model == "facebook/dinov3-vits16-pretrain-lvd1689m"
+    assert data.get("base_model_relation") == "finetune"
+    assert data.datasets == ["coco"]
+    assert data.tags == ["eomt", "dinov3", "panoptic-segmentation"]
+    assert (data.license, data.license_name) == ("other", "dinov3-license")
+    assert str(data.license_link).startswith("https://ai.meta.com/")
+
+
+def test_the_published_figure_is_a_result_with_its_source(card: ModelCard) -> None:
+    results = metadata(card).eval_results
+
+    assert results is not None
+    assert [(result.metric_name, result.metric_value) for result in results] == [("PQ", 47.2)]
+    assert results[0].dataset_name == "COCO panoptic val2017"
+    assert str(results[0].source_url).endswith("model_zoo/dinov3.md")
+
+
+def test_the_card_survives_a_round_trip(card: ModelCard, tmp_path: Path) -> None:
+    card.save(tmp_path / "README.md")
+    loaded = ModelCard.load(tmp_path / "README.md")
+
+    assert str(loaded) == str(card)
+    assert metadata(loaded).eval_results == metadata(card).eval_results
+    assert loaded.data.to_dict() == card.data.to_dict()  # type: ignore[no-untyped-call]
+
+
+def test_the_text_tells_verdict_command_sources_and_use(
+    card: ModelCard, published: ModelRecord
+) -> None:
+    text = card.text
+    delta = published.history["sources"]["delta"]
+
+    assert "**Verified.**" in text
+    assert "| structure | passed | tensors " in text
+    assert "eomt-convert --checkpoint coco_panoptic_small_640 --labels labels.json" in text
+    assert f"| delta | {delta['repo']} | {delta['revision']} | pytorch_model.bin |" in text
+    assert f'EomtDinov3ForUniversalSegmentation.from_pretrained("{REPO}")' in text
+    assert "from transformers import AutoImageProcessor" in text
+    assert "from reference_model import" in text
+    assert "PQ 47.2 on COCO panoptic val2017" in text
+    assert "[LICENSE.md](LICENSE.md)" in text
+    assert "kerssies2025eomt" in text
+
+
+def test_nothing_unverified_is_called_verified(published: ModelRecord) -> None:
+    history = {**published.history, "verdict": {"verdict": "unverified", "levels": []}}
+    text = model_card(REPO, replace(published, history=history)).text
+
+    assert "**Not verified.**" in text
+    assert "**Verified.**" not in text
+
+
+def test_a_figure_is_not_claimed_for_other_weights(published: ModelRecord) -> None:
+    sources = json.loads(json.dumps(published.history["sources"]))
+    sources["delta"]["repo"] = "somebody/fine-tune"
+    card = model_card(REPO, replace(published, history={**published.history, "sources": sources}))
+
+    assert metadata(card).eval_results is None
+    assert metadata(card).datasets is None
+    assert "Published figure" not in card.text
+
+
+def test_a_file_of_metas_is_known_by_its_digest(published: ModelRecord) -> None:
+    sources = json.loads(json.dumps(published.history["sources"]))
+    sources["backbone"] |= {
+        "repo": None,
+        "revision": None,
+        "files": {"x.pth": {"size": 1, "sha256": "8aa4cbdd" + 56 * "0"}},
+    }
+    made = replace(published, history={**published.history, "sources": sources})
+
+    assert made.backbone == "facebook/dinov3-vitl16-pretrain-lvd1689m"
+
+
+def test_no_backbone_is_invented(published: ModelRecord) -> None:
+    sources = {"weights": published.history["sources"]["delta"]}
+    made = replace(published, history={**published.history, "sources": sources})
+
+    assert made.backbone is None
+    assert made.derived
+    assert metadata(model_card(REPO, made)).base_model is None
+
+
+def test_an_offline_checkpoint_is_not_derived_from_metas_weights(
+    converted: Callable[[str], Path],
+) -> None:
+    made = record_of(converted("shapes_panoptic_128"))
+
+    assert not made.derived
+    assert metadata(model_card(REPO, made)).license == "apache-2.0"
+
+
+def test_an_offline_checkpoint_with_another_backbone_may_be_derived(
+    converted: Callable[[str], Path],
+) -> None:
+    made = record_of(converted("shapes_panoptic_128"))
+    sources = json.loads(json.dumps(made.history["sources"]))
+    sources["backbone"]["files"]["model.safetensors"]["sha256"] = 64 * "0"
+
+    assert replace(made, history={**made.history, "sources": sources}).derived
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("tiny_panoptic_48x80", "square models only"), ("tiny_instance_64_gated", "gated MLP")],
+)
+def test_transformers_is_not_recommended_where_it_is_wrong(
+    converted: Callable[[str], Path], name: str, reason: str
+) -> None:
+    text = model_card(REPO, record_of(converted(name))).text
+
+    assert reason in text
+    assert "from transformers import" not in text
+    assert "from reference_model import" in text
+
+
+def test_a_semantic_model_is_used_as_one(converted: Callable[[str], Path]) -> None:
+    text = model_card(REPO, record_of(converted("tiny_semantic_48"))).text
+
+    assert "post_process_semantic_segmentation" in text
+    assert "segmentation = results[0]\n" in text
+
+
+# edits -----------------------------------------------------------------------------------------
+
+
+def test_an_unchanged_card_stays_byte_for_byte(card: ModelCard) -> None:
+    as_people_write_it = str(card).replace("- eomt\n", '- "eomt"\n')
+
+    assert updated(str(card), card) == str(card)
+    assert updated(as_people_write_it, card) == as_people_write_it
+
+
+def test_text_outside_the_marks_is_kept_and_inside_replaced(card: ModelCard) -> None:
+    edited = str(card).replace(BEGIN, f"Read this first.\n\n{BEGIN}\nstale")
+    edited += "\n## Thanks\n\nTo all.\n"
+    result = updated(edited, card)
+
+    assert "Read this first." in result
+    assert result.endswith("\n## Thanks\n\nTo all.\n")
+    assert "stale" not in result
+    assert result[result.index(BEGIN) : result.index(END)] in str(card)
+
+
+def test_a_card_without_marks_keeps_all_its_text(card: ModelCard) -> None:
+    result = updated("# By hand\n\nWords.\n", card)
+
+    assert "# By hand\n\nWords." in result
+    assert result.rstrip().endswith(END)
+    assert metadata(ModelCard(result)).license == "other"
+    assert updated(result, card) == result
+
+
+@pytest.mark.parametrize("lost", [BEGIN, END])
+def test_a_lost_mark_is_told(card: ModelCard, lost: str) -> None:
+    with pytest.raises(EomtConvertError, match="has lost one of the two marks"):
+        updated(str(card).replace(lost, ""), card)
+
+
+def test_metadata_that_people_added_is_kept(card: ModelCard) -> None:
+    theirs = ModelCard(str(card))
+    data = metadata(theirs)
+    data.tags = [*(data.tags or []), "cute"]
+    cast(Any, data).thumbnail = "https://example.org/x.png"
+    measured = EvalResult(
+        task_type="image-segmentation",
+        dataset_type="mine",
+        dataset_name="Mine",
+        metric_type="pq",
+        metric_value=12.5,
+    )
+    data.eval_results = [*(data.eval_results or []), measured]
+    data.license = "mit"
+    result = metadata(ModelCard(updated(str(theirs), card)))
+
+    assert result.tags == ["eomt", "dinov3", "panoptic-segmentation", "cute"]
+    assert result.get("thumbnail") == "https://example.org/x.png"
+    assert [found.metric_value for found in result.eval_results or []] == [47.2, 12.5]
+    assert result.license == "other"
+
+
+def test_a_changed_figure_replaces_the_old_one(card: ModelCard) -> None:
+    old = str(card).replace("47.2", "46.0")
+
+    assert [
+        result.metric_value for result in metadata(ModelCard(updated(old, card))).eval_results or []
+    ] == [47.2]
+
+
+def test_metadata_that_is_no_yaml_is_told(card: ModelCard) -> None:
+    with pytest.raises(EomtConvertError, match=r"metadata of README\.md on the Hub"):
+        updated("---\na: [\n---\n", card)
+
+
+def test_the_fixtures_of_the_package_are_told_by_their_digests() -> None:
+    for folder in FIXTURES.iterdir():
+        if folder.is_dir():
+            known = json.loads((folder / "recorded.json").read_text())["sha256"]
+            assert "delta/pytorch_model.bin" in known

@@ -1,0 +1,543 @@
+"""Pushing a converted folder: one commit, or none, and a look at what arrived."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from conftest import FIXTURES
+from hub_faults import ExpiredToken, LostAnswer, MovedParent, Status, WrongBytes
+from hub_repos import StoredFile
+from hub_server import Hub
+from huggingface_hub import ModelCard
+
+import converter
+from converter.errors import (
+    AccessError,
+    EomtConvertError,
+    HubUnavailableError,
+    NotVerifiedError,
+    OutputsDifferError,
+    UnreadableFileError,
+    UsageError,
+)
+
+Command = Callable[..., Result]
+REPO = "me/model"
+
+
+@pytest.fixture
+def folder(model: Path, me: str) -> Path:
+    """A converted tiny_panoptic_64 of one's own, and a login."""
+    return model
+
+
+def change_verdict(folder: Path, verdict: str) -> None:
+    history = json.loads((folder / "conversion.json").read_text())
+    history["verdict"]["verdict"] = verdict
+    (folder / "conversion.json").write_text(json.dumps(history))
+
+
+def ours(hub: Hub, revision: str = "main") -> dict[str, bytes]:
+    files = hub.files(REPO, revision)
+    return {name: content for name, content in files.items() if name != ".gitattributes"}
+
+
+# what is pushed --------------------------------------------------------------------------------
+
+
+def test_one_commit_holds_everything(hub: Hub, folder: Path) -> None:
+    published = converter.publish(folder, REPO)
+
+    assert len(hub.commits(REPO)) == 2  # the Hub's own first one, and ours
+    assert hub.commits(REPO)[0].sha == published.commit
+    sent = ours(hub)
+    assert set(sent) == {path.name for path in folder.iterdir()} | {"README.md"}
+    for path in folder.iterdir():
+        assert sent[path.name] == path.read_bytes()
+    assert ModelCard(sent["README.md"].decode()).data.get("library_name") == "transformers"
+
+
+def test_a_new_repository_is_private(hub: Hub, folder: Path) -> None:
+    assert converter.publish(folder, REPO).private
+    assert hub.private(REPO)
+
+
+def test_a_repository_that_is_to_be_public_becomes_so_last(hub: Hub, folder: Path) -> None:
+    published = converter.publish(folder, REPO, private=False)
+
+    assert not published.private
+    assert not hub.private(REPO)
+    assert hub.request_lines[-1] == f"PUT /api/models/{REPO}/settings"
+
+
+def test_an_old_repository_stays_as_visible_as_it_is(hub: Hub, folder: Path) -> None:
+    hub.create_repo(REPO, {"notes.txt": b"mine"})
+    converter.publish(folder, REPO)
+
+    assert not hub.private(REPO)
+    assert hub.files(REPO)["notes.txt"] == b"mine"
+    converter.publish(folder, REPO, private=True)
+    assert hub.private(REPO)
+
+
+def test_nothing_to_change_means_no_commit(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    first = converter.publish(folder, REPO)
+    converter.convert("tiny_panoptic_64", tmp_path / "again")
+    again = converter.publish(tmp_path / "again", REPO)
+
+    assert again.commit == first.commit
+    assert {change.action for change in again.changes} == {"keep"}
+    assert len(hub.commits(REPO)) == 2
+
+
+def test_only_what_changed_is_sent(hub: Hub, folder: Path) -> None:
+    converter.publish(folder, REPO)
+    hub.commit(REPO, {"config.json": b"{}"})
+    hub.requests.clear()
+    published = converter.publish(folder, REPO)
+
+    changed = {change.name for change in published.changes if change.action != "keep"}
+    assert changed == {"config.json"}
+    assert hub.received == 0
+
+
+def test_weights_of_another_sharding_go_away_in_the_same_commit(
+    hub: Hub, folder: Path, tmp_path: Path
+) -> None:
+    converter.convert("tiny_panoptic_64", tmp_path / "shards", max_shard_size="500KB")
+    converter.publish(tmp_path / "shards", REPO)
+    published = converter.publish(folder, REPO)
+
+    deleted = {change.name for change in published.changes if change.action == "delete"}
+    assert "model.safetensors.index.json" in deleted
+    assert {name for name in ours(hub) if "safetensors" in name} == {"model.safetensors"}
+    assert len(hub.commits(REPO)) == 3
+
+
+def test_nothing_but_the_models_own_files_is_sent(hub: Hub, folder: Path) -> None:
+    (folder / "notes.txt").write_text("private")
+    converter.publish(folder, REPO)
+
+    assert "notes.txt" not in ours(hub)
+
+
+def test_edits_of_the_card_on_the_hub_are_kept(hub: Hub, folder: Path) -> None:
+    converter.publish(folder, REPO)
+    card = ours(hub)["README.md"].decode()
+    hub.commit(REPO, {"README.md": f"{card}\n## By hand\n".encode(), "config.json": b"{}"})
+    converter.publish(folder, REPO)
+
+    assert ours(hub)["README.md"].decode().endswith("## By hand\n")
+
+
+def test_an_edit_that_is_made_during_a_push_is_not_lost(hub: Hub, folder: Path) -> None:
+    converter.publish(folder, REPO)
+    hub.commit(REPO, {"config.json": b"{}"})
+    hub.break_request(MovedParent(), method="POST", path="/validate-yaml|/preupload/")
+
+    with pytest.raises(EomtConvertError, match="Somebody else has committed"):
+        converter.publish(folder, REPO)
+
+
+# what is not pushed ----------------------------------------------------------------------------
+
+
+def test_an_unverified_model_is_pushed_only_if_that_is_asked_for(hub: Hub, folder: Path) -> None:
+    change_verdict(folder, "unverified")
+
+    with pytest.raises(NotVerifiedError, match="was not verified"):
+        converter.publish(folder, REPO)
+    assert hub.repo_ids == []
+    converter.publish(folder, REPO, allow_unverified=True)
+    assert "**Not verified.**" in ours(hub)["README.md"].decode()
+
+
+def test_a_model_that_failed_is_never_pushed(hub: Hub, folder: Path) -> None:
+    change_verdict(folder, "failed")
+
+    with pytest.raises(NotVerifiedError, match="is not right"):
+        converter.publish(folder, REPO, allow_unverified=True)
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_model_that_was_changed_since_is_refused(hub: Hub, folder: Path, name: str) -> None:
+    content = bytearray((folder / name).read_bytes())
+    content[-2] ^= 1
+    (folder / name).write_bytes(content)
+
+    with pytest.raises(EomtConvertError, match=name.replace(".", r"\.")):
+        converter.publish(folder, REPO, allow_unverified=True)
+    assert hub.requests == []
+
+
+def test_a_folder_that_is_no_conversion_is_refused(hub: Hub, me: str, tmp_path: Path) -> None:
+    with pytest.raises(UnreadableFileError, match=r"has no conversion\.json"):
+        converter.publish(tmp_path, REPO)
+
+
+def test_files_outside_the_folder_are_never_sent(hub: Hub, folder: Path) -> None:
+    secret = folder.parent / "secret"
+    secret.write_bytes(b"secret")
+    history = json.loads((folder / "conversion.json").read_text())
+    digest = hashlib.sha256(b"secret").hexdigest()
+    history["files"]["../secret"] = {"size": 6, "sha256": digest}
+    (folder / "conversion.json").write_text(json.dumps(history))
+
+    with pytest.raises(UnreadableFileError, match=r"has no file \.\./secret"):
+        converter.publish(folder, REPO)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"files": []}', '{"files": {"a": 1}, "verdict": 2}'])
+def test_a_history_that_makes_no_sense_is_refused(me: str, folder: Path, content: str) -> None:
+    (folder / "conversion.json").write_text(content)
+
+    with pytest.raises(UnreadableFileError, match=r"conversion\.json lacks"):
+        converter.publish(folder, REPO)
+
+
+# the licence -----------------------------------------------------------------------------------
+
+
+def test_the_licence_comes_from_the_backbones_repository(hub: Hub, derived: Path) -> None:
+    converter.publish(derived, REPO)
+
+    assert ours(hub)["LICENSE.md"] == b"DINOv3 License\n"
+
+
+def test_the_licence_is_that_of_the_revision_that_was_merged(hub: Hub, derived: Path) -> None:
+    hub.commit("facebook/dinov3-vits16-pretrain-lvd1689m", {"LICENSE.md": b"another"})
+    converter.publish(derived, REPO)
+
+    assert ours(hub)["LICENSE.md"] == b"DINOv3 License\n"
+
+
+def test_a_licence_can_be_given(hub: Hub, derived: Path, tmp_path: Path) -> None:
+    (tmp_path / "licence.txt").write_text("given")
+    converter.publish(derived, REPO, license_file=tmp_path / "licence.txt")
+
+    assert ours(hub)["LICENSE.md"] == b"given"
+
+
+def test_derived_weights_without_a_licence_are_refused(hub: Hub, derived: Path) -> None:
+    history = json.loads((derived / "conversion.json").read_text())
+    history["sources"]["backbone"] |= {"repo": None, "revision": None}
+    (derived / "conversion.json").write_text(json.dumps(history))
+
+    with pytest.raises(UsageError, match="licence must go with them") as caught:
+        converter.publish(derived, REPO)
+    assert "--license-file" in caught.value.remedy
+    assert REPO not in hub.repo_ids
+
+
+def test_a_backbone_that_has_no_licence_is_named(hub: Hub, derived: Path) -> None:
+    repo = "facebook/no-licence"
+    commit = hub.create_repo(repo, {"config.json": b"{}"})
+    history = json.loads((derived / "conversion.json").read_text())
+    history["sources"]["backbone"] |= {"repo": repo, "revision": commit}
+    (derived / "conversion.json").write_text(json.dumps(history))
+
+    with pytest.raises(UsageError, match="facebook/no-licence has no copy of it"):
+        converter.publish(derived, REPO)
+
+
+@pytest.mark.parametrize("content", [b"", b" \n", b"\xff\xfe"])
+def test_a_licence_that_is_no_text_is_refused(
+    hub: Hub, derived: Path, tmp_path: Path, content: bytes
+) -> None:
+    (tmp_path / "licence").write_bytes(content)
+
+    with pytest.raises(UnreadableFileError, match="licence is"):
+        converter.publish(derived, REPO, license_file=tmp_path / "licence")
+
+
+# where it goes ---------------------------------------------------------------------------------
+
+
+def test_a_branch_is_made_and_main_stays(hub: Hub, folder: Path) -> None:
+    published = converter.publish(folder, REPO, revision="candidate")
+
+    assert published.revision == "candidate"
+    assert "model.safetensors" in ours(hub, "candidate")
+    assert ours(hub) == {}
+
+
+def test_a_tag_names_the_commit(hub: Hub, folder: Path) -> None:
+    published = converter.publish(folder, REPO, tag="v1")
+    again = converter.publish(folder, REPO, tag="v1")
+
+    assert hub.refs(REPO)["refs/tags/v1"] == published.commit == again.commit
+
+
+def test_a_tag_is_never_moved(hub: Hub, folder: Path) -> None:
+    converter.publish(folder, REPO, tag="v1")
+    commit = hub.commit(REPO, {"config.json": b"{}"})
+
+    with pytest.raises(EomtConvertError, match="has a tag v1 already"):
+        converter.publish(folder, REPO, tag="v1")
+    assert hub.commits(REPO)[0].sha == commit
+
+
+def test_a_pull_request_leaves_main_alone_and_is_opened_once(hub: Hub, folder: Path) -> None:
+    hub.create_repo(REPO, {"notes.txt": b"mine"})
+    published = converter.publish(folder, REPO, create_pr=True)
+    again = converter.publish(folder, REPO, create_pr=True)
+
+    assert published.revision == again.revision == "refs/pr/1"
+    assert published.url.endswith(f"{REPO}/discussions/1")
+    assert len(hub.pull_requests(REPO)) == 1
+    assert "model.safetensors" in ours(hub, "refs/pr/1")
+    assert set(hub.files(REPO)) == {"notes.txt"}
+
+
+@pytest.mark.parametrize("option", [{"tag": "v1"}, {"revision": "x"}])
+def test_a_pull_request_has_neither_tag_nor_branch(folder: Path, option: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="--create-pr"):
+        converter.publish(folder, REPO, create_pr=True, **option)
+
+
+def test_the_message_of_the_commit_can_be_given(hub: Hub, folder: Path) -> None:
+    converter.publish(folder, REPO)
+    assert hub.commits(REPO)[0].title.startswith("Convert tiny_panoptic_64 with eomt-convert")
+    hub.commit(REPO, {"config.json": b"{}"})
+    converter.publish(folder, REPO, commit_message="Mend the config")
+    assert hub.commits(REPO)[0].title == "Mend the config"
+
+
+def test_a_dry_run_tells_what_would_change_and_changes_nothing(hub: Hub, folder: Path) -> None:
+    planned = converter.publish(folder, REPO, dry_run=True)
+    assert {change.action for change in planned.changes} == {"add"}
+    assert planned.commit is None
+    assert hub.repo_ids == []
+
+    converter.publish(folder, REPO)
+    hub.commit(REPO, {"config.json": b"{}"})
+    planned = converter.publish(folder, REPO, dry_run=True)
+    assert {c.name: c.action for c in planned.changes}["config.json"] == "change"
+    assert len(hub.commits(REPO)) == 3
+
+
+# who may ---------------------------------------------------------------------------------------
+
+
+def test_nobody_pushes_without_a_login(hub: Hub, model: Path) -> None:
+    with pytest.raises(AccessError, match="Nobody is logged in"):
+        converter.publish(model, REPO)
+
+
+def test_a_token_that_may_only_read_is_told(hub: Hub, model: Path) -> None:
+    hub.add_user("me", "hf_read", can_write=False)
+
+    with pytest.raises(AccessError, match="may not do that with me/model"):
+        converter.publish(model, REPO, token="hf_read")
+    assert hub.repo_ids == []
+
+
+def test_an_expired_token_is_told(hub: Hub, folder: Path) -> None:
+    hub.break_request(ExpiredToken(), times=None)
+
+    with pytest.raises(AccessError, match="does not accept the token"):
+        converter.publish(folder, REPO)
+
+
+def test_a_name_that_no_repository_can_have_is_wrong_usage(hub: Hub, folder: Path) -> None:
+    with pytest.raises(UsageError, match="no valid name"):
+        converter.publish(folder, "me/a/b")
+    assert hub.requests == []
+
+
+def test_a_renamed_repository_is_not_made_anew_under_its_old_name(hub: Hub, folder: Path) -> None:
+    hub.create_repo(REPO, {"notes.txt": b"mine"})
+    hub.rename(REPO, "me/other")
+
+    with pytest.raises(UsageError, match="me/model is called me/other now"):
+        converter.publish(folder, REPO)
+    assert hub.repo_ids == ["me/other"]
+
+
+# what goes wrong on the way --------------------------------------------------------------------
+
+
+def test_a_commit_whose_answer_was_lost_is_found(hub: Hub, folder: Path) -> None:
+    hub.break_request(LostAnswer(), method="POST", path="/commit/")
+    published = converter.publish(folder, REPO)
+
+    assert hub.broken
+    assert published.commit == hub.commits(REPO)[0].sha
+    assert len(hub.commits(REPO)) == 2
+
+
+def test_a_pull_request_whose_answer_was_lost_is_found(hub: Hub, folder: Path) -> None:
+    hub.break_request(LostAnswer(), method="POST", path="/commit/")
+    published = converter.publish(folder, REPO, create_pr=True)
+
+    assert hub.broken
+    assert published.revision == "refs/pr/1"
+    assert len(hub.pull_requests(REPO)) == 1
+
+
+def test_two_releases_at_once_do_not_mix(hub: Hub, folder: Path) -> None:
+    hub.create_repo(REPO, {"notes.txt": b"mine"})
+    hub.break_request(MovedParent(), method="POST", path="/commit/")
+
+    with pytest.raises(EomtConvertError, match="Somebody else has committed to me/model"):
+        converter.publish(folder, REPO)
+    assert "model.safetensors" not in hub.files(REPO)
+    converter.publish(folder, REPO)
+    assert "model.safetensors" in hub.files(REPO)
+
+
+def test_a_broken_push_goes_on_without_resending_what_arrived(hub: Hub, folder: Path) -> None:
+    hub.break_request(Status(500), method="POST", path="/commit/", times=None)
+    with pytest.raises(HubUnavailableError, match="status 500"):
+        converter.publish(folder, REPO)
+    assert hub.received > 1_000_000
+    assert ours(hub) == {}
+
+    hub.mend()
+    hub.requests.clear()
+    converter.publish(folder, REPO)
+    assert hub.received == 0
+    assert "model.safetensors" in ours(hub)
+
+
+def test_what_arrived_is_held_against_what_was_sent(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another file than the one that was sent is in the commit."""
+    store = hub.store_plain
+
+    def store_wrong(content: bytes) -> StoredFile:
+        return store(content.replace(b"eomt_dinov3", b"dinov3"))
+
+    monkeypatch.setattr(hub, "store_plain", store_wrong)
+
+    with pytest.raises(EomtConvertError, match=r"is not what was sent: config\.json"):
+        converter.publish(folder, REPO)
+
+
+def test_the_model_can_be_downloaded_and_verified_again(hub: Hub, folder: Path) -> None:
+    published = converter.publish(folder, REPO, verify_remote=True)
+
+    assert published.verdict is not None
+    assert published.verdict.verdict == "passed"
+    assert f"{REPO}/model.safetensors" in hub.served
+
+
+def test_a_download_that_is_not_the_model_is_told_before_anybody_sees_it(
+    hub: Hub, folder: Path
+) -> None:
+    hub.break_request(WrongBytes(), method="GET", path=r"/cdn/.*safetensors", times=None)
+
+    with pytest.raises((OutputsDifferError, UnreadableFileError)):
+        converter.publish(folder, REPO, verify_remote=True, private=False, tag="v1")
+    assert hub.private(REPO)
+    assert "refs/tags/v1" not in hub.refs(REPO)
+
+
+# the command -----------------------------------------------------------------------------------
+
+
+def test_convert_and_push_then_load_with_both(
+    command: Command, hub: Hub, me: str, tmp_path: Path
+) -> None:
+    import torch
+    import transformers
+    from recorded_models import pixel_values
+    from safetensors.torch import load_file
+
+    import reference_model
+
+    result = command("--checkpoint", "shapes_panoptic_128", "--push-to", "me/shapes")
+
+    assert result.exit_code == 0, result.output
+    assert "verdict   passed" in result.stdout
+    assert f"commit    {hub.commits('me/shapes')[0].sha}" in result.stdout
+    recorded = load_file(FIXTURES / "shapes_panoptic_128" / "recorded.safetensors")
+    pixels = pixel_values("shapes_panoptic_128")
+    for library in (reference_model, transformers):
+        model = library.EomtDinov3ForUniversalSegmentation.from_pretrained("me/shapes").eval()
+        with torch.inference_mode():
+            output = model(pixels)
+        torch.testing.assert_close(
+            output.masks_queries_logits, recorded["mask_logits"], atol=2e-4, rtol=0
+        )
+        torch.testing.assert_close(
+            output.class_queries_logits, recorded["class_logits"], atol=2e-4, rtol=0
+        )
+
+
+def test_the_same_command_goes_on_where_a_push_failed(command: Command, hub: Hub, me: str) -> None:
+    arguments = ("--checkpoint", "tiny_panoptic_64", "--push-to", REPO)
+    hub.break_request(Status(500), method="POST", path="/commit/", times=None)
+    assert command(*arguments).exit_code == 1
+    hub.mend()
+
+    assert command(*arguments).exit_code == 0
+    assert len(hub.commits(REPO)) == 2
+
+
+def test_an_output_that_was_changed_is_not_replaced_for_a_push(
+    command: Command, hub: Hub, me: str, tmp_path: Path
+) -> None:
+    arguments = ("--checkpoint", "tiny_panoptic_64", "--push-to", REPO)
+    command(*arguments)
+    config = tmp_path / "tiny_panoptic_64" / "config.json"
+    config.write_text(config.read_text() + " ")
+
+    assert "exists" in command(*arguments).stderr
+    assert config.read_text().endswith(" ")
+
+
+def test_a_login_is_asked_for_before_anything_is_converted(
+    command: Command, hub: Hub, tmp_path: Path
+) -> None:
+    result = command("--checkpoint", "tiny_panoptic_64", "--push-to", REPO)
+
+    assert result.exit_code == 4
+    assert "Nobody is logged in" in result.stderr
+    assert not (tmp_path / "tiny_panoptic_64").exists()
+
+
+def test_options_of_a_push_need_a_push(command: Command) -> None:
+    result = command("--checkpoint", "tiny_panoptic_64", "--tag", "v1")
+
+    assert result.exit_code == 2
+    assert "--tag is for --push-to" in result.stderr
+
+
+def test_push_prints_every_file_or_one_json_object(
+    command: Command, hub: Hub, folder: Path
+) -> None:
+    planned = command("push", folder, REPO, "--dry-run")
+    assert "add  model.safetensors" in planned.stdout
+    assert "nothing was sent (--dry-run)" in planned.stdout
+    content = json.loads(command("push", folder, REPO, "--json", "--tag", "v1").stdout)
+    assert content["commit"] == hub.refs(REPO)["refs/tags/v1"]
+    assert {change["action"] for change in content["changes"]} == {"add"}
+    assert "nothing had to change" in command("push", folder, REPO).stdout
+
+
+def test_no_transcript_of_a_push_has_a_token(
+    command: Command, hub: Hub, me: str, derived: Path, tmp_path: Path
+) -> None:
+    transcripts = command("push", derived, REPO, "--debug", "--token", me).output
+    hub.break_request(Status(503), path="/api/models", times=None)
+    transcripts += command("push", derived, REPO, "--debug").output
+    hub.mend()
+    hub.break_request(ExpiredToken(), times=None)
+    transcripts += command("push", derived, REPO, "--debug", "--json", "--token", me).output
+
+    assert "status 503" in transcripts
+    assert "does not accept the token" in transcripts
+    assert me not in transcripts
+    shutil.rmtree(tmp_path / "home", ignore_errors=True)
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or me.encode() not in path.read_bytes()
+    for content in hub.files(REPO).values():
+        assert me.encode() not in content
