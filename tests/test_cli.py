@@ -17,6 +17,8 @@ from click.testing import Result
 from conftest import FIXTURES
 from hub_server import Hub
 
+from converter.verdict import LEVELS
+
 TINY = FIXTURES / "tiny_panoptic_64"
 
 Command = Callable[..., Result]
@@ -333,7 +335,6 @@ def slow(row, *rest):
     return compute(row, *rest)
 merge.compute = slow
 from converter.cli import main
-from converter.verdict import LEVELS
 main()
 """
 
