@@ -22,15 +22,18 @@ from converter.errors import (
     UsageError,
 )
 from converter.publishing import Publication, publish
+from converter.recording import Recording, record
 from converter.releasing import Release, release
-from converter.verdict import Level, Verdict
+from converter.verdict import Cause, FirstDifference, Level, Trial, Verdict
 from converter.verification import verify
 from converter.version import __version__
 
 __all__ = [
     "AccessError",
+    "Cause",
     "Conversion",
     "EomtConvertError",
+    "FirstDifference",
     "HubUnavailableError",
     "Level",
     "MismatchError",
@@ -39,13 +42,16 @@ __all__ = [
     "OutputsDifferError",
     "PlanError",
     "Publication",
+    "Recording",
     "Release",
+    "Trial",
     "UnreadableFileError",
     "UsageError",
     "Verdict",
     "__version__",
     "convert",
     "publish",
+    "record",
     "release",
     "verify",
 ]

@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converter import catalog
-from converter.catalog import Checkpoint
-from converter.configs import read_json_object
 from converter.datasets import DATASETS, Dataset, Example, Instances, Segments, open_dataset
-from converter.errors import EomtConvertError, UnreadableFileError, UsageError
-from converter.hub import Access, explained
-from converter.sources import HubSource, fetch, parse_source
+from converter.errors import EomtConvertError, UsageError
+from converter.hub import Access
+from converter.models import fetch_model, load_model, repository_of
+from converter.provenance import find_named, has_weights_of, read_history
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +41,6 @@ _THRESHOLD, _MASK_THRESHOLD, _OVERLAP_THRESHOLD = 0.8, 0.5, 0.8
 
 # training/mask_classification_instance.py: eval_top_k_instances
 _TOP_K = 100
-
-_SMALL_FILES = ["config.json", "preprocessor_config.json", "conversion.json"]
 
 
 @dataclass(frozen=True)
@@ -133,14 +129,17 @@ def evaluate(
     """
     if dataset not in DATASETS:
         raise UsageError(f"There is no dataset {dataset!r}.", f"There are {', '.join(DATASETS)}.")
-    folder = _fetch_model(str(model), Access(token, cache_dir, local_files_only))
+    folder = fetch_model(model, Access(token, cache_dir, local_files_only))
     place = _choose_device(device)
     with (
         open_dataset(dataset, Path(data).expanduser()) as examples,
         _process_group(place) as (rank, processes),
     ):
         metric, predict = _recipe(dataset, examples)
-        network, processor = _load(folder, place, windows=dataset == "ade20k-semantic")
+        # the original's recipe, in float32
+        network, processor = load_model(
+            folder, device=str(place), dtype="float32", windows=dataset == "ade20k-semantic"
+        )
         if len(examples.names) != network.config.num_labels:
             raise EomtConvertError(
                 f"{data} has {len(examples.names)} classes, the model has "
@@ -171,7 +170,7 @@ def evaluate(
             {"class": name} | row
             for name, row in zip(examples.names, figures.per_class, strict=True)
         ),
-        _find_published(str(model), folder, dataset, figures.overall),
+        _find_published(model, folder, dataset, figures.overall),
     )
 
 
@@ -266,62 +265,6 @@ def _size(example: Example) -> tuple[int, int]:
     return example.image.height, example.image.width
 
 
-def _fetch_model(model: str, access: Access) -> Path:
-    """The folder of a converted model, downloaded if it is a repository."""
-    source = parse_source(model)
-    if isinstance(source, HubSource):
-        from huggingface_hub import snapshot_download
-
-        with explained(source.repo_id, source.revision):
-            folder = Path(
-                snapshot_download(
-                    source.repo_id,
-                    revision=source.revision,
-                    allow_patterns=_SMALL_FILES,
-                    token=access.token,
-                    cache_dir=access.cache_dir,
-                    local_files_only=access.offline,
-                )
-            )
-    else:
-        folder = source.path
-    for name in ("config.json", "preprocessor_config.json"):
-        if not (folder / name).is_file():
-            raise UnreadableFileError(
-                f"{model} has no {name}: it is not a converted model.",
-                "eomt-convert makes one of a delta and a backbone.",
-            )
-    if isinstance(source, HubSource):
-        fetch(HubSource(source.repo_id, folder.name), access)  # .../snapshots/COMMIT
-    return folder
-
-
-def _load(
-    folder: Path, device: "torch.device", *, windows: bool
-) -> "tuple[EomtDinov3ForUniversalSegmentation, EomtImageProcessor]":
-    """The model in float32, its image processor set to do what the original does at evaluation.
-
-    The published preprocessor_config.json of a semantic model pads pictures instead of sliding
-    windows over them.
-    """
-    import torch
-    from safetensors import SafetensorError
-
-    from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor
-
-    try:
-        return (
-            EomtDinov3ForUniversalSegmentation.from_pretrained(
-                folder, device=device, dtype=torch.float32
-            ),
-            EomtImageProcessor.from_pretrained(
-                folder, do_resize=True, do_split_image=windows, do_pad=not windows
-            ),
-        )
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise UnreadableFileError(f"{folder} is no usable model: {error}") from error
-
-
 def _choose_device(name: str | None) -> "torch.device":
     import torch
 
@@ -356,27 +299,18 @@ def _process_group(device: "torch.device") -> "Iterator[tuple[int, int]]":
 
 
 def _find_published(
-    model: str, folder: Path, dataset: str, metrics: Mapping[str, float]
+    model: str | Path, folder: Path, dataset: str, metrics: Mapping[str, float]
 ) -> Published | None:
-    """What was published for the checkpoint that conversion.json, or the repository, names."""
-    history = folder / "conversion.json"
-    names = [read_json_object(history).get("checkpoint")] if history.is_file() else []
-    for name in (*names, model.partition("@")[0]):
-        entry = _find_checkpoint(name)
-        if entry and entry.metric and dataset.endswith(entry.task):
-            metric = next(iter(metrics))
-            value = entry.metric.value
-            return Published(
-                entry.name, entry.metric.dataset, metric, value, metrics[metric] - value
-            )
-    return None
-
-
-def _find_checkpoint(name: Any) -> Checkpoint | None:
-    try:
-        return catalog.find(name) if isinstance(name, str) else None
-    except UsageError:
+    """What was published for the checkpoint whose weights a model has, if it is one's."""
+    history = read_history(folder)
+    entry = history.checkpoint if history else find_named(repository_of(model))
+    if not (entry and entry.metric and dataset.endswith(entry.task)):
         return None
+    if not has_weights_of(entry, history):
+        return None
+    metric = next(iter(metrics))
+    value = entry.metric.value
+    return Published(entry.name, entry.metric.dataset, metric, value, metrics[metric] - value)
 
 
 def _for_json(figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -152,6 +152,16 @@ def find_named(name: object) -> Checkpoint | None:
         return None
 
 
+def has_weights_of(checkpoint: Checkpoint | None, history: History | None) -> bool:
+    """Whether a model has a checkpoint's own weights, and not others in its name."""
+    if checkpoint is None or history is None:
+        return checkpoint is not None
+    delta = history.sources.get("delta")
+    if delta is None or delta.repo_id is None:
+        return delta is not None and checkpoint.offline
+    return find_named(delta.repo_id) == checkpoint
+
+
 @dataclass(frozen=True)
 class Given:
     """Sources as they were named: files, folders or repositories; None where nothing was."""

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,22 +18,20 @@ from converter.errors import UnreadableFileError, UsageError
 from converter.headers import TensorInfo
 from converter.hub import Access
 from converter.merge import round_to
+from converter.models import fetch_model, repository_of, torch_device
 from converter.pixels import Normalisation, read_normalisation
 from converter.provenance import (
     Given,
     History,
     Provenance,
     find_named,
+    has_weights_of,
     open_sources,
     read_history,
 )
 from converter.recorded import Recorded, find_recorded, read_recorded
 from converter.sources import (
-    HubSource,
-    LocalSource,
-    fetch,
     fetch_config,
-    fetch_first,
     parse_source,
 )
 from converter.tensorfiles import WEIGHTS, WEIGHTS_INDEX, open_tensors
@@ -169,10 +167,10 @@ def verify(
     options = Options(
         level, against, Path(image).expanduser() if image else None, device, threads, access=access
     )
-    folder, name = _find_model(model, access)
+    folder = fetch_model(model, access)
     _find_weights(folder)
     history = read_history(folder)
-    checkpoint = history.checkpoint if history else find_named(name)
+    checkpoint = history.checkpoint if history else find_named(repository_of(model))
     place = Path(recorded).expanduser() if recorded else checkpoint and checkpoint.recorded
     with ExitStack() as stack:
         sources: Provenance | str = _not_asked(options)
@@ -187,7 +185,7 @@ def verify(
             )
         evidence = Evidence(
             recorded=find_recorded(place) if place else None,
-            published=checkpoint if _is_of(checkpoint, history) else None,
+            published=checkpoint if has_weights_of(checkpoint, history) else None,
             history=history,
             sources=sources,
             recipes=sources.digests() if isinstance(sources, Provenance) else None,
@@ -195,29 +193,6 @@ def verify(
             run_backbone=backbone is not None,
         )
         return check(folder, evidence, options)
-
-
-def _is_of(checkpoint: Checkpoint | None, history: History | None) -> bool:
-    """Whether a model has a checkpoint's own weights, and not others in its name."""
-    if checkpoint is None or history is None:
-        return checkpoint is not None
-    delta = history.sources.get("delta")
-    if delta is None or delta.repo_id is None:
-        return delta is not None and checkpoint.offline
-    return find_named(delta.repo_id) == checkpoint
-
-
-def _find_model(model: str | Path, access: Access) -> tuple[Path, str | None]:
-    """The folder of a model, and the repository it came from."""
-    if isinstance(model, Path) or model.count("/") != 1:
-        return Path(model).expanduser(), None
-    source = parse_source(model)
-    if isinstance(source, LocalSource):
-        return source.path, None
-    found = fetch(source, access)
-    for name in ("preprocessor_config.json", "conversion.json"):
-        fetch_first(HubSource(source.repo_id, str(found.revision)), (name,), access)
-    return found.weights.parent, source.repo_id
 
 
 def _config_of(backbone: str, access: Access) -> BackboneConfig | None:
@@ -237,7 +212,7 @@ def check(folder: Path, evidence: Evidence, options: Options | None = None) -> V
         UsageError: the device or the peer is none that there is.
     """
     options = options or Options()
-    with _torch_set_up(options):
+    with torch_device(options.device, options.threads):
         return _check(_read_model(folder, keep=options.level > 1), evidence, options)
 
 
@@ -271,24 +246,6 @@ def _number(level: str) -> int:
 
 def _not_asked(options: Options) -> str:
     return f"{NOT_ASKED} {options.level} were asked for."
-
-
-@contextmanager
-def _torch_set_up(options: Options) -> Iterator[None]:
-    """Lets torch have as many threads as were asked for, and finds out whether the device is."""
-    import torch
-
-    try:
-        torch.empty(0, device=options.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(f"The device {options.device!r} cannot be used: {reason}") from error
-    before = torch.get_num_threads()
-    torch.set_num_threads(options.threads or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 # the model's files ------------------------------------------------------------------------------

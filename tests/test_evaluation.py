@@ -134,15 +134,26 @@ def test_rounded_weights_are_computed_with_in_float32(shapes: Path, tmp_path: Pa
     assert found.metrics == evaluate(widened, "coco-panoptic", SHAPES, limit=2).metrics
 
 
+def test_no_published_figure_is_claimed_for_other_weights(shapes: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(shapes, model)
+    history = json.loads((model / "conversion.json").read_text())
+    history["checkpoint"] = "coco_panoptic_small_640"
+    history["sources"]["delta"]["repo"] = "somebody/fine-tune"
+    (model / "conversion.json").write_text(json.dumps(history))
+
+    assert evaluate(model, "coco-panoptic", SHAPES, limit=1).published is None
+
+
 def test_a_published_figure_stands_beside_the_measured_one(
     shapes: Path, tmp_path: Path, command: Command
 ) -> None:
     model = tmp_path / "model"
     shutil.copytree(shapes, model)
     history = json.loads((model / "conversion.json").read_text())
-    (model / "conversion.json").write_text(
-        json.dumps(history | {"checkpoint": "coco_panoptic_small_640"})
-    )
+    history["checkpoint"] = "coco_panoptic_small_640"
+    history["sources"]["delta"]["repo"] = "tue-mps/coco_panoptic_eomt_small_640_dinov3"
+    (model / "conversion.json").write_text(json.dumps(history))
 
     found = evaluate(model, "coco-panoptic", SHAPES, limit=1)
     table = command("evaluate", model, "--dataset", "coco-panoptic", "--data", SHAPES, "--limit", 1)

@@ -4,14 +4,18 @@ from converter.cli.convert import main
 from converter.cli.evaluate import evaluate_command
 from converter.cli.look import inspect_command, list_command
 from converter.cli.publish import push_command, release_command
+from converter.cli.record import record_command
+from converter.cli.segment import segment_command
 from converter.cli.verify import verify_command
 
 for command in (
     list_command,
     inspect_command,
     verify_command,
+    record_command,
     push_command,
     release_command,
+    segment_command,
     evaluate_command,
 ):
     main.add_command(command)

@@ -1,0 +1,277 @@
+"""How far apart right computations of a model are: where the tolerances of verification come from.
+
+    python benchmarks/tolerances.py
+
+Runs the offline checkpoints and a model of ViT-S's sizes in every way that leaves a model right,
+and prints the largest differences beside the tolerances, as a table in Markdown. The ViT-S has
+random weights, so wide that its logits reach 60, as those of the published models do.
+"""
+
+import argparse
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from forward import config_of
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import converter
+from converter.catalog import CATALOG
+from converter.comparison import ROUNDED_TOLERANCES, TOLERANCE
+from converter.numbers import run
+from converter.pixels import read_normalisation
+from converter.recorded import read_recorded
+from converter.recording import masked_predictions
+from reference_model import EomtDinov3ForUniversalSegmentation as Model
+from reference_model import EomtImageProcessor
+
+Outputs: TypeAlias = Mapping[str, Tensor]
+
+# of the random weights; with 0.02, the config's own, logits stay below 2
+WEIGHT_STD = 0.06
+
+# as torch, oneDNN and MKL take it when a process starts
+WITHOUT_AVX = {
+    "ATEN_CPU_CAPABILITY": "default",
+    "ONEDNN_MAX_CPU_ISA": "SSE41",
+    "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+}
+
+KINDS = {
+    "logits": ("mask_logits", "class_logits"),
+    "hidden states": ("patch_embeddings", "hidden_states.", "last_hidden_state"),
+    "masked logits": ("masked.",),
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and its input.
+
+    Attributes:
+        folder: of the model.
+        inputs: (batch, channels, height, width), normalised.
+        recorded: what the original computed on another machine; empty if nothing was recorded.
+        masked: whether it is run with masked attention too.
+        slow: whether 16-bit arithmetic takes a CPU minutes.
+    """
+
+    folder: Path
+    inputs: Tensor
+    recorded: Outputs
+    masked: bool = True
+    slow: bool = False
+
+    def load(self) -> Model:
+        return Model.from_pretrained(self.folder)
+
+    def compute(self, model: Model, inputs: Tensor) -> Outputs:
+        """What verification compares."""
+        outputs = run(model, inputs)
+        return outputs | masked_predictions(model, inputs) if self.masked else outputs
+
+
+def offline_subject(name: str, recorded: Path, place: Path) -> Subject:
+    converter.convert(name, place, verify=False)
+    found = read_recorded(recorded)
+    return Subject(place, _normalised(found.pixels, place), found.tensors)
+
+
+def random_subject(place: Path, image_size: int) -> Subject:
+    config = replace(config_of("small", image_size), initializer_range=WEIGHT_STD)
+    model = Model(config)
+    model.attn_mask_probs.zero_()  # as in a converted model
+    model.save_pretrained(place)
+    EomtImageProcessor().save_pretrained(place)
+    pixels = torch.randint(256, (2, 3, image_size, image_size), dtype=torch.uint8)
+    return Subject(place, _normalised(pixels, place), {}, masked=False, slow=True)
+
+
+def _normalised(pixels: Tensor, folder: Path) -> Tensor:
+    return read_normalisation(folder / "preprocessor_config.json", pixels.shape[1])(pixels)
+
+
+# ways that leave a model right ------------------------------------------------------------------
+
+
+def usual(subject: Subject) -> Outputs:
+    return subject.compute(subject.load(), subject.inputs)
+
+
+def on_one_thread(subject: Subject) -> Outputs:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    outputs = usual(subject)
+    torch.set_num_threads(threads)
+    return outputs
+
+
+def with_plain_attention(subject: Subject) -> Outputs:
+    with sdpa_kernel(SDPBackend.MATH):
+        return usual(subject)
+
+
+def with_contiguous_pixels(subject: Subject) -> Outputs:
+    return subject.compute(subject.load(), subject.inputs.contiguous())
+
+
+def one_by_one(subject: Subject) -> Outputs:
+    model = subject.load()
+    parts = [subject.compute(model, inputs) for inputs in subject.inputs.split(1)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def in_process(pool: Executor, subject: Subject) -> Outputs:
+    return pool.submit(usual, subject).result()
+
+
+def as_recorded(subject: Subject) -> Outputs:
+    return subject.recorded
+
+
+def with_weights_in(dtype: torch.dtype, subject: Subject) -> Outputs:
+    return subject.compute(subject.load().to(dtype).float(), subject.inputs)
+
+
+def computed_in(dtype: torch.dtype, subject: Subject) -> Outputs:
+    if subject.slow and dtype.itemsize == 2:
+        return {}
+    return subject.compute(subject.load().to(dtype), subject.inputs.to(dtype))
+
+
+@contextmanager
+def process_without_avx(threads: int) -> Iterator[Executor]:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        os.environ.update(WITHOUT_AVX)
+        pool.submit(torch.set_num_threads, threads).result()  # starts the process
+        for name in WITHOUT_AVX:  # which this process, too, would read before its first product
+            del os.environ[name]
+        yield pool
+
+
+# the table --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way beside the usual one.
+
+    Attributes:
+        title: what is different.
+        compute: a model's outputs in that way.
+        dtype: safetensors' name of the weights' type.
+        checked: whether verification meets this way at all.
+    """
+
+    title: str
+    compute: Callable[[Subject], Outputs]
+    dtype: str = "F32"
+    checked: bool = True
+
+    @property
+    def of_range(self) -> bool:
+        """Whether the tolerance is a share of the recorded range."""
+        return self.dtype != "F32"
+
+    def measure(self, subject: Subject, expected: Outputs) -> dict[str, float]:
+        """The largest difference in each kind of outputs; NaN where there are none."""
+        outputs = self.compute(subject)
+        found = dict.fromkeys(KINDS, math.nan)
+        for kind, prefixes in KINDS.items():
+            for name in expected:
+                if name.startswith(prefixes) and name in outputs and self._is_compared(name):
+                    largest = difference(outputs[name], expected[name], of_range=self.of_range)
+                    found[kind] = max(largest, found[kind], key=_or_zero)
+        return found
+
+    def cells(self, measured: list[float]) -> list[str]:
+        """The differences as they are printed, then the tolerance and how often they fit in it."""
+        tolerance = ROUNDED_TOLERANCES[self.dtype] if self.of_range else TOLERANCE
+        largest = max(measured, key=_or_zero)
+        margin = f"{tolerance / largest:.1f}" if largest else "exact"
+        end = [self._shown(tolerance), margin] if self.checked else ["none", ""]
+        return [self.title, *map(self._shown, measured), *end]
+
+    def _is_compared(self, name: str) -> bool:
+        # masks are cut off at 0, so that rounded weights move all that masks have reached
+        return not (self.of_range and name.startswith("masked.") and not name.endswith(".0"))
+
+    def _shown(self, value: float) -> str:
+        if math.isnan(value):
+            return "–"
+        if value == 0:
+            return "0"
+        return f"{value:.2%}" if self.of_range else f"{value:.1e}"
+
+
+def _or_zero(value: float) -> float:
+    return 0.0 if math.isnan(value) else value
+
+
+def difference(ours: Tensor, expected: Tensor, *, of_range: bool) -> float:
+    """The largest absolute difference, or its share of the range of what is expected."""
+    batch = min(len(ours), len(expected))  # hidden states may be recorded of one picture only
+    largest = float((ours[:batch].double() - expected[:batch].double()).abs().max())
+    return largest / float(expected.max() - expected.min()) if of_range else largest
+
+
+def rows(pool: Executor, threads: int) -> list[Row]:
+    return [
+        Row(f"1 thread, not {threads}", on_one_thread),
+        Row("attention by its definition, not fused", with_plain_attention),
+        Row("pixels channels first in memory, not last", with_contiguous_pixels),
+        Row("pictures one by one, not as a batch", one_by_one),
+        Row("instructions before AVX", partial(in_process, pool)),
+        Row("the original on a CPU with AVX-512", as_recorded),
+        Row("computed in float64", partial(computed_in, torch.float64)),
+        Row("weights in bfloat16", partial(with_weights_in, torch.bfloat16), "BF16"),
+        Row("weights in float16", partial(with_weights_in, torch.float16), "F16"),
+        Row("computed in bfloat16", partial(computed_in, torch.bfloat16), "BF16", checked=False),
+        Row("computed in float16", partial(computed_in, torch.float16), "F16", checked=False),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Differences between right computations.")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
+    parser.add_argument("--image-size", type=int, default=640, help="of the ViT-S, default 640")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        process_without_avx(arguments.threads) as pool,
+    ):
+        place = Path(folder)
+        groups = [
+            [
+                offline_subject(entry.name, entry.recorded, place / entry.name)
+                for entry in CATALOG
+                if entry.recorded
+            ],
+            [random_subject(place / "small", arguments.image_size)],
+        ]
+        expected = [[usual(subject) for subject in group] for group in groups]
+        kinds = [f"{title}: {kind}" for title in ("offline", "ViT-S") for kind in KINDS]
+        header = ["", *kinds[:-1], "tolerance", "margin"]  # the ViT-S runs without masks
+        print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
+        for row in rows(pool, arguments.threads):
+            measured = []
+            for group, outputs in zip(groups, expected, strict=True):
+                found = list(map(row.measure, group, outputs))
+                measured += [max((f[kind] for f in found), key=_or_zero) for kind in KINDS]
+            print(f"| {' | '.join(row.cells(measured[:-1]))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""``eomt-convert record``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from converter.cli.convert import ImageSize
+from converter.cli.session import Session, common_options, hub_options
+
+if TYPE_CHECKING:
+    from converter.recording import Recording
+
+
+@click.command("record")
+@click.argument("model", metavar="MODEL")
+@click.option(
+    "--output", type=click.Path(path_type=Path), required=True, help="Folder for the recording."
+)
+@click.option(
+    "--image",
+    "images",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="A picture as input; may be given several times.",
+)
+@click.option("--random", metavar="N", type=click.IntRange(1), help="Random pixels as N inputs.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of --random.")
+@click.option(
+    "--layers",
+    is_flag=True,
+    help="Also every layer's output for the first input, and every block's predictions with "
+    "masked attention.",
+)
+@click.option(
+    "--image-size",
+    type=ImageSize(),
+    help="Of the input; a smaller one makes a smaller recording. [default: the model's]",
+)
+@click.option("--force", is_flag=True, help="Replace a recording that exists.")
+@click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
+@click.option("--threads", type=click.IntRange(1), help="Threads on the CPU. [default: torch's]")
+@hub_options
+@common_options
+def record_command(
+    model: str,
+    output: Path,
+    images: tuple[Path, ...],
+    random: int | None,
+    seed: int,
+    layers: bool,
+    image_size: tuple[int, int] | None,
+    force: bool,
+    device: str,
+    threads: int | None,
+    token: str | None,
+    cache_dir: Path | None,
+    offline: bool,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Record what MODEL, a folder or a repository, computes, for `verify --recorded` to compare.
+
+    The model is verified first. Exit codes: 0 recorded, 3 the model is not right, 1 failed.
+    """
+    session = Session(as_json=as_json, debug=debug, token=token)
+    with session.errors():
+        from converter.recording import record
+
+        recording = record(
+            model,
+            output,
+            images=images,
+            random=random,
+            seed=seed,
+            layers=layers,
+            image_size=image_size,
+            force=force,
+            device=device,
+            threads=threads,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=offline,
+        )
+        session.show(_summary(recording, output), recording.to_dict())
+
+
+def _summary(recording: "Recording", output: Path) -> str:
+    """What was recorded and where, and what is known of the model."""
+    from converter import report
+
+    width = max(map(len, recording.tensors))
+    lines = [
+        f"  {name:<{width}}  {dtype:<3}  {'x'.join(map(str, shape))}"
+        for name, (dtype, shape) in recording.tensors.items()
+    ]
+    title = f"recorded  {output} ({recording.size / 1e6:.2f} MB)"
+    return "\n".join([title, *lines, *report.verdict(recording.verdict)])

@@ -1,0 +1,120 @@
+"""``eomt-convert segment``."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from converter.cli.session import Session, common_options, hub_options, progress_bar
+from converter.errors import UnreadableFileError
+
+if TYPE_CHECKING:
+    from converter.segmenting import Segmentation, SegmentedPicture
+
+
+@click.command("segment")
+@click.argument("model", metavar="MODEL|REPO[@REV]")
+@click.argument("pictures", metavar="PICTURE...", nargs=-1, required=True)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default="segments",
+    show_default=True,
+    help="Folder to write to.",
+)
+@click.option(
+    "--task",
+    type=click.Choice(["panoptic", "instance", "semantic"]),
+    help="What to segment. [default: what the model was made for]",
+)
+@click.option(
+    "--threshold",
+    type=click.FloatRange(0, 1),
+    help="The least score of a segment; not for semantic segmentation. [default: 0.8]",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=4,
+    show_default=True,
+    help="Pictures that go through the network at once.",
+)
+@click.option("--device", help="As torch names it. [default: a GPU if there is one]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Of the weights. [default: as in the file]",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Number of CPU threads.")
+@click.option("--force", is_flag=True, help="Replace files of an earlier run.")
+@hub_options
+@common_options
+def segment_command(
+    model: str,
+    pictures: tuple[str, ...],
+    output: Path,
+    task: str | None,
+    threshold: float | None,
+    batch_size: int,
+    device: str | None,
+    dtype: str | None,
+    threads: int | None,
+    force: bool,
+    token: str | None,
+    cache_dir: Path | None,
+    offline: bool,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    """Segment pictures: files, folders or quoted patterns.
+
+    For every picture an overlay with a legend, an id map and the segments as JSON (COCO's formats)
+    are written. What cannot be read is reported and skipped; the exit code is 1 then.
+    """
+    session = Session(as_json=as_json, debug=debug, token=token)
+    with session.errors():
+        from converter.segmenting import segment
+
+        with progress_bar(sys.stderr.isatty() and not as_json, of="pictures") as progress:
+            found = segment(
+                model,
+                pictures,
+                output,
+                task=task,
+                threshold=threshold,
+                batch_size=batch_size,
+                device=device,
+                dtype=dtype or "auto",
+                threads=threads,
+                force=force,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=offline,
+                progress=progress,
+            )
+        for entry in found.skipped:
+            session.say(f"Skipped {entry.picture}: {entry.reason}")
+        session.show(_lines(found), found.to_dict())
+        if found.skipped:
+            sys.exit(UnreadableFileError.exit_code)
+
+
+def _lines(found: "Segmentation") -> str:
+    from converter.segmenting import printable
+
+    return "\n".join(
+        f"{printable(entry.picture)} -> {entry.overlay}: {_counts(entry, found)}"
+        for entry in found.pictures
+    )
+
+
+def _counts(entry: "SegmentedPicture", found: "Segmentation") -> str:
+    """Such as "2 circle, sky"."""
+    counts = Counter(segment.category_id for segment in entry.segments)
+    words = [
+        f"{number} {found.names[label]}" if number > 1 else found.names[label]
+        for label, number in sorted(counts.items())
+    ]
+    return ", ".join(words) or "no segments"

@@ -1,0 +1,146 @@
+"""Converted models, opened by folder or Hub repository and ready to run."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from converter.configs import read_json_object
+from converter.errors import UnreadableFileError, UsageError
+from converter.hub import Access
+from converter.provenance import find_named, read_history
+from converter.sources import HubSource, LocalSource, fetch, fetch_first, parse_source
+
+if TYPE_CHECKING:
+    from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor
+
+_PREPROCESSOR = "preprocessor_config.json"
+
+
+def fetch_model(model: str | Path, access: Access) -> Path:
+    """The folder of a converted model, downloaded if it is a repository.
+
+    Args:
+        model: the folder, or a Hub repository as owner/name or owner/name@revision.
+        access: how the Hub is reached.
+
+    Raises:
+        UnreadableFileError: it is no converted model.
+        AccessError, HubUnavailableError: the repository cannot be reached.
+    """
+    source = _source(model)
+    if isinstance(source, LocalSource):
+        if not source.path.is_dir():
+            raise UnreadableFileError(f"There is no folder {source.path}.")
+        is_model = (source.path / _PREPROCESSOR).is_file()
+    else:  # asked before gigabytes are fetched
+        is_model = fetch_first(source, (_PREPROCESSOR,), access) is not None
+    if not is_model:
+        raise UnreadableFileError(
+            f"{model} has no {_PREPROCESSOR}: it is not a converted model.",
+            "eomt-convert makes one of a delta and a backbone.",
+        )
+    if isinstance(source, LocalSource):
+        return source.path
+    found = fetch(source, access)
+    for name in (_PREPROCESSOR, "conversion.json"):
+        fetch_first(HubSource(source.repo_id, str(found.revision)), (name,), access)
+    return found.weights.parent
+
+
+def repository_of(model: str | Path) -> str | None:
+    """The repository that a model is named by; None for a folder."""
+    source = _source(model)
+    return source.repo_id if isinstance(source, HubSource) else None
+
+
+def _source(model: str | Path) -> LocalSource | HubSource:
+    if isinstance(model, Path) or model.count("/") != 1:
+        return LocalSource(Path(model).expanduser())
+    return parse_source(model)
+
+
+def find_task(model: str | Path, folder: Path) -> str:
+    """What a model segments: panoptic, instance or semantic.
+
+    Its conversion.json tells, or the catalogue by the repository's name; else windows are the mark
+    of a semantic model, and stuff classes that of a panoptic one.
+
+    Args:
+        model: its folder or repository, as the user named it.
+        folder: where its files are.
+
+    Raises:
+        UnreadableFileError: one of its files cannot be read.
+        UsageError: nothing tells.
+    """
+    history = read_history(folder)
+    if history and history.task:
+        return history.task
+    if checkpoint := find_named(str(model).partition("@")[0]):
+        return checkpoint.task
+    if read_json_object(folder / _PREPROCESSOR).get("do_split_image"):
+        return "semantic"
+    if read_json_object(folder / "config.json").get("stuff_classes"):
+        return "panoptic"
+    raise UsageError(
+        f"Nothing in {model} tells what it segments.",
+        "--task says it: panoptic, instance or semantic.",
+    )
+
+
+def load_model(
+    folder: Path, *, device: str, dtype: str = "auto", windows: bool
+) -> "tuple[EomtDinov3ForUniversalSegmentation, EomtImageProcessor]":
+    """The network and its image processor, which is set to do what the original does.
+
+    Args:
+        folder: of a converted model.
+        device: where the network runs, as torch names it.
+        dtype: of its weights, as torch names it, or ``auto`` for that of the file.
+        windows: whether windows slide over pictures, as for semantic segmentation; else they are
+            padded. The published preprocessor_config.json of a semantic model pads.
+
+    Raises:
+        UnreadableFileError: a file is missing or broken.
+    """
+    from safetensors import SafetensorError
+
+    from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor
+
+    try:
+        return (
+            EomtDinov3ForUniversalSegmentation.from_pretrained(folder, device=device, dtype=dtype),
+            EomtImageProcessor.from_pretrained(
+                folder, do_resize=True, do_split_image=windows, do_pad=not windows
+            ),
+        )
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise UnreadableFileError(f"{folder} is no usable model: {error}") from error
+
+
+@contextmanager
+def torch_device(name: str | None, threads: int | None) -> Iterator[str]:
+    """Finds out whether a device can be used, and gives torch so many CPU threads in this block.
+
+    Args:
+        name: as torch names it; None for a GPU if there is one, else the CPU.
+        threads: None for as many as torch takes.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    import torch
+
+    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"The device {device!r} cannot be used: {reason}") from error
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield device
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,330 @@
+"""Recording what a model computes, and holding models against the recording."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from conftest import FIXTURES
+from hub_server import Hub
+from safetensors.torch import load_file, save_file
+
+import converter
+from converter.comparison import TOLERANCE
+from converter.errors import (
+    EomtConvertError,
+    OutputError,
+    OutputsDifferError,
+    UnreadableFileError,
+    UsageError,
+)
+from converter.recording import Recording, record
+
+LOGITS = {"mask_logits", "class_logits"}
+PIPELINES = {"tiny_panoptic_64": "pipeline.pixels", "tiny_semantic_48": "pipeline.crops"}
+
+
+def read_recorded(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "recorded.safetensors")
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "recorded.json").read_text())
+    return content
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def change(file: Path, name: str, edit: Callable[[torch.Tensor], object]) -> None:
+    tensors = load_file(file)
+    edit(tensors[name])
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="module")
+def recorded(
+    converted: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Recording:
+    """A recording of tiny_panoptic_64 with all there is; not to be written to."""
+    folder = tmp_path_factory.mktemp("recording") / "recorded"
+    return record(converted("tiny_panoptic_64"), folder, random=2, layers=True)
+
+
+@pytest.mark.parametrize("name", ["tiny_panoptic_48x80", "tiny_instance_64_gated"])
+def test_a_model_gives_what_was_recorded_of_it_to_the_last_bit(
+    name: str, converted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    record(converted(name), tmp_path / "recorded", random=2, layers=True)
+
+    verdict = converter.verify(converted(name), recorded=tmp_path / "recorded", level=3)
+
+    assert verdict.verdict == "passed"
+    figures = verdict.levels[2].figures
+    assert figures["max_abs"] == 0
+    original = read_recorded(FIXTURES / name)
+    skipped = ("pipeline.", "backbone.")  # of the pictures, and of another model
+    assert set(read_recorded(tmp_path / "recorded")) == {
+        tensor for tensor in original if not tensor.startswith(skipped)
+    }
+    assert set(figures["compared"]) == {
+        tensor for tensor in original if not tensor.startswith((*skipped, "rope.", "pixels"))
+    }
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_pictures_are_recorded_as_the_original_prepares_them(
+    name: str, converted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pictures = sorted((FIXTURES / name / "images").iterdir())
+
+    record(converted(name), tmp_path / "recorded", images=pictures)
+
+    ours, original = read_recorded(tmp_path / "recorded"), read_recorded(FIXTURES / name)
+    assert torch.equal(ours["pixels"], original[PIPELINES[name]])
+    for logits in LOGITS:
+        difference = (ours[logits] - original[f"pipeline.{logits}"]).abs().max()
+        assert difference <= TOLERANCE
+
+
+def test_recording_again_gives_the_same_bytes(
+    recorded: Recording, converted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    again = record(converted("tiny_panoptic_64"), tmp_path / "again", random=2, layers=True)
+
+    for file in ("recorded.safetensors", "recorded.json"):
+        assert (again.folder / file).read_bytes() == (recorded.folder / file).read_bytes()
+
+
+def test_another_seed_is_another_input(
+    recorded: Recording, converted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    other = record(converted("tiny_panoptic_64"), tmp_path / "other", random=2, seed=1)
+
+    first, second = (read_recorded(folder)["pixels"] for folder in (recorded.folder, other.folder))
+    assert not torch.equal(first, second)
+    assert first.min() < 5
+    assert first.max() > 250
+
+
+@pytest.mark.parametrize("name", ["mask_logits", "hidden_states.1", "masked.class_logits.1"])
+def test_a_recorded_value_that_is_changed_fails_verification(
+    recorded: Recording, converted: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    folder = Path(shutil.copytree(recorded.folder, tmp_path / "recorded"))
+    change(folder / "recorded.safetensors", name, lambda tensor: tensor.view(-1)[-1].add_(0.01))
+
+    verdict = converter.verify(converted("tiny_panoptic_64"), recorded=folder, level=3)
+
+    assert verdict.verdict == "failed"
+    assert verdict.first_difference
+    assert verdict.first_difference.tensor == name
+
+
+def test_a_model_that_changes_later_is_found_out(recorded: Recording, model: Path) -> None:
+    change(model / "model.safetensors", "layers.2.mlp.up_proj.bias", lambda bias: bias.add_(0.1))
+    (model / "conversion.json").unlink()
+
+    verdict = converter.verify(model, recorded=recorded.folder, level=3)
+
+    assert verdict.verdict == "failed"
+    assert verdict.first_difference
+    assert verdict.first_difference.layer == "layers.2"
+
+
+def test_without_layers_only_logits_are_kept(model: Path, tmp_path: Path) -> None:
+    recording = record(model, tmp_path / "recorded", random=3)
+
+    tensors = read_recorded(tmp_path / "recorded")
+    assert set(tensors) == LOGITS | {"pixels"}
+    assert all(len(tensor) == 3 for tensor in tensors.values())
+    assert recording.size == (tmp_path / "recorded/recorded.safetensors").stat().st_size
+
+
+def test_hidden_states_are_those_of_the_first_input_only(recorded: Recording) -> None:
+    tensors = read_recorded(recorded.folder)
+    assert len(tensors["hidden_states.0"]) == len(tensors["last_hidden_state"]) == 1
+    assert len(tensors["masked.mask_logits.0"]) == len(tensors["mask_logits"]) == 2
+
+
+@pytest.mark.parametrize("source", ["pictures", "random"])
+def test_a_smaller_input_makes_a_smaller_recording(
+    recorded: Recording, model: Path, tmp_path: Path, source: str
+) -> None:
+    pictures = sorted((FIXTURES / "tiny_panoptic_64/images").iterdir())
+    given: dict[str, Any] = {"images": pictures} if source == "pictures" else {"random": 2}
+
+    small = record(model, tmp_path / "small", **given, layers=True, image_size=(32, 48))
+
+    assert small.tensors["pixels"] == ("U8", (2, 3, 32, 48))
+    assert small.size < recorded.size / 1.5
+    assert converter.verify(model, recorded=tmp_path / "small", level=3).verdict == "passed"
+
+
+def test_recorded_json_tells_of_what_and_how_it_was_made(model: Path, tmp_path: Path) -> None:
+    picture = FIXTURES / "tiny_panoptic_64/images/1.png"
+
+    record(model, tmp_path / "recorded", images=[picture], threads=1)
+
+    found = read_provenance(tmp_path / "recorded")
+    assert found["sha256"] == {
+        "recorded.safetensors": sha256(tmp_path / "recorded/recorded.safetensors")
+    }
+    assert found["input"] == {"images": [{"name": "1.png", "sha256": sha256(picture)}]}
+    assert found["model"] == {
+        "repo": None,
+        "checkpoint": "tiny_panoptic_64",
+        "dtypes": ["F32"],
+        "verified": {"structure": "passed", "arithmetic": "passed", "numbers": "passed"},
+        "files": [
+            {"name": name, "sha256": sha256(model / name)}
+            for name in ("config.json", "preprocessor_config.json", "model.safetensors")
+        ],
+    }
+    provenance = found["provenance"]
+    assert provenance["torch"] == torch.__version__
+    assert (provenance["dtype"], provenance["device"], provenance["threads"]) == (
+        "float32",
+        "cpu",
+        1,
+    )
+
+
+def test_the_attention_kernels_that_were_allowed_are_recorded(model: Path, tmp_path: Path) -> None:
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        record(model, tmp_path / "recorded", random=1)
+
+    assert read_provenance(tmp_path / "recorded")["provenance"]["attention_kernels"] == ["math"]
+
+
+def test_a_model_that_nothing_vouches_for_is_recorded_as_such(model: Path, tmp_path: Path) -> None:
+    (model / "conversion.json").unlink()
+
+    recording = record(model, tmp_path / "recorded", random=1)
+
+    assert recording.verdict.verdict == "unverified"
+    verified = read_provenance(tmp_path / "recorded")["model"]["verified"]
+    assert verified == {
+        "structure": "passed",
+        "arithmetic": "not checked",
+        "numbers": "not checked",
+    }
+
+
+def test_a_repository_is_recorded_with_its_name(
+    hub: Hub, me: str, converted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = converted("tiny_semantic_48")
+    hub.create_repo("me/model", {path.name: path for path in folder.iterdir()})
+
+    record("me/model", tmp_path / "recorded", random=1)
+
+    assert read_provenance(tmp_path / "recorded")["model"]["repo"] == "me/model"
+
+
+def test_a_model_that_is_not_right_is_refused(model: Path, tmp_path: Path) -> None:
+    change(model / "model.safetensors", "mask_head.fc1.bias", lambda bias: bias.add_(1))
+
+    with pytest.raises(OutputsDifferError, match="is not right") as refused:
+        record(model, tmp_path / "recorded", random=1)
+
+    assert "mask_head.fc1.bias" in refused.value.verdict.reason
+    assert not (tmp_path / "recorded").exists()
+
+
+def test_outputs_that_are_no_numbers_are_refused(model: Path, tmp_path: Path) -> None:
+    change(model / "model.safetensors", "class_predictor.weight", lambda w: w.fill_(3e38))
+    (model / "conversion.json").unlink()
+
+    with pytest.raises(EomtConvertError, match="NaN or infinity: class_logits"):
+        record(model, tmp_path / "recorded", random=1)
+
+    assert not (tmp_path / "recorded").exists()
+
+
+def test_a_model_with_masked_attention_on_is_refused(model: Path, tmp_path: Path) -> None:
+    change(model / "model.safetensors", "attn_mask_probs", lambda probs: probs.fill_(0.5))
+    (model / "conversion.json").unlink()
+
+    with pytest.raises(EomtConvertError, match=r"attn_mask_probs is \[0.5, 0.5\]"):
+        record(model, tmp_path / "recorded", random=1)
+
+
+def test_an_input_that_patches_do_not_fill_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="patch size"):
+        record(model, tmp_path / "recorded", random=1, image_size=(60, 64))
+
+
+@pytest.mark.parametrize("given", [{}, {"random": 1, "images": ["a.png"]}, {"random": 0}])
+def test_either_pictures_or_random_pixels_are_needed(
+    model: Path, tmp_path: Path, given: dict[str, Any]
+) -> None:
+    with pytest.raises(UsageError, match="--image"):
+        record(model, tmp_path / "recorded", **given)
+
+
+@pytest.mark.parametrize("content", [None, b"no picture"])
+def test_a_picture_that_cannot_be_read_is_named(
+    model: Path, tmp_path: Path, content: bytes | None
+) -> None:
+    if content is not None:
+        (tmp_path / "dog.png").write_bytes(content)
+
+    with pytest.raises(UnreadableFileError, match=r"dog\.png"):
+        record(model, tmp_path / "recorded", images=[tmp_path / "dog.png"])
+
+
+def test_a_recording_is_replaced_only_with_force(model: Path, tmp_path: Path) -> None:
+    record(model, tmp_path / "recorded", random=1)
+    with pytest.raises(OutputError, match="--force"):
+        record(model, tmp_path / "recorded", random=1, seed=1)
+
+    record(model, tmp_path / "recorded", random=1, seed=1, force=True)
+
+    assert read_provenance(tmp_path / "recorded")["input"] == {"random": 1, "seed": 1}
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "recorded"}
+
+
+def test_force_does_not_replace_what_is_more_than_a_recording(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="does not replace"):
+        record(model, model, random=1, force=True)
+
+    assert (model / "model.safetensors").exists()
+
+
+def test_the_command_tells_what_it_recorded(command: Callable[..., Result], model: Path) -> None:
+    result = command("record", model, "--output", "recorded", "--random", 2, "--seed", 5)
+
+    assert result.exit_code == 0
+    assert result.stdout.startswith("recorded  recorded (0.")
+    assert "mask_logits   F32  2x16x16x16" in result.stdout
+    assert "verdict   passed" in result.stdout
+    assert command("verify", model, "--recorded", "recorded").exit_code == 0
+
+
+def test_the_command_prints_json(command: Callable[..., Result], model: Path) -> None:
+    result = command(
+        "record", model, "--output", "recorded", "--random", 1, "--image-size", "32x64", "--json"
+    )
+
+    found = json.loads(result.stdout)
+    assert found["tensors"]["pixels"] == {"dtype": "U8", "shape": [1, 3, 32, 64]}
+    assert found["verdict"] == "passed"
+
+
+def test_the_command_fails_with_3_for_a_model_that_is_not_right(
+    command: Callable[..., Result], model: Path
+) -> None:
+    change(model / "model.safetensors", "query.weight", lambda query: query.neg_())
+
+    result = command("record", model, "--output", "recorded", "--random", 1)
+
+    assert result.exit_code == 3
+    assert "query.weight" in result.stderr
+    assert not Path("recorded").exists()
