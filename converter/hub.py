@@ -80,6 +80,11 @@ def explained(repo_id: str, revision: str = "main") -> Iterator[None]:
         raise _explanation(error, repo_id, revision) from error
 
 
+def is_expired(error: Exception) -> bool:
+    """Whether the Hub refused an expired token; huggingface_hub says that nothing was found."""
+    return "is expired" in str(error)
+
+
 def without_token(text: str, token: str | None = None) -> str:
     """A text without the token given, and without those of HF_TOKEN and the login file."""
     tokens = {token, os.environ.get("HF_TOKEN")}
@@ -108,7 +113,7 @@ def _explanation(error: Exception, repo: str, revision: str) -> EomtConvertError
             )
         case errors.DisabledRepoError():
             return AccessError(f"{repo} has been disabled on the Hub.")
-        case errors.RepositoryNotFoundError() if "is expired" in str(error):
+        case errors.RepositoryNotFoundError() if is_expired(error):
             return _token_refused(repo)
         case errors.RepositoryNotFoundError():
             return AccessError(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from converter.card import LICENCE_FILE, ModelRecord, model_card, updated
 from converter.configs import read_json_object, read_model_config
+from converter.conversion import REPORT
 from converter.downloads import download
 from converter.errors import (
     AccessError,
@@ -147,6 +148,10 @@ def publish(
         check_login(repo_id, token)
     remote = _read_branch(api, repo_id, branch)
     files["README.md"] = _card(repo_id, made, remote, token)
+    report = Path(folder).expanduser() / REPORT
+    if report.is_file() and not is_there(files, remote):
+        # its figures were measured: that they are others elsewhere is no reason for a commit
+        files[REPORT] = Content.of(report)
     changes = compare(files, remote)
     if tag and remote:
         check_tag(api, repo_id, tag, remote.commit if is_there(files, remote) else None, files)
@@ -160,7 +165,9 @@ def publish(
         api, repo_id, branch, parent, files, commit_message or _message(made), create_pr=create_pr
     )
     _read_back(api, repo_id, done, files, token)
-    verdict = _verify_again(api, repo_id, done, made, recorded, access) if verify_remote else None
+    verdict = None
+    if verify_remote:
+        verdict = _verify_again(api, repo_id, done, files, made, recorded, access)
     with explained(repo_id):
         if tag and not check_tag(api, repo_id, tag, done.commit, files):
             api.create_tag(repo_id, tag=tag, revision=done.commit)
@@ -356,6 +363,7 @@ def _verify_again(
     api: "HfApi",
     repo_id: str,
     done: Committed,
+    files: Mapping[str, Content],
     made: ModelRecord,
     recorded: str | Path | None,
     access: Access,
@@ -364,6 +372,17 @@ def _verify_again(
     with TemporaryDirectory() as folder:
         with explained(repo_id):
             api.snapshot_download(repo_id, revision=done.commit, local_dir=folder)
+        damaged = [
+            name
+            for name, sent in files.items()
+            if Content.of(Path(folder) / name).sha256 != sent.sha256
+        ]
+        if damaged:
+            raise UnreadableFileError(
+                f"{', '.join(damaged)} of {repo_id} arrived damaged when the model was downloaded "
+                "again: the Hub has other digests.",
+                "Run again, over another connection or without a proxy.",
+            )
         verdict = verify(folder, recorded=recorded, token=access.token, cache_dir=access.cache_dir)
     if verdict.verdict not in (made.verdict, "passed"):
         raise OutputsDifferError(

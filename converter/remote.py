@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from converter.errors import EomtConvertError
-from converter.hub import explained
+from converter.hub import explained, is_expired
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -130,7 +130,9 @@ def read_remote(api: "HfApi", repo_id: str, revision: str) -> Remote | None:
             info = api.model_info(repo_id, revision=revision, files_metadata=True)
         except GatedRepoError:
             raise
-        except (RepositoryNotFoundError, RevisionNotFoundError):
+        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+            if is_expired(error):
+                raise
             return None
         digests = {
             file.rfilename: file.lfs.sha256 if file.lfs else str(file.blob_id)

@@ -108,6 +108,13 @@ class ImageSize(click.ParamType[tuple[int, int]]):
 @click.option(
     "--keep-unverified", is_flag=True, help="Keep a model that fails, as OUTPUT.unverified."
 )
+@click.option(
+    "--report",
+    "report_file",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE.html",
+    help="Write what was found as a page to look at, too.",
+)
 @click.option("--allow-nonfinite", is_flag=True, help="Convert weights that are NaN or infinite.")
 @click.option("--force", is_flag=True, help="Replace an output that exists.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; read no weights.")
@@ -139,6 +146,7 @@ def main(
     verify: bool,
     require_verified: bool,
     keep_unverified: bool,
+    report_file: Path | None,
     allow_nonfinite: bool,
     force: bool,
     dry_run: bool,
@@ -200,6 +208,7 @@ def main(
                 verify=verify,
                 require_verified=require_verified,
                 keep_unverified=keep_unverified,
+                report=report_file,
                 allow_nonfinite=allow_nonfinite,
                 force=force,
                 exist_ok=push_to is not None,
@@ -221,7 +230,14 @@ def main(
             return
         if not as_json:  # also if the push fails
             click.echo(report.summary(conversion, place))
-        published = publish(conversion.output, push_to, token=token, cache_dir=cache_dir, **push)
+        published = publish(
+            conversion.output,
+            push_to,
+            recorded=recorded,
+            token=token,
+            cache_dir=cache_dir,
+            **push,
+        )
         session.show(report.publication(published), {**content, "published": published.to_dict()})
 
 

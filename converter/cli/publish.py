@@ -55,6 +55,11 @@ def push_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.argument("repo", metavar="REPO")
 @push_options
+@click.option(
+    "--recorded",
+    type=click.Path(path_type=Path),
+    help="Recorded outputs for --verify-remote. [default: those of the offline checkpoints]",
+)
 @click.option("--dry-run", is_flag=True, help="Show what would change on the Hub; change nothing.")
 @token_option
 @cache_option
