@@ -41,12 +41,15 @@ from converter.recorded import find_recorded
 from converter.sources import Fetched, HubSource, discard_damaged
 from converter.staging import Stage, check_place, staged
 from converter.verdict import Verdict, unverified
-from converter.verification import Evidence, Options, check
+from converter.verification import Evidence, Findings, Options, check
 from converter.version import __version__
 from converter.writing import parse_size
 
 # room for the files beside the weights
 _SMALL_FILES = 1 << 20
+
+# what was found, as a page; it has measured figures, which differ a little from machine to machine
+REPORT = "verdict.html"
 
 _CONFIGS = ("config.json", "preprocessor_config.json")
 
@@ -128,6 +131,7 @@ def convert(
     verify: bool = True,
     require_verified: bool = False,
     keep_unverified: bool = False,
+    report: str | Path | None = None,
     allow_nonfinite: bool = False,
     force: bool = False,
     exist_ok: bool = False,
@@ -163,6 +167,7 @@ def convert(
         require_verified: whether to refuse if there is nothing to check against.
         keep_unverified: whether a model that fails is kept beside the output, as
             ``<output>.unverified``.
+        report: an HTML file to write that shows what was found, as the output's verdict.html does.
         allow_nonfinite: whether weights may be NaN or infinite.
         force: whether an output that exists is replaced.
         exist_ok: whether an output is replaced that the same command has made before.
@@ -218,7 +223,9 @@ def convert(
 
     def carry_out() -> Conversion:
         kept = rejected if keep_unverified else None
-        return _carry_out(job, access, place, kept, progress, required=require_verified)
+        return _carry_out(
+            job, access, place, kept, progress, report=_path(report), required=require_verified
+        )
 
     try:
         return carry_out()
@@ -249,6 +256,7 @@ def _carry_out(
     rejected: Path | None,
     progress: Progress,
     *,
+    report: Path | None,
     required: bool,
 ) -> Conversion:
     """Converts, and publishes the result to its place; one that fails, to ``rejected`` if any."""
@@ -266,7 +274,7 @@ def _carry_out(
             pair += _check_digests(inputs, merged)
             _write_configs(job, inputs, plan, classes, stage.folder)
             if job.verify:
-                verdict = check(
+                findings = check(
                     stage.folder,
                     Evidence(
                         recorded=job.recorded,
@@ -277,13 +285,21 @@ def _carry_out(
                     Options(image=job.image, allow_nonfinite=job.allow_nonfinite, access=access),
                 )
             else:
-                verdict = unverified("Verification was switched off (--no-verify).")
+                findings = Findings(unverified("Verification was switched off (--no-verify)."))
+            verdict = findings.verdict
             if required and verdict.verdict == "unverified":
                 raise NotVerifiedError(
                     f"A check was required, and the model is unverified: {verdict.reason}",
                     "Give recorded outputs with --recorded, or convert without --require-verified.",
                 )
             files = _write_history(job, inputs, plan, pair, merged, verdict, stage.folder)
+            title = job.checkpoint.name if job.checkpoint else place.name
+            if job.verify:
+                page = stage.folder / REPORT
+                _write_report(page, title, stage.folder, findings)
+                files = {**files, **_digests([page])}
+            if report:
+                _write_report(report, title, stage.folder, findings)
             if verdict.verdict != "failed":
                 stage.publish(place)
                 return Conversion(job, inputs, plan, pair, place, files, verdict)
@@ -297,6 +313,13 @@ def _carry_out(
                 verdict,
                 Conversion(job, inputs, plan, pair, rejected, files, verdict),
             )
+
+
+def _write_report(path: Path, title: str, folder: Path, findings: Findings) -> None:
+    # which needs torch, as a conversion without verification does not
+    from converter.html_report import write_report
+
+    write_report(path, title, folder, findings.verdict, findings.recorded, findings.outputs)
 
 
 def _published(job: Job) -> Checkpoint | None:

@@ -117,6 +117,22 @@ class Options:
     access: Access = field(default_factory=Access)
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What came of checking a model.
+
+    Attributes:
+        verdict: what is known of it.
+        recorded: what its numbers were held against, if they were.
+        outputs: what it put out for the recorded input, by the names of recorded tensors; empty if
+            it was not run on one.
+    """
+
+    verdict: Verdict
+    recorded: Recorded | None = None
+    outputs: "Mapping[str, Tensor]" = field(default_factory=dict)
+
+
 def verify(
     model: str | Path,
     *,
@@ -128,6 +144,7 @@ def verify(
     image: str | Path | None = None,
     device: str = "cpu",
     threads: int | None = None,
+    report: str | Path | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
@@ -150,6 +167,7 @@ def verify(
         image: the picture that published outputs were recorded on; by default it is downloaded.
         device: where the model runs, such as ``cuda``.
         threads: of torch on the CPU; by default as many as it takes.
+        report: an HTML file to write that shows what was found.
         token: for the Hub, as everywhere in huggingface_hub; by default HF_TOKEN or the login.
         cache_dir: where downloads are kept; by default the Hub's cache.
         local_files_only: whether only that cache is used.
@@ -160,6 +178,7 @@ def verify(
         AccessError: what was named is in a repository that is missing, gated, or not in the cache.
         HubUnavailableError: the Hub is down, out of reach, or asks to wait.
         UsageError: a level, a device or a peer that there is not.
+        OutputError: the report cannot be written.
     """
     if level not in range(1, len(LEVELS) + 1):
         raise UsageError(f"There is no level {level}: {LEVELS[0]} is 1, {LEVELS[-1]} is 5.")
@@ -192,7 +211,20 @@ def verify(
             backbone_config=_config_of(backbone, access) if backbone else None,
             run_backbone=backbone is not None,
         )
-        return check(folder, evidence, options)
+        findings = check(folder, evidence, options)
+    if report:
+        from converter.html_report import write_report
+
+        title = str(model) if repository_of(model) else folder.absolute().name
+        write_report(
+            Path(report).expanduser(),
+            title,
+            folder,
+            findings.verdict,
+            findings.recorded,
+            findings.outputs,
+        )
+    return findings.verdict
 
 
 def _config_of(backbone: str, access: Access) -> BackboneConfig | None:
@@ -204,7 +236,7 @@ def _config_of(backbone: str, access: Access) -> BackboneConfig | None:
     return None
 
 
-def check(folder: Path, evidence: Evidence, options: Options | None = None) -> Verdict:
+def check(folder: Path, evidence: Evidence, options: Options | None = None) -> Findings:
     """Checks the model in a folder against the evidence that there is.
 
     Raises:
@@ -216,7 +248,7 @@ def check(folder: Path, evidence: Evidence, options: Options | None = None) -> V
         return _check(_read_model(folder, keep=options.level > 1), evidence, options)
 
 
-def _check(found: "_Model", evidence: Evidence, options: Options) -> Verdict:
+def _check(found: "_Model", evidence: Evidence, options: Options) -> Findings:
     structure = _check_structure(found, evidence, options)
     levels = {"structure": structure}
     if options.level >= _number("arithmetic"):
@@ -237,7 +269,8 @@ def _check(found: "_Model", evidence: Evidence, options: Options) -> Verdict:
             levels["published"] = _check_published(model, found, evidence, options)
     for name in LEVELS[options.level :]:
         levels[name] = Level(name, "not checked", _not_asked(options))
-    return _with_diagnosis(tuple(levels.values()), found, evidence, recorded, numbers)
+    verdict = _with_diagnosis(tuple(levels.values()), found, evidence, recorded, numbers)
+    return Findings(verdict, recorded, numbers.outputs if numbers else {})
 
 
 def _number(level: str) -> int:

@@ -136,7 +136,10 @@ class EomtDinov3ForUniversalSegmentation(EomtDinov3PreTrainedModel):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.layernorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
-        self.query = nn.Embedding(config.num_queries, size)
+        # an Embedding that draws its own values imports half of torch to do so on the meta device
+        self.query = nn.Embedding.from_pretrained(
+            torch.empty(config.num_queries, size), freeze=False
+        )
         self.class_predictor = nn.Linear(size, config.num_labels + 1)
         self.mask_head = MaskHead(size)
         self.upscale_block = ScaleBlock(config)

@@ -1,8 +1,13 @@
 """What tests share: the offline checkpoints, converted once, and the command line."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+# before torch is imported, here and in child processes: its threads would wait for those of the
+# other workers of pytest-xdist
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from click.testing import CliRunner, Result

@@ -44,7 +44,7 @@ def test_a_summary_says_what_was_read_done_and_found(command: Command, tmp_path:
     assert lines[1].endswith("/pytorch_model.bin (3.08 MB)")
     assert "tensors   124: 108 added, 15 copied, 1 filled; 122 of them renamed" in lines
     assert "dropped   backbone:embeddings.mask_token: only masked image modelling uses it" in lines
-    assert "output    ./shapes_panoptic_128 (3.09 MB)" in lines
+    assert "output    ./shapes_panoptic_128 (3.36 MB)" in lines
     assert "verdict   passed" in lines
     assert "numbers    passed: tolerance 0.0002, largest differences mask_logits" in result.stdout
     assert names(tmp_path) == ["shapes_panoptic_128"]
@@ -124,7 +124,7 @@ def test_an_image_size_of_another_form_is_wrong_usage(command: Command, size: st
         (["--checkpoint", "tiny_panoptic_64", "--delta", "x.bin"], 1, "no file or folder x.bin"),
         (["--checkpoint", "tiny_panoptic_64", "--output", "/dev/null"], 1, "is a file"),
         (["--checkpoint", "tiny_panoptic_64", "--output", "/dev/null/out"], 1, "cannot be written"),
-        (["verify", "."], 1, "no folder with a model.safetensors"),
+        (["verify", "."], 1, "has no preprocessor_config.json"),
         (["inspect", "nothing.bin"], 1, "no file or folder nothing.bin"),
         (["inspect", "nothing"], 2, "not of the form owner/name"),
     ],

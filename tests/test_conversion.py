@@ -56,6 +56,7 @@ def test_an_offline_checkpoint_is_converted_and_passes(
         "conversion.json",
         "model.safetensors",
         "preprocessor_config.json",
+        "verdict.html",
     ]
 
 

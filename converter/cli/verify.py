@@ -43,6 +43,12 @@ from converter.errors import NotVerifiedError, OutputsDifferError
 )
 @click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
 @click.option("--threads", type=click.IntRange(1), help="Threads on the CPU. [default: torch's]")
+@click.option(
+    "--report",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE.html",
+    help="Write what was found as a page to look at, too.",
+)
 @click.option("--require-verified", is_flag=True, help="Fail if there is nothing to check against.")
 @hub_options
 @common_options
@@ -56,6 +62,7 @@ def verify_command(
     image: Path | None,
     device: str,
     threads: int | None,
+    report: Path | None,
     require_verified: bool,
     token: str | None,
     cache_dir: Path | None,
@@ -69,7 +76,7 @@ def verify_command(
     """
     session = Session(as_json=as_json, debug=debug, token=token)
     with session.errors():
-        from converter import report
+        from converter.report import verdict
         from converter.verification import verify
 
         found = verify(
@@ -82,11 +89,12 @@ def verify_command(
             image=image,
             device=device,
             threads=threads,
+            report=report,
             token=token,
             cache_dir=cache_dir,
             local_files_only=offline,
         )
-        session.show("\n".join(report.verdict(found)), found.to_dict())
+        session.show("\n".join(verdict(found)), found.to_dict())
         if found.verdict == "failed":
             sys.exit(OutputsDifferError.exit_code)
         if found.verdict == "unverified" and require_verified:

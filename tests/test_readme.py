@@ -1,0 +1,112 @@
+"""What README shows is what happens."""
+
+import contextlib
+import io
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from conftest import FIXTURES
+from hub_server import Hub
+from safetensors.torch import load_file, save_file
+
+from converter.cli import main
+
+Command = Callable[..., Result]
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+# a program, and what it prints
+SHOWN = re.findall(r"```python\n((?:(?!```).)*)```\n\n```\n(.*?)```", README, re.DOTALL)
+
+# a command, what cuts its output short, and its output
+COMMANDS = re.findall(
+    r"^\$ eomt-convert ([^|\n]+?)((?: \| [^\n|]+)*)\n(.*?)^```", README, re.M | re.S
+)
+
+
+@pytest.fixture
+def folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, converted: Callable[[str], Path]
+) -> Path:
+    """A working directory like that of somebody who has followed the quick start."""
+    (tmp_path / "fixtures").symlink_to(FIXTURES)
+    (tmp_path / "shapes_panoptic_128").symlink_to(converted("shapes_panoptic_128"))
+    swap_query_and_key(converted("shapes_panoptic_128"), tmp_path / "broken")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def swap_query_and_key(model: Path, broken: Path) -> None:
+    """A copy of a model, in one layer of which these stand in each other's place."""
+    broken.mkdir()
+    for name in ("config.json", "preprocessor_config.json"):
+        shutil.copy(model / name, broken)
+    weights = load_file(model / "model.safetensors")
+    query, key = (f"layers.2.attention.{part}_proj.weight" for part in "qk")
+    weights[query], weights[key] = weights[key], weights[query]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(("program", "output"), SHOWN)
+def test_programs_print_what_is_shown(folder: Path, program: str, output: str) -> None:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(program, {})  # noqa: S102
+
+    assert printed.getvalue() == output
+
+
+def test_there_are_programs_to_try() -> None:
+    assert len(SHOWN) == 2
+
+
+@pytest.mark.parametrize(("arguments", "pipes", "output"), COMMANDS)
+def test_commands_print_what_is_shown(
+    folder: Path, hub: Hub, command: Command, arguments: str, pipes: str, output: str
+) -> None:
+    result = command(*arguments.split())
+    lines = (result.stdout + result.stderr).splitlines()
+    for tool, number in re.findall(r"(head|tail) -(\d+)", pipes):
+        lines = lines[: int(number)] if tool == "head" else lines[-int(number) :]
+
+    assert lines == output.splitlines()
+
+
+def test_there_are_commands_to_try() -> None:
+    assert len(COMMANDS) == 6
+
+
+def test_every_command_is_named() -> None:
+    named = README[README.index("The other commands are") :].partition(";")[0]
+
+    assert set(re.findall("`([a-z]+)`", named)) == set(main.commands)
+
+
+def test_every_option_of_a_conversion_is_told() -> None:
+    told = README[README.index("## Options") : README.index("## What is checked")]
+    options = {name for parameter in main.params for name in parameter.opts}
+
+    assert {name for name in options if f"`{name}" not in told and f"{name}`" not in told} <= {
+        "-h",
+        "--help",
+        "--checkpoint",
+        "--output",
+        "--verify",
+    }
+
+
+def test_no_file_of_the_tree_is_told_of_that_is_not_there() -> None:
+    tree = README[README.index("converter/     ") :].partition("```")[0]
+    folder = Path()
+    for line in tree.splitlines():
+        name = line.split()[0].rstrip(",")
+        if line.startswith(" "):
+            assert (folder / name).exists(), name
+        else:
+            folder = ROOT / name
+            assert folder.exists()
