@@ -27,11 +27,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import converter
 from converter.catalog import CATALOG
-from converter.comparison import ROUNDED_TOLERANCES, TOLERANCE
-from converter.numbers import run
-from converter.pixels import read_normalisation
-from converter.recorded import read_recorded
-from converter.recording import masked_predictions
+from converter.checks.comparison import ROUNDED_TOLERANCES, TOLERANCE
+from converter.checks.numbers import run
+from converter.checks.pixels import read_normalisation
+from converter.checks.recorded import read_recorded
+from converter.checks.recording import masked_predictions
 from reference_model import EomtDinov3ForUniversalSegmentation as Model
 from reference_model import EomtImageProcessor
 

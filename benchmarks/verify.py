@@ -75,7 +75,7 @@ def reading_all(folder: Path) -> Work:
 
 
 def digest(*paths: Path) -> None:
-    from converter.tensorfiles import TensorFile
+    from converter.weights.tensorfiles import TensorFile
 
     for path in paths:
         with TensorFile(path) as file:
@@ -83,9 +83,9 @@ def digest(*paths: Path) -> None:
 
 
 def forward(folder: Path) -> Work:
-    from converter.numbers import run
-    from converter.pixels import read_normalisation
-    from converter.recorded import read_recorded
+    from converter.checks.numbers import run
+    from converter.checks.pixels import read_normalisation
+    from converter.checks.recorded import read_recorded
     from reference_model import EomtDinov3ForUniversalSegmentation
 
     model = EomtDinov3ForUniversalSegmentation.from_pretrained(folder / "model").eval()
@@ -160,8 +160,8 @@ def measured(line: Line, folder: Path, threads: int | None) -> Run:
     import torch
     from torch.nn.modules.module import register_module_forward_hook
 
-    import converter.diagnosis
-    import converter.numbers  # noqa: F401, not a part of the work
+    import converter.checks.diagnosis
+    import converter.checks.numbers  # noqa: F401, not a part of the work
 
     if threads:
         torch.set_num_threads(threads)
@@ -195,7 +195,7 @@ def prepare(size: Size, folder: Path) -> None:
     if not (folder / "checkpoint").exists():
         make_checkpoint(size, folder / "checkpoint")
     from converter import convert
-    from converter.recording import record
+    from converter.checks.recording import record
 
     if not (folder / "model").exists():
         convert(

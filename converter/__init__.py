@@ -8,6 +8,9 @@
 'passed'
 """
 
+from converter.checks.recording import Recording, record
+from converter.checks.verdict import Cause, FirstDifference, Level, Trial, Verdict
+from converter.checks.verification import verify
 from converter.conversion import Conversion, convert
 from converter.errors import (
     AccessError,
@@ -21,11 +24,8 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
-from converter.publishing import Publication, publish
-from converter.recording import Recording, record
-from converter.releasing import Release, release
-from converter.verdict import Cause, FirstDifference, Level, Trial, Verdict
-from converter.verification import verify
+from converter.hub.publishing import Publication, publish
+from converter.hub.releasing import Release, release
 from converter.version import __version__
 
 __all__ = [

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from converter.catalog import Checkpoint, Task, find
+from converter.checks.provenance import Provenance
+from converter.checks.published import PUBLISHED
+from converter.checks.recorded import find_recorded
+from converter.checks.verdict import Verdict, unverified
+from converter.checks.verification import Evidence, Findings, Options, check
 from converter.class_names import ClassNames
 from converter.configs import model_config, preprocessor_config, read_json_object, write_json
-from converter.downloads import arrived_damaged
 from converter.errors import (
     MismatchError,
     NotVerifiedError,
@@ -19,8 +23,9 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
-from converter.hub import Access
-from converter.inspection import WeightsKind, signs_of_a_delta
+from converter.hub.access import Access
+from converter.hub.downloads import arrived_damaged
+from converter.hub.sources import Fetched, HubSource, discard_damaged
 from converter.job import (
     DTYPES,
     Dtype,
@@ -31,19 +36,14 @@ from converter.job import (
     open_inputs,
     role_of,
 )
-from converter.layouts import BACKBONE_LAYOUTS
-from converter.merge import Digests, Merged, merge, sharding_of
-from converter.pairing import PairCheck, check_absolute, check_outputs, check_pair
-from converter.plan import Plan, Source, make_plan
-from converter.provenance import Provenance
-from converter.published import PUBLISHED
-from converter.recorded import find_recorded
-from converter.sources import Fetched, HubSource, discard_damaged
 from converter.staging import Stage, check_place, staged
-from converter.verdict import Verdict, unverified
-from converter.verification import Evidence, Findings, Options, check
 from converter.version import __version__
-from converter.writing import parse_size
+from converter.weights.inspection import WeightsKind, signs_of_a_delta
+from converter.weights.layouts import BACKBONE_LAYOUTS
+from converter.weights.merge import Digests, Merged, merge, sharding_of
+from converter.weights.pairing import PairCheck, check_absolute, check_outputs, check_pair
+from converter.weights.plan import Plan, Source, make_plan
+from converter.weights.writing import parse_size
 
 # room for the files beside the weights
 _SMALL_FILES = 1 << 20
@@ -317,7 +317,7 @@ def _carry_out(
 
 def _write_report(path: Path, title: str, folder: Path, findings: Findings) -> None:
     # which needs torch, as a conversion without verification does not
-    from converter.html_report import write_report
+    from converter.checks.html_report import write_report
 
     write_report(path, title, folder, findings.verdict, findings.recorded, findings.outputs)
 

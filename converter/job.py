@@ -17,12 +17,8 @@ from converter.configs import (
     read_model_config,
 )
 from converter.errors import EomtConvertError, UsageError
-from converter.hub import Access
-from converter.inspection import Evidence, WeightsKind, decide, signs_of_a_delta
-from converter.layouts import EOMT_TRANSFORMERS, recognise
-from converter.merge import Files
-from converter.plan import Source
-from converter.sources import (
+from converter.hub.access import Access
+from converter.hub.sources import (
     Fetched,
     HubSource,
     LocalSource,
@@ -30,7 +26,11 @@ from converter.sources import (
     fetch_config,
     parse_source,
 )
-from converter.tensorfiles import open_tensors
+from converter.weights.inspection import Evidence, WeightsKind, decide, signs_of_a_delta
+from converter.weights.layouts import EOMT_TRANSFORMERS, recognise
+from converter.weights.merge import Files
+from converter.weights.plan import Source
+from converter.weights.tensorfiles import open_tensors
 
 # safetensors' names of the element types that a model may have
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}

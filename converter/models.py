@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from converter.checks.provenance import find_named, read_history
 from converter.configs import read_json_object
 from converter.errors import UnreadableFileError, UsageError
-from converter.hub import Access
-from converter.provenance import find_named, read_history
-from converter.sources import HubSource, LocalSource, fetch, fetch_first, parse_source
+from converter.hub.access import Access
+from converter.hub.sources import HubSource, LocalSource, fetch, fetch_first, parse_source
 
 if TYPE_CHECKING:
     from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor

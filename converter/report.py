@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from converter.catalog import CATALOG
+from converter.checks.verdict import Level, Verdict
 from converter.conversion import Conversion
-from converter.inspection import Inspection
-from converter.pairing import PairCheck
-from converter.plan import Plan
-from converter.publishing import Publication
-from converter.releasing import Release
-from converter.sources import Fetched
-from converter.verdict import Level, Verdict
+from converter.hub.publishing import Publication
+from converter.hub.releasing import Release
+from converter.hub.sources import Fetched
+from converter.weights.inspection import Inspection
+from converter.weights.pairing import PairCheck
+from converter.weights.plan import Plan
 
 
 def summary(conversion: Conversion, place: str) -> str:

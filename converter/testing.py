@@ -6,8 +6,8 @@
 
 from pathlib import Path
 
+from converter.checks.verification import verify
 from converter.report import verdict
-from converter.verification import verify
 
 
 def assert_matches_recorded(model: str | Path, path: str | Path, *, device: str = "cpu") -> None:

@@ -25,11 +25,15 @@ from hostile_files import safetensors_file, torch_file
 atheris = importlib.import_module("atheris")
 
 with atheris.instrument_imports(
-    include=["converter.headers", "converter.tensorfiles", "converter.unpickling"]
+    include=[
+        "converter.weights.headers",
+        "converter.weights.tensorfiles",
+        "converter.weights.unpickling",
+    ]
 ):
     from converter.errors import UnreadableFileError
-    from converter.tensorfiles import ShardedTensorFile, TensorFile, open_tensors
-    from converter.writing import safetensors_header
+    from converter.weights.tensorfiles import ShardedTensorFile, TensorFile, open_tensors
+    from converter.weights.writing import safetensors_header
 
 RECORDS = {"byteorder": b"little", "data/0": bytes(64), "data/1": bytes(range(32))}
 SHARDS = {"s0.safetensors": "ab", "s1.safetensors": "c"}

@@ -10,8 +10,8 @@ import pytest
 from conftest import FIXTURES
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from converter.card import BEGIN, END, ModelRecord, model_card, updated
 from converter.errors import EomtConvertError
+from converter.hub.card import BEGIN, END, ModelRecord, model_card, updated
 
 REPO = "me/model"
 

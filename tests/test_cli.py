@@ -17,7 +17,7 @@ from click.testing import Result
 from conftest import FIXTURES
 from hub_server import Hub
 
-from converter.verdict import LEVELS
+from converter.checks.verdict import LEVELS
 
 TINY = FIXTURES / "tiny_panoptic_64"
 
@@ -326,7 +326,7 @@ def test_a_run_without_verification_needs_no_torch(tmp_path: Path) -> None:
 # Holds the run while it merges, so that it can be interrupted there.
 SLOW = """
 import time
-from converter import merge
+from converter.weights import merge
 compute = merge.compute
 def slow(row, *rest):
     if row.name.startswith("layers.1"):

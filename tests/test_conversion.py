@@ -265,7 +265,7 @@ def test_requiring_and_switching_off_the_check_contradict_each_other(tmp_path: P
 def test_a_dry_run_plans_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from converter.tensorfiles import TensorFile
+    from converter.weights.tensorfiles import TensorFile
 
     def refuse(*_: object) -> None:
         raise AssertionError("weights were read")

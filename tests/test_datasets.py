@@ -21,9 +21,9 @@ from dataset_files import (
 )
 from pycocotools import mask
 
-from converter import datasets
-from converter.datasets import IGNORED, open_dataset
 from converter.errors import UnreadableFileError
+from converter.pictures import datasets
+from converter.pictures.datasets import IGNORED, open_dataset
 
 PANOPTIC = "annotations/panoptic_val2017.json"
 INSTANCES = "annotations/instances_val2017.json"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import converter
-from converter.verdict import Verdict
+from converter.checks.verdict import Verdict
 
 PANOPTIC, WIDE = "tiny_panoptic_64", "tiny_panoptic_48x80"
 SEMANTIC, GATED, SHAPES = "tiny_semantic_48", "tiny_instance_64_gated", "shapes_panoptic_128"
@@ -470,7 +470,7 @@ def test_a_backbone_that_was_not_the_recorded_one_is_told_by_running_it(
 def test_a_right_model_is_not_diagnosed(
     plant: Callable[[str], Planted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("converter.diagnosis.diagnose", None)
+    monkeypatch.setattr("converter.checks.diagnosis.diagnose", None)
 
     found = plant(PANOPTIC).verify()
 

@@ -8,9 +8,9 @@ import huggingface_hub.file_download
 import pytest
 from hub_server import Hub
 
-from converter.downloads import discard, download, is_damaged, resolve
 from converter.errors import UnreadableFileError
-from converter.hub import Access
+from converter.hub.access import Access
+from converter.hub.downloads import discard, download, is_damaged, resolve
 
 REPO, WEIGHTS = "owner/name", bytes(range(256)) * 400  # 100 kB
 

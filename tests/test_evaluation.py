@@ -25,7 +25,7 @@ from PIL import Image
 
 import converter
 from converter.errors import AccessError, EomtConvertError, UnreadableFileError, UsageError
-from converter.evaluation import evaluate
+from converter.pictures.evaluation import evaluate
 from reference_model import (
     EomtDinov3Config,
     EomtDinov3ForUniversalSegmentation,
@@ -331,8 +331,8 @@ def test_an_unknown_dataset_is_wrong_usage(shapes: Path, command: Command) -> No
 def test_without_the_extra_it_is_said_what_to_install(
     shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "converter.metrics", raising=False)
-    monkeypatch.delattr(converter, "metrics", raising=False)
+    monkeypatch.delitem(sys.modules, "converter.pictures.metrics", raising=False)
+    monkeypatch.delattr(converter.pictures, "metrics", raising=False)
     monkeypatch.setitem(sys.modules, "torchmetrics", None)
 
     with pytest.raises(EomtConvertError, match=r"(?s)torchmetrics.*eomt-convert\[evaluate\]"):

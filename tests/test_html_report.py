@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import converter
-from converter.comparison import Tolerance, agreement
+from converter.checks.comparison import Tolerance, agreement
+from converter.checks.html_report import Chart, Point, ReportData, gather, render, write_report
+from converter.checks.numbers import run
+from converter.checks.pixels import read_normalisation
+from converter.checks.recorded import Recorded, read_recorded
+from converter.checks.verdict import Level, Verdict
 from converter.errors import OutputError, UnreadableFileError
-from converter.html_report import Chart, Point, ReportData, gather, render, write_report
-from converter.numbers import run
-from converter.pixels import read_normalisation
-from converter.recorded import Recorded, read_recorded
-from converter.verdict import Level, Verdict
 from reference_model import EomtDinov3ForUniversalSegmentation
 
 Converted = Callable[[str], Path]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import FIXTURES, NAMES
 
-from converter.inspection import decide, inspect, signs_of_a_delta
-from converter.tensorfiles import TensorFile
+from converter.weights.inspection import decide, inspect, signs_of_a_delta
+from converter.weights.tensorfiles import TensorFile
 
 
 @pytest.mark.parametrize("name", NAMES)

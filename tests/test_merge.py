@@ -15,13 +15,13 @@ import torch
 from conftest import FIXTURES, NAMES
 from safetensors.torch import load_file, save_file
 
-from converter import merge as merging
 from converter.configs import read_backbone_config
 from converter.errors import UnreadableFileError
-from converter.merge import Merged, merge, round_to, sharding_of
-from converter.plan import make_plan
-from converter.tensorfiles import TensorFile
-from converter.writing import WeightsWriter
+from converter.weights import merge as merging
+from converter.weights.merge import Merged, merge, round_to, sharding_of
+from converter.weights.plan import make_plan
+from converter.weights.tensorfiles import TensorFile
+from converter.weights.writing import WeightsWriter
 
 
 @dataclass(frozen=True)

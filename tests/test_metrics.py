@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from pycocotools import mask
 from torchmetrics.utilities import dim_zero_cat
 
-from converter.datasets import IGNORED, Instances, Segments
-from converter.metrics import Figures, MaskAveragePrecision, MeanIoU, PanopticQuality
+from converter.pictures.datasets import IGNORED, Instances, Segments
+from converter.pictures.metrics import Figures, MaskAveragePrecision, MeanIoU, PanopticQuality
 
 PERSON, DOG, SKY, GRASS = range(4)
 STUFF = (SKY, GRASS)

@@ -19,14 +19,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import converter
-from converter import backbones, pairing
-from converter.backbones import KnownBackbone, RecordedOutputs
 from converter.configs import read_backbone_config
 from converter.errors import AccessError, MismatchError, UnreadableFileError
-from converter.inspection import Evidence
-from converter.pairing import PairCheck
-from converter.plan import make_plan
-from converter.tensorfiles import TensorFile
+from converter.weights import backbones, pairing
+from converter.weights.backbones import KnownBackbone, RecordedOutputs
+from converter.weights.inspection import Evidence
+from converter.weights.pairing import PairCheck
+from converter.weights.plan import make_plan
+from converter.weights.tensorfiles import TensorFile
 
 TINY = FIXTURES / "tiny_panoptic_64"
 LAYOUTS = json.loads((FIXTURES / "layouts.json").read_text())

@@ -10,8 +10,8 @@ from conftest import FIXTURES
 from safetensors.torch import load_file, save_file
 
 import converter
+from converter.checks.verdict import Level, Verdict
 from converter.errors import UsageError
-from converter.verdict import Level, Verdict
 
 TRANSFORMERS = f"transformers {version('transformers')}"
 
@@ -70,7 +70,7 @@ def test_a_difference_that_nothing_recorded_decides_fails(
     state = load_file(other / "model.safetensors")
     state["layers.2.norm1.bias"] += 1
     save_file(state, other / "model.safetensors", metadata={"format": "pt"})
-    monkeypatch.setattr("converter.peers._load", _load_from(other))
+    monkeypatch.setattr("converter.checks.peers._load", _load_from(other))
 
     level = peers(converter.verify(model, against="transformers", level=4))
 
@@ -79,7 +79,7 @@ def test_a_difference_that_nothing_recorded_decides_fails(
 
 
 def _load_from(folder: Path) -> Callable[[Path], object]:
-    from converter.peers import _load
+    from converter.checks.peers import _load
 
     return lambda _: _load(folder)
 
@@ -97,7 +97,9 @@ def test_pictures_that_are_not_square_are_not_checked(converted: Callable[[str],
 def test_what_is_not_installed_is_asked_for(
     package: str, converted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("converter.peers.find_spec", lambda name: None if name == package else True)
+    monkeypatch.setattr(
+        "converter.checks.peers.find_spec", lambda name: None if name == package else True
+    )
 
     with pytest.raises(UsageError, match=f"needs {package}"):
         converter.verify(converted("tiny_panoptic_64"), against="transformers")

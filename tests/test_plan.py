@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from conftest import FIXTURES, NAMES
 
-from converter.backbones import config_from_shapes
 from converter.configs import BackboneConfig, read_backbone_config
 from converter.errors import PlanError
-from converter.headers import TensorInfo
-from converter.layouts import BACKBONE_LAYOUTS, recognise, translate
-from converter.plan import Plan, make_plan
-from converter.tensorfiles import TensorFile
+from converter.weights.backbones import config_from_shapes
+from converter.weights.headers import TensorInfo
+from converter.weights.layouts import BACKBONE_LAYOUTS, recognise, translate
+from converter.weights.plan import Plan, make_plan
+from converter.weights.tensorfiles import TensorFile
 
 LAYOUTS = json.loads((FIXTURES / "layouts.json").read_text())
 

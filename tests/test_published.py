@@ -16,10 +16,10 @@ from recorded_models import recorded_model
 
 import converter
 from converter.catalog import CATALOG
+from converter.checks.pixels import fit, read_picture
+from converter.checks.published import PUBLISHED, Corner, Slices
+from converter.checks.verdict import Level, Verdict
 from converter.errors import NotVerifiedError
-from converter.pixels import fit, read_picture
-from converter.published import PUBLISHED, Corner, Slices
-from converter.verdict import Level, Verdict
 
 NAME = "tiny_panoptic_64"
 

@@ -102,9 +102,9 @@ def test_every_option_of_a_conversion_is_told() -> None:
 
 def test_no_file_of_the_tree_is_told_of_that_is_not_there() -> None:
     tree = README[README.index("converter/     ") :].partition("```")[0]
-    folder = Path()
+    folder = ROOT
     for line in tree.splitlines():
-        name = line.split()[0].rstrip(",")
+        name = line.split()[0]
         if line.startswith(" "):
             assert (folder / name).exists(), name
         else:

@@ -15,7 +15,8 @@ from hub_server import Hub
 from safetensors.torch import load_file, save_file
 
 import converter
-from converter.comparison import TOLERANCE
+from converter.checks.comparison import TOLERANCE
+from converter.checks.recording import Recording, record
 from converter.errors import (
     EomtConvertError,
     OutputError,
@@ -23,7 +24,6 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
-from converter.recording import Recording, record
 
 LOGITS = {"mask_logits", "class_logits"}
 PIPELINES = {"tiny_panoptic_64": "pipeline.pixels", "tiny_semantic_48": "pipeline.crops"}

@@ -17,7 +17,7 @@ from hub_server import Hub, client_environment
 import converter
 from converter.catalog import CATALOG, find
 from converter.errors import AccessError, UnreadableFileError, UsageError
-from converter.hub import Access
+from converter.hub.access import Access
 
 Command = Callable[..., Result]
 NAMES = ("tiny_panoptic_64", "tiny_semantic_48", "tiny_panoptic_48x80")
@@ -189,7 +189,7 @@ def test_a_shared_backbone_is_fetched_once(
     def no_picture(_access: Access) -> Path:
         raise AccessError("There is no network.")
 
-    monkeypatch.setattr("converter.pairing.recorded_picture", no_picture)
+    monkeypatch.setattr("converter.weights.pairing.recorded_picture", no_picture)
     source = Path(converter.__file__).parent.parent / "fixtures" / "tiny_panoptic_64"
     backbone = {path.name: path for path in (source / "backbone").iterdir()}
     hub.create_repo("facebook/dinov3-vitl16-pretrain-lvd1689m", backbone)

@@ -25,10 +25,10 @@ from safetensors.numpy import load_file
 
 from converter import OutputError, UnreadableFileError, UsageError
 from converter.cli.segment import segment_command
-from converter.coco import encode_mask, measure
-from converter.drawing import class_colour
 from converter.errors import EomtConvertError
-from converter.segmenting import SegmentedPicture, segment
+from converter.pictures.coco import encode_mask, measure
+from converter.pictures.drawing import class_colour
+from converter.pictures.segmenting import SegmentedPicture, segment
 from reference_model import EomtDinov3ForUniversalSegmentation
 
 Converted = Callable[[str], Path]

@@ -8,7 +8,6 @@ import pytest
 from conftest import FIXTURES
 from hub_server import Hub
 
-from converter import downloads, sources
 from converter.catalog import CATALOG
 from converter.errors import (
     AccessError,
@@ -16,8 +15,9 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
-from converter.hub import OPEN_BACKBONES, Access
-from converter.sources import (
+from converter.hub import downloads, sources
+from converter.hub.access import OPEN_BACKBONES, Access
+from converter.hub.sources import (
     Fetched,
     HubSource,
     LocalSource,

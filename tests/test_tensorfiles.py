@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from converter.errors import UnreadableFileError
-from converter.tensorfiles import (
+from converter.weights.tensorfiles import (
     WEIGHTS_INDEX,
     ShardedTensorFile,
     TensorFile,

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from converter.unpickling import Inert, PickledTensor, UnsafePickleError, read_pickle
+from converter.weights.unpickling import Inert, PickledTensor, UnsafePickleError, read_pickle
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 

@@ -14,10 +14,10 @@ from hub_server import Hub
 from safetensors.torch import load_file, save_file
 
 import converter
-from converter.comparison import TOLERANCE
+from converter.checks.comparison import TOLERANCE
+from converter.checks.verdict import LEVELS, Level, Verdict
 from converter.errors import UnreadableFileError, UsageError
 from converter.testing import assert_matches_recorded
-from converter.verdict import LEVELS, Level, Verdict
 from reference_model import EomtDinov3ForUniversalSegmentation
 
 TINY = FIXTURES / "tiny_panoptic_64"

@@ -14,8 +14,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from converter.errors import UsageError
-from converter.tensorfiles import WEIGHTS_INDEX, open_tensors
-from converter.writing import SafetensorsWriter, TensorSpecs, WeightsWriter, parse_size, shard
+from converter.weights.tensorfiles import WEIGHTS_INDEX, open_tensors
+from converter.weights.writing import (
+    SafetensorsWriter,
+    TensorSpecs,
+    WeightsWriter,
+    parse_size,
+    shard,
+)
 
 
 def specs_of(state: dict[str, torch.Tensor]) -> TensorSpecs:

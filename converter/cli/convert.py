@@ -18,9 +18,9 @@ from converter.cli.session import (
     progress_bar,
 )
 from converter.errors import UsageError
-from converter.inspection import WeightsKind
 from converter.job import Dtype
 from converter.version import __version__
+from converter.weights.inspection import WeightsKind
 
 # \b keeps click from joining the lines that follow
 HELP = """Convert EoMT-DINOv3 delta weights into a model that transformers loads, and check it.
@@ -183,7 +183,7 @@ def main(
             raise UsageError(f"--{given[0].replace('_', '-')} is for --push-to.")
         from converter import report
         from converter.conversion import convert
-        from converter.publishing import check_login, publish
+        from converter.hub.publishing import check_login, publish
 
         if push_to and not dry_run:
             check_login(push_to, token)

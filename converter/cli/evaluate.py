@@ -11,7 +11,7 @@ import click
 from converter.cli.session import Session, common_options, hub_options, progress_bar
 
 if TYPE_CHECKING:
-    from converter.evaluation import Evaluation
+    from converter.pictures.evaluation import Evaluation
 
 
 @click.command("evaluate")
@@ -51,7 +51,7 @@ def evaluate_command(
     Under torchrun the pictures are split over its processes:
     torchrun --nproc-per-node 8 --no-python eomt-convert evaluate ...
     """
-    from converter.evaluation import evaluate, is_first_process
+    from converter.pictures.evaluation import evaluate, is_first_process
 
     first = is_first_process()
     session = Session(as_json=as_json and first, debug=debug, token=token)

@@ -35,10 +35,10 @@ def inspect_command(
     session = Session(as_json=as_json, debug=debug, token=token)
     with session.errors():
         from converter import report
-        from converter.hub import Access
-        from converter.inspection import inspect
-        from converter.sources import fetch, parse_source
-        from converter.tensorfiles import open_tensors
+        from converter.hub.access import Access
+        from converter.hub.sources import fetch, parse_source
+        from converter.weights.inspection import inspect
+        from converter.weights.tensorfiles import open_tensors
 
         fetched = fetch(parse_source(source), Access(token, cache_dir, offline))
         with open_tensors(fetched.weights) as file:

@@ -78,7 +78,7 @@ def push_command(
     session = Session(as_json=as_json, debug=debug, token=token)
     with session.errors():
         from converter import report
-        from converter.publishing import publish
+        from converter.hub.publishing import publish
 
         publication = publish(
             folder, repo, dry_run=dry_run, token=token, cache_dir=cache_dir, **options
@@ -132,7 +132,7 @@ def release_command(
     session = Session(as_json=as_json, debug=debug, token=token)
     with session.errors():
         from converter import report
-        from converter.releasing import release
+        from converter.hub.releasing import release
 
         with progress_bar(sys.stderr.isatty() and not as_json) as progress:
             released = release(

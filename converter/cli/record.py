@@ -9,7 +9,7 @@ from converter.cli.convert import ImageSize
 from converter.cli.session import Session, common_options, hub_options
 
 if TYPE_CHECKING:
-    from converter.recording import Recording
+    from converter.checks.recording import Recording
 
 
 @click.command("record")
@@ -65,7 +65,7 @@ def record_command(
     """
     session = Session(as_json=as_json, debug=debug, token=token)
     with session.errors():
-        from converter.recording import record
+        from converter.checks.recording import record
 
         recording = record(
             model,

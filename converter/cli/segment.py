@@ -11,7 +11,7 @@ from converter.cli.session import Session, common_options, hub_options, progress
 from converter.errors import UnreadableFileError
 
 if TYPE_CHECKING:
-    from converter.segmenting import Segmentation, SegmentedPicture
+    from converter.pictures.segmenting import Segmentation, SegmentedPicture
 
 
 @click.command("segment")
@@ -75,7 +75,7 @@ def segment_command(
     """
     session = Session(as_json=as_json, debug=debug, token=token)
     with session.errors():
-        from converter.segmenting import segment
+        from converter.pictures.segmenting import segment
 
         with progress_bar(sys.stderr.isatty() and not as_json, of="pictures") as progress:
             found = segment(
@@ -102,7 +102,7 @@ def segment_command(
 
 
 def _lines(found: "Segmentation") -> str:
-    from converter.segmenting import printable
+    from converter.pictures.segmenting import printable
 
     return "\n".join(
         f"{printable(entry.picture)} -> {entry.overlay}: {_counts(entry, found)}"

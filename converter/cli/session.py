@@ -12,7 +12,7 @@ from typing import Any, Literal, NoReturn
 import click
 
 from converter.errors import EomtConvertError, OutputsDifferError
-from converter.hub import without_token
+from converter.hub.access import without_token
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 

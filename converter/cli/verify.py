@@ -76,8 +76,8 @@ def verify_command(
     """
     session = Session(as_json=as_json, debug=debug, token=token)
     with session.errors():
+        from converter.checks.verification import verify
         from converter.report import verdict
-        from converter.verification import verify
 
         found = verify(
             model,

@@ -1,0 +1,601 @@
+"""The faults that a model can have, each with the experiment that tells it.
+
+A hypothesis looks at a case and proposes what would undo its fault. Whether that reproduces the
+recording is for `converter.checks.diagnosis` to find out.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations, product
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from converter.checks.by_value import DELTA_FAULTS, Reference, Tensors, is_coarse, layer_of
+from converter.checks.comparison import Tolerance
+from converter.checks.numbers import bare_backbone
+from converter.checks.pixels import Normalisation
+from converter.checks.recorded import Recorded
+from converter.checks.stages import PATCH_WEIGHT, Network, Stage, first_block
+from reference_model.activations import ACTIVATIONS, Activation
+
+# How much further than a sample of its rounding errors a rounded network may be off.
+ROUNDING_MARGIN = 3.0
+
+# Where more stages than these are off, exchanges between two of them are not looked for: with each
+# stage the number of pairs grows, and falls the likelihood that exchanges are what they share.
+_MOST_APART = 4
+
+# Of tensors without sources, as many may differ from conversion.json to be "a few".
+_FEW = 0.25
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model that is not right.
+
+    Attributes:
+        network: the model, as far as it was mended already.
+        recorded: what it should put out; None where there is no recording.
+        tolerance: how far the whole model may be off.
+        stages: the network in stages.
+        differences: by stage, how far it is off.
+        reference: what its tensors should be, where that is known.
+        faults: the tensors of each fault that their values tell.
+    """
+
+    network: Network
+    recorded: Recorded | None
+    tolerance: Tolerance
+    stages: tuple[Stage, ...]
+    differences: Mapping[str, float]
+    reference: Reference | None
+    faults: Mapping[str, Tensors]
+
+    @property
+    def failing(self) -> list[Stage]:
+        """The stages that are off."""
+        return [s for s in self.stages if not self.differences[s.name] <= s.tolerance]
+
+    @property
+    def failing_layers(self) -> list[Stage]:
+        """Those of them that are one layer each."""
+        return [s for s in self.failing if len(s.modules) == 1 and _is_layer(s.modules[0])]
+
+    def typical(self) -> Stage | None:
+        """A stage to try values of config.json on: of those with layers, the one in the middle.
+
+        The worst may have a fault of its own besides.
+        """
+        through = [s for s in self.failing if any(map(_is_layer, s.modules))]
+        through.sort(key=lambda stage: self.differences[stage.name])
+        return through[len(through) // 2] if through else None
+
+
+def _is_layer(module: str) -> bool:
+    return module.startswith("layers.")
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What would undo a fault.
+
+    Attributes:
+        tensors: that the fault is in.
+        action: what undoes it, as the subject of a sentence; a whole sentence where nothing does.
+        repaired: the network without it; None where it can be told but not be undone.
+        by_value: whether the tensors' values alone prove it.
+        noise: the network with errors of the fault's size, where they can only be told by size.
+    """
+
+    tensors: tuple[str, ...]
+    action: str
+    repaired: Network | None
+    by_value: bool = False
+    noise: Network | None = None
+
+
+# What a hypothesis proposes; or, in a sentence, why there is nothing to try.
+Proposal = Explanation | str
+Hypothesis = Callable[[Case], Proposal]
+
+_NO_SOURCES = "The sources are not at hand: --delta and --backbone."
+_NOTHING_FAILS = "No part that it would change is off."
+
+
+def _by_value(case: Case, fault: str, action: str) -> Explanation | None:
+    """Gives the tensors that have a fault by their values what they should hold."""
+    found = case.faults.get(fault, {})
+    right = {name: tensor for name, tensor in found.items() if tensor is not None}
+    if not right:
+        return None
+    repaired = case.network.with_weights(right)
+    return Explanation(tuple(right), action, repaired, by_value=True)
+
+
+# the input ---------------------------------------------------------------------------------------
+
+
+def masked_attention_on(case: Case) -> Proposal:
+    name = "attn_mask_probs"
+    probabilities = case.network.weights[name]
+    if not bool((probabilities > 0).any()):
+        return "attn_mask_probs is 0 throughout."
+    off = case.network.with_weights({name: torch.zeros_like(probabilities)})
+    return Explanation((name,), "switching masked attention off", off, by_value=True)
+
+
+def channel_order(case: Case) -> Proposal:
+    weight = case.network.weights[PATCH_WEIGHT]
+    if weight.shape[1] != 3:
+        return f"The patch embedding has {weight.shape[1]} channels."
+    turned = case.network.with_weights({PATCH_WEIGHT: weight.flip(1)})
+    action = "taking the patch embedding's channels in the opposite order"
+    proven = "channel-order" in case.faults
+    return Explanation((PATCH_WEIGHT,), action, turned, by_value=proven)
+
+
+def image_normalisation(case: Case) -> Proposal:
+    """Solves for the normalisation: patch embeddings are linear in what it does to pixels.
+
+    With a pixel p and the weights w of a channel, they are the sum of
+    w * (p * scale / std - mean / std), and the bias.
+    """
+    stage = next((s for s in case.failing if s.modules == ("embeddings",)), None)
+    if stage is None:
+        return _NOTHING_FAILS
+    network, current = case.network, case.network.normalisation
+    weight = network.weights[PATCH_WEIGHT].double()
+    bias = network.weights["embeddings.patch_embeddings.bias"].double()
+    patches = stage.end[:, network.config.num_prefix_tokens :].double()
+    target = (patches - bias).flatten()
+    pixels = stage.start.double().split(1, dim=1)
+    columns = []
+    for channel, kernel in zip(pixels, weight.split(1, dim=1), strict=True):
+        products = torch.conv2d(channel, kernel, stride=network.config.patch_size)
+        columns.append(products.flatten(2).transpose(1, 2).flatten())
+    for kernel in weight.unbind(1):
+        columns.append(-kernel.sum((1, 2)).expand_as(patches).flatten())
+    matrix = torch.stack(columns, dim=1)
+    if not bool(matrix.isfinite().all()):
+        return "The patch embedding holds NaN or infinity."
+    gains, offsets = torch.linalg.lstsq(matrix, target[:, None]).solution.flatten().chunk(2)
+    if bool((gains <= 0).any()):
+        return "No normalisation comes near the recorded patch embeddings."
+    fitted = _as_normalisation(gains, offsets, current)
+    rounded = Normalisation(
+        float(f"{fitted.scale:.4g}") if fitted.scale != current.scale else current.scale,
+        tuple(round(value, 4) for value in fitted.mean),
+        tuple(round(value, 4) for value in fitted.std),
+    )
+    found = min(
+        (fitted, rounded, Normalisation(1 / 255, rounded.mean, rounded.std)),
+        key=lambda candidate: stage.difference(network.with_normalisation(candidate)),
+    )
+    action = (
+        f"normalising with the factor {found.scale:.4g}, mean {_listed(found.mean)} and standard "
+        f"deviation {_listed(found.std)}"
+    )
+    return Explanation((), action, network.with_normalisation(found))
+
+
+def _as_normalisation(gains: Tensor, offsets: Tensor, current: Normalisation) -> Normalisation:
+    """The normalisation of scale / std and mean / std, as near as can be to the current one.
+
+    They tell scale and std apart only if one of the two is taken to be right.
+    """
+    ratios = gains * torch.tensor(current.std, dtype=torch.float64)
+    scale = current.scale
+    if float(ratios.std()) < 1e-3 * float(ratios.mean()) or not 0 < scale < math.inf:
+        scale = float(ratios.mean())
+    std = scale / gains
+    return Normalisation(scale, tuple((offsets * std).tolist()), tuple(std.tolist()))
+
+
+def _listed(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
+
+
+# config.json -------------------------------------------------------------------------------------
+
+
+def rope_base(case: Case) -> Proposal:
+    def with_base(value: float) -> Network:
+        return case.network.with_config(
+            rope_parameters={"rope_type": "default", "rope_theta": value}
+        )
+
+    stage = _stage_of_rope(case)
+    if isinstance(stage, str):
+        return stage
+    base = _search(lambda value: stage.difference(with_base(value)), 1.0, 1e7, 48)
+    return Explanation((), f"a rotary base of {base:g}", with_base(base))
+
+
+def attention_heads(case: Case) -> Proposal:
+    stage = _stage_of_rope(case)
+    if isinstance(stage, str):
+        return stage
+    candidates = {}
+    for heads in range(1, case.network.config.hidden_size // 4 + 1):
+        try:
+            candidates[heads] = case.network.with_config(num_attention_heads=heads)
+        except ValueError:
+            continue
+    heads = min(candidates, key=lambda heads: stage.difference(candidates[heads]))
+    return Explanation((), f"attention with {heads} heads", candidates[heads])
+
+
+def _stage_of_rope(case: Case) -> Stage | str:
+    """Where the rotary positions and the size of a head are seen best; or why nowhere."""
+    angles = next((stage for stage in case.stages if stage.modules == ("rope",)), None)
+    if angles and angles not in case.failing:
+        return "The recorded rotary positions are the model's."
+    return angles or case.typical() or _NOTHING_FAILS
+
+
+def layer_norm_epsilon(case: Case) -> Proposal:
+    def with_epsilon(value: float) -> Network:
+        return case.network.with_config(layer_norm_eps=value)
+
+    norm = next((s for s in case.failing if s.modules == ("layernorm",)), None)
+    stage = case.typical() or norm
+    if stage is None:
+        return _NOTHING_FAILS
+    epsilon = _search(lambda value: stage.difference(with_epsilon(value)), 1e-12, 1.0, 12)
+    return Explanation((), f"a layer norm epsilon of {epsilon:g}", with_epsilon(epsilon))
+
+
+def activation(case: Case) -> Proposal:
+    stage = case.typical()
+    if stage is None:
+        return _NOTHING_FAILS
+    first_names: dict[Activation, str] = {}
+    for name, function in ACTIVATIONS.items():
+        first_names.setdefault(function, name)
+    candidates = {name: case.network.with_config(hidden_act=name) for name in first_names.values()}
+    name = min(candidates, key=lambda name: stage.difference(candidates[name]))
+    return Explanation((), f"{name} as the activation", candidates[name])
+
+
+# of the search for a number, once the grid has found its valley
+_SECTIONS = 24
+
+
+def _search(difference: Callable[[float], float], low: float, high: float, steps: int) -> float:
+    """The value between two bounds that makes a difference smallest, on a logarithmic scale.
+
+    A grid finds the valley, golden sections its floor; of equally good values the roundest is it.
+    """
+    start, step = math.log10(low), math.log10(high / low) / steps
+    best = min(
+        (start + i * step for i in range(steps + 1)), key=lambda power: difference(10**power)
+    )
+    a, b = best - step, best + step
+    shrink = (math.sqrt(5) - 1) / 2
+    c, d = b - shrink * (b - a), a + shrink * (b - a)
+    at_c, at_d = difference(10**c), difference(10**d)
+    for _ in range(_SECTIONS):
+        if at_c <= at_d:
+            b, d, at_d = d, c, at_c
+            c = b - shrink * (b - a)
+            at_c = difference(10**c)
+        else:
+            a, c, at_c = c, d, at_d
+            d = a + shrink * (b - a)
+            at_d = difference(10**d)
+    found = 10 ** ((a + b) / 2)
+    smallest = difference(found)
+    for digits in (1, 2, 3, 4):
+        rounded = float(f"{found:.{digits - 1}e}")
+        if difference(rounded) <= 2 * smallest:
+            return rounded
+    return found
+
+
+# the weights -------------------------------------------------------------------------------------
+
+
+def missing_layer_scale(case: Case) -> Proposal:
+    if proven := _by_value(case, "missing-layer-scale", "the layer scales of the sources"):
+        return proven
+    network = case.network
+    fitted: dict[str, Tensor] = {}
+    for stage in case.failing_layers:
+        (layer,) = stage.modules
+        scales = [f"{layer}.layer_scale{i}.lambda1" for i in (1, 2)]
+        ones = [name for name in scales if bool((network.weights[name] == 1).all())]
+        if ones:
+            fitted |= _fit_scales(stage, network, ones)
+    if not fitted:
+        return "No layer that is off has layer scales of 1."
+    action = "layer scales fitted to the recorded layers"
+    return Explanation(tuple(fitted), action, network.with_weights(fitted))
+
+
+def _fit_scales(stage: Stage, network: Network, names: list[str]) -> dict[str, Tensor]:
+    """The layer scales with which a layer comes nearest to what was recorded.
+
+    A layer's two scales are some thousand unknowns, each of its tokens as many equations. What
+    attention puts out depends on neither, so that tokens can be taken singly: a few hundred do.
+    """
+    (layer,) = stage.modules
+    x = stage.start
+    if layer == f"layers.{first_block(network.config)}":
+        x = torch.cat((network.weights["query.weight"].expand(len(x), -1, -1), x), dim=1)
+    with torch.no_grad():
+        normed = network.call(f"{layer}.norm1", x)
+        attended = network.call(f"{layer}.attention", normed, network.rope(stage.grid), None)
+    x, attended, end = (
+        tensor.double().flatten(0, 1)[:256].clone() for tensor in (x, attended, stage.end)
+    )
+    weights = {
+        name.removeprefix(f"{layer}."): tensor.double()
+        for name, tensor in network.weights.items()
+        if name.startswith(f"{layer}.")
+    }
+    unknown = {name: weights[name.removeprefix(f"{layer}.")].clone() for name in names}
+    first, second = (
+        unknown.get(f"{layer}.layer_scale{i}.lambda1", weights[f"layer_scale{i}.lambda1"])
+        for i in (1, 2)
+    )
+    module = network.skeleton.layer
+
+    def part(name: str, value: Tensor) -> Tensor:
+        own = {k.removeprefix(f"{name}."): v for k, v in weights.items() if k.startswith(name)}
+        output: Tensor = functional_call(module.get_submodule(name), own, (value,))
+        return output
+
+    for scale in unknown.values():
+        scale.requires_grad_()
+    optimiser = torch.optim.LBFGS(
+        list(unknown.values()),
+        max_iter=500,
+        history_size=50,
+        tolerance_grad=1e-12,
+        tolerance_change=1e-16,
+        line_search_fn="strong_wolfe",
+    )
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        middle = x + first * attended
+        output = middle + second * part("mlp", part("norm2", middle))
+        error = (output - end).square().sum()
+        error.backward()
+        return error
+
+    optimiser.step(loss)
+    return {name: scale.detach().float() for name, scale in unknown.items()}
+
+
+def layers_permuted(case: Case) -> Proposal:
+    """Tries every layer that is off in the place of every other one."""
+    if proven := _by_value(case, "layers-permuted", "putting the layers in their own places"):
+        return proven
+    places = {stage.modules[0]: stage for stage in case.failing_layers}
+    if len(places) < 2:
+        return "Fewer than two layers are off by themselves."
+    network = case.network
+    home: dict[str, str] = {}
+    for layer, stage in places.items():
+        for other in places:
+            if other not in (layer, *home.values()) and _fixes(
+                stage, network.with_weights(_moved(network, other, layer))
+            ):
+                home[layer] = other
+                break
+    while strays := [layer for layer in home if layer not in home.values()]:
+        for layer in strays:
+            del home[layer]
+    if not home:
+        return "No layer does what was recorded of another."
+    moved: dict[str, Tensor] = {}
+    for layer, other in home.items():
+        moved |= _moved(network, other, layer)
+    tensors = tuple(name for name in moved if not torch.equal(moved[name], network.weights[name]))
+    action = "taking " + ", ".join(f"{other} for {layer}" for layer, other in home.items())
+    return Explanation(tensors, action, network.with_weights(moved))
+
+
+def _moved(network: Network, layer: str, to: str) -> dict[str, Tensor]:
+    return {
+        name.replace(layer, to, 1): tensor
+        for name, tensor in network.weights.items()
+        if layer_of(name) == layer
+    }
+
+
+def _fixes(stage: Stage, network: Network) -> bool:
+    return stage.difference(network) <= stage.tolerance
+
+
+def tensors_swapped(case: Case) -> Proposal:
+    """Swaps tensors of one shape, within each stage that is off and then between two of them."""
+    if proven := _by_value(case, "tensors-swapped", "putting the tensors in their own places"):
+        return proven
+    stages = [s for s in case.failing if sum(map(_is_layer, s.modules)) <= 1]
+    if not stages:
+        return "The recording has no hidden states." if case.failing else _NOTHING_FAILS
+    network = case.network
+    swaps: list[Swap] = []
+    left = []
+    for stage in stages:
+        names = stage.tensors(network)
+        swap = _find_swap(_swaps(names, names, network), network, (stage,))
+        if swap:
+            swaps.append(swap)
+        else:
+            left.append(stage)
+    for pair in combinations(left, 2) if len(left) <= _MOST_APART else ():
+        one, other = (stage.tensors(network) for stage in pair)
+        if swap := _find_swap(_swaps(one, other, network), network, pair):
+            swaps.append(swap)
+    if not swaps:
+        return "No two tensors do what was recorded of them in each other's place."
+    changed = {name: tensor for swap in swaps for name, tensor in swap.items()}
+    action = f"putting {len(changed)} tensors in each other's place"
+    return Explanation(tuple(sorted(changed)), action, network.with_weights(changed))
+
+
+# tensors by the names that they should have
+Swap = dict[str, Tensor]
+
+
+def _swaps(some: list[str], others: list[str], network: Network) -> Iterator[Swap]:
+    """Every exchange of two modules that have tensors of the same shapes, then of two tensors."""
+    for a, b in product(*(dict.fromkeys(map(_module_of, names)) for names in (some, others))):
+        kinds = {name.removeprefix(a) for name in some if _module_of(name) == a}
+        if a < b and len(kinds) > 1 and all(a + k in some and b + k in others for k in kinds):
+            yield from _swap([(a + kind, b + kind) for kind in sorted(kinds)], network)
+    for a, b in product(some, others):
+        if a < b or some is not others:
+            yield from _swap([(a, b)], network)
+
+
+def _module_of(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _swap(pairs: list[tuple[str, str]], network: Network) -> Iterator[Swap]:
+    weights = network.weights
+    if all(weights[a].shape == weights[b].shape for a, b in pairs):
+        changed = {a: weights[b] for a, b in pairs} | {b: weights[a] for a, b in pairs}
+        changed = {n: t for n, t in changed.items() if not torch.equal(t, weights[n])}
+        if changed:
+            yield changed
+
+
+def _find_swap(swaps: Iterable[Swap], network: Network, stages: tuple[Stage, ...]) -> Swap | None:
+    """The first exchange that mends all of these stages."""
+    for swap in swaps:
+        changed = network.with_weights(swap)
+        if all(_fixes(stage, changed) for stage in stages):
+            return swap
+    return None
+
+
+def _delta_fault(fault: str, action: str) -> Hypothesis:
+    """What is wrong by so many deltas, by the values of the tensors or by the numbers."""
+
+    def propose(case: Case) -> Proposal:
+        if proven := _by_value(case, fault, action):
+            return proven
+        provenance = case.reference.provenance if case.reference else None
+        if provenance is None:
+            return _NO_SOURCES
+        network, lacking = case.network, DELTA_FAULTS[fault]
+        added = {name for name, row in provenance.rows.items() if row.operation == "add"}
+        changed: dict[str, Tensor] = {}
+        for stage in case.failing:
+            mended = {}
+            for name in added.intersection(stage.tensors(network)):
+                delta = provenance.operand(name, "delta")
+                if delta is not None and delta.any():
+                    mended[name] = network.weights[name] + lacking * torch.from_numpy(delta)
+            if mended and _fixes(stage, network.with_weights(mended)):
+                changed |= mended
+        if not changed:
+            return "No part that is off is right with it."
+        return Explanation(tuple(sorted(changed)), action, network.with_weights(changed))
+
+    return propose
+
+
+def rounded_to_16_bits(case: Case) -> Proposal:
+    """Whether values with 16 bits are off by as much as rounding to them makes a network."""
+    if proven := _by_value(case, "rounded-to-16-bits", "the weights before they were rounded"):
+        return proven
+    network = case.network
+    coarse = {name: is_coarse(tensor) for name, tensor in network.weights.items()}
+    types = {name: dtype for name, dtype in coarse.items() if dtype}
+    if not types:
+        return "No tensor has values of 16 bits only."
+    generator = torch.Generator().manual_seed(0)
+    noisy = network.with_weights(
+        {
+            name: _with_rounding_error(network.weights[name], types[name], generator)
+            for name in types
+        }
+    )
+    for stage in case.failing:
+        found, other = stage.run(network), stage.run(noisy)
+        usual = float((found - other).abs().max())
+        ratio = case.differences[stage.name] / usual if usual else math.inf
+        if 1 / ROUNDING_MARGIN <= ratio <= ROUNDING_MARGIN:
+            break
+    else:
+        return "What is off is not off by as much as rounding makes it."
+    action = f"rounding to {' and '.join(sorted(set(types.values())))}"
+    return Explanation(tuple(types), action, network, noise=noisy)
+
+
+def _with_rounding_error(values: Tensor, dtype: str, generator: torch.Generator) -> Tensor:
+    """Values as they may have been before they were rounded, drawn from all that round to them."""
+    half_step = float(torch.finfo(getattr(torch, dtype)).eps) / 2
+    _, exponent = torch.frexp(values)
+    error = torch.rand(values.shape, generator=generator) * 2 - 1
+    return values + error * half_step * torch.ldexp(torch.ones_like(values), exponent - 1)
+
+
+def other_backbone(case: Case) -> Proposal:
+    provenance = case.reference.provenance if case.reference else None
+    if proven := _by_value(case, "other-backbone", "the delta added to the backbone given"):
+        return proven
+    if provenance is None:
+        return _NO_SOURCES
+    recorded = case.recorded.tensors.get("backbone.last_hidden_state") if case.recorded else None
+    if case.recorded is None or recorded is None or "backbone" not in provenance.files:
+        return "The tensors follow their sources, and no output of the bare backbone is recorded."
+    trunk = [s for s in case.stages if s.modules[0].startswith(("embeddings", "layers.", "layern"))]
+    if any(stage not in case.failing for stage in trunk):
+        return "Parts of the backbone are right."
+    inputs = case.network.normalisation(case.recorded.pixels[: len(recorded)])
+    with torch.inference_mode():
+        difference = (bare_backbone(provenance)(inputs) - recorded).abs().max()
+    if float(difference) <= case.tolerance.of(recorded):
+        return "The bare backbone gives what was recorded of it."
+    added = tuple(name for name, row in provenance.rows.items() if row.operation == "add")
+    action = f"the bare backbone is off by {float(difference):.2g} by itself, in all of its parts"
+    return Explanation(added, action, None)
+
+
+def tensor_replaced(case: Case) -> Proposal:
+    if proven := _by_value(case, "tensor-replaced", "what these tensors should hold"):
+        return proven
+    names = tuple(case.faults.get("tensor-replaced", ()))
+    if case.reference is None:
+        return _NO_SOURCES
+    if not names:
+        return "Every tensor is what it should be, or its values have another fault."
+    if len(names) > _FEW * len(case.network.weights):
+        return f"{len(names)} tensors are not what conversion.json says. {_NO_SOURCES}"
+    action = "the tensors are not what conversion.json says, and all that is off uses them"
+    return Explanation(names, action, None, by_value=True)
+
+
+# The names of faults are an interface. What is more special stands before what explains more.
+HYPOTHESES: Mapping[str, Hypothesis] = {
+    "masked-attention-on": masked_attention_on,
+    "channel-order": channel_order,
+    "image-normalisation": image_normalisation,
+    "missing-layer-scale": missing_layer_scale,
+    "rope-base": rope_base,
+    "attention-heads": attention_heads,
+    "activation": activation,
+    "layer-norm-epsilon": layer_norm_epsilon,
+    "layers-permuted": layers_permuted,
+    "tensors-swapped": tensors_swapped,
+    "delta-added-twice": _delta_fault(
+        "delta-added-twice", "adding the delta once instead of twice"
+    ),
+    "delta-not-added": _delta_fault("delta-not-added", "adding the delta"),
+    "delta-subtracted": _delta_fault(
+        "delta-subtracted", "adding the delta instead of subtracting it"
+    ),
+    "rounded-to-16-bits": rounded_to_16_bits,
+    "other-backbone": other_backbone,
+    "tensor-replaced": tensor_replaced,
+}

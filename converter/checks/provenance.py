@@ -1,0 +1,264 @@
+"""The files that a converted model was made from, found again, and what its tensors should be."""
+
+import hashlib
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from converter.catalog import Checkpoint, find
+from converter.configs import BackboneConfig, read_backbone_config, read_json_object
+from converter.errors import AccessError, UnreadableFileError, UsageError
+from converter.hub.access import Access
+from converter.hub.sources import Fetched, HubSource, fetch, parse_source
+from converter.weights.inspection import WeightsKind, decide, signs_of_a_delta
+from converter.weights.layouts import EOMT_TRANSFORMERS, recognise
+from converter.weights.merge import CHUNK, Files, compute, read_operand, round_to
+from converter.weights.plan import Plan, Row, Source, make_plan
+from converter.weights.tensorfiles import ShardedTensorFile, TensorFile, open_tensors
+
+if TYPE_CHECKING:
+    from converter.weights.tensorfiles import Array
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The sources of a model, at hand.
+
+    Attributes:
+        files: the sources, open.
+        plan: how each tensor comes from them.
+    """
+
+    files: Files
+    plan: Plan
+
+    @property
+    def rows(self) -> dict[str, Row]:
+        """How each tensor comes about, by its name."""
+        return {row.name: row for row in self.plan.rows}
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every tensor's little-endian bytes, as its recipe makes it."""
+        import numpy as np
+
+        buffer, addend = np.empty((2, CHUNK), np.float32)
+        digests = {}
+        for row in self.plan.rows:
+            digest = hashlib.sha256()
+            for start in range(0, row.size, CHUNK):
+                stop = min(start + CHUNK, row.size)
+                with np.errstate(over="ignore", invalid="ignore"):
+                    values = compute(row, self.files, start, stop, buffer, addend)
+                    digest.update(np.ascontiguousarray(round_to(values, row.dtype)).data)
+            digests[row.name] = digest.hexdigest()
+        return digests
+
+    def tensor(self, name: str) -> "Array":
+        """A tensor as its recipe makes it, rounded to the model's type, as float32."""
+        import numpy as np
+
+        row = self.rows[name]
+        buffer, addend = np.empty((2, row.size), np.float32)
+        values = round_to(compute(row, self.files, 0, row.size, buffer, addend), row.dtype)
+        if row.dtype == "BF16":
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        return values.astype(np.float32, copy=False).reshape(row.shape)
+
+    def operand(self, name: str, source: Source) -> "Array | None":
+        """What one of the sources gives to a tensor, float32; None if it gives nothing."""
+        row = self.rows[name]
+        for operand in row.operands:
+            if operand.source == source:
+                return read_operand(operand, row, self.files, 0, row.size).reshape(row.shape)
+        return None
+
+
+@dataclass(frozen=True)
+class PastSource:
+    """A source as conversion.json describes it.
+
+    Attributes:
+        repo_id: the repository it came from; None for local files.
+        revision: its commit; None for local files.
+        digests: SHA-256 of its files, by name.
+    """
+
+    repo_id: str | None
+    revision: str | None
+    digests: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class History:
+    """What conversion.json says of a model.
+
+    Attributes:
+        checkpoint: the catalogue's entry that it was converted as, if any.
+        task: what it segments, where that was known.
+        weights: what it was made from.
+        sources: the files it was made from.
+        files: SHA-256 of the model's own files, by name.
+        tensors: SHA-256 of every tensor, by name.
+    """
+
+    checkpoint: Checkpoint | None
+    task: str | None
+    weights: WeightsKind
+    sources: Mapping[Source, PastSource]
+    files: Mapping[str, str]
+    tensors: Mapping[str, str]
+
+
+def read_history(folder: Path) -> History | None:
+    """What a model's conversion.json says; None where there is none.
+
+    Raises:
+        UnreadableFileError: it is no conversion.json that a conversion wrote.
+    """
+    path = folder / "conversion.json"
+    if not path.is_file():
+        return None
+    content = read_json_object(path)
+    try:
+        return History(
+            checkpoint=find_named(content.get("checkpoint")),
+            task=content.get("task"),
+            weights="absolute" if content["weights"] == "absolute" else "delta",
+            sources={
+                role: PastSource(entry["repo"], entry["revision"], _digests(entry["files"]))
+                for role, entry in content["sources"].items()
+            },
+            files=_digests(content["files"]),
+            tensors=_digests(content["tensors"]),
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UnreadableFileError(
+            f"{path} is not as a conversion writes it: {type(error).__name__} at {error}.",
+            "Delete it to check the model without it.",
+        ) from error
+
+
+def _digests(entries: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    return {name: entry["sha256"] for name, entry in entries.items()}
+
+
+def find_named(name: object) -> Checkpoint | None:
+    """The catalogue's entry of a name; None if it has none."""
+    try:
+        return find(name) if isinstance(name, str) else None
+    except UsageError:
+        return None
+
+
+def has_weights_of(checkpoint: Checkpoint | None, history: History | None) -> bool:
+    """Whether a model has a checkpoint's own weights, and not others in its name."""
+    if checkpoint is None or history is None:
+        return checkpoint is not None
+    delta = history.sources.get("delta")
+    if delta is None or delta.repo_id is None:
+        return delta is not None and checkpoint.offline
+    return find_named(delta.repo_id) == checkpoint
+
+
+@dataclass(frozen=True)
+class Given:
+    """Sources as they were named: files, folders or repositories; None where nothing was."""
+
+    delta: str | None = None
+    backbone: str | None = None
+
+
+def open_sources(
+    given: Given,
+    history: History | None,
+    config: BackboneConfig,
+    dtype: str,
+    access: Access,
+    stack: ExitStack,
+) -> Provenance | str:
+    """Finds the sources of a model, and how it comes from them.
+
+    Those that were not given are taken from the cache at the revisions of conversion.json; those
+    of an offline checkpoint come with the package.
+
+    Args:
+        given: sources that were named.
+        history: the model's conversion.json, if there is one.
+        config: what the model's config.json says of the backbone; the backbone's own counts more.
+        dtype: element type of the model, as safetensors names it.
+        access: how the Hub is reached for what was given.
+        stack: closes the files.
+
+    Returns:
+        The sources; or, in a sentence, why they are not at hand.
+
+    Raises:
+        EomtConvertError: what was given cannot be fetched or read, or does not add up to a model.
+    """
+    try:
+        eomt = _fetch(given.delta, "delta", history, access)
+        file = open_tensors(eomt.weights)
+        stack.enter_context(file)
+        if _kind(file, given, history) == "absolute":
+            plan = make_plan(file.tensors, None, config, dtype=dtype)
+            return Provenance({"weights": file}, plan)
+        backbone = _fetch(given.backbone, "backbone", history, access)
+        base = open_tensors(backbone.weights)
+        stack.enter_context(base)
+        beside = config_beside(backbone)
+        plan = make_plan(file.tensors, base.tensors, beside or config, dtype=dtype)
+        return Provenance({"backbone": base, "delta": file}, plan)
+    except _NotAtHandError as reason:
+        return str(reason)
+
+
+class _NotAtHandError(Exception):
+    """Why a source that nobody gave cannot be found again."""
+
+
+def _fetch(
+    given: str | None,
+    role: Literal["delta", "backbone"],
+    history: History | None,
+    access: Access,
+) -> Fetched:
+    if given:
+        return fetch(parse_source(given), access)
+    if history is None:
+        raise _NotAtHandError(f"There is no conversion.json, and no --{role} was given.")
+    past = history.sources.get("weights" if history.weights == "absolute" else role)
+    if past and past.repo_id and past.revision:
+        try:
+            source = HubSource(past.repo_id, past.revision)
+            return fetch(source, replace(access, local_files_only=True))
+        except AccessError as error:
+            raise _NotAtHandError(f"{error.message} Fetch it again with --{role}.") from error
+    if past and history.checkpoint and history.checkpoint.offline:
+        found = fetch(history.checkpoint.source(role), access)
+        with open_tensors(found.weights) as file:
+            digests = {name: digest for name, (_, digest) in file.digests().items()}
+        if digests.items() <= past.digests.items():
+            return found
+    raise _NotAtHandError(
+        f"conversion.json does not tell where the {role} is: it was a local file. Give --{role}."
+    )
+
+
+def _kind(
+    file: TensorFile | ShardedTensorFile, given: Given, history: History | None
+) -> WeightsKind:
+    if history and not given.delta:
+        return history.weights
+    if recognise(file.tensors) is EOMT_TRANSFORMERS:
+        return "absolute"
+    return decide(signs_of_a_delta(file)) or "delta"
+
+
+def config_beside(backbone: Fetched) -> BackboneConfig | None:
+    """The config.json beside a backbone; None where there is none in transformers' format."""
+    # timm's repositories have a config.json of another kind
+    if backbone.config and read_json_object(backbone.config).get("model_type") is not None:
+        return read_backbone_config(backbone.config)
+    return None

@@ -1,0 +1,366 @@
+"""Records what a model computes today, so that tomorrow's can be held against it."""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converter.checks.pixels import read_normalisation
+from converter.checks.provenance import read_history
+from converter.checks.recorded import FILE
+from converter.checks.verdict import LEVELS, Verdict
+from converter.checks.verification import verify
+from converter.configs import write_json
+from converter.errors import (
+    EomtConvertError,
+    OutputError,
+    OutputsDifferError,
+    UnreadableFileError,
+    UsageError,
+)
+from converter.hub.access import Access
+from converter.models import fetch_model, repository_of, torch_device
+from converter.staging import check_place, staged
+from converter.version import __version__
+from converter.weights.writing import SafetensorsWriter, TensorSpecs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from reference_model import EomtDinov3ForUniversalSegmentation
+
+PROVENANCE_FILE = "recorded.json"
+
+# what a model must not fail for its outputs to be worth recording
+_CHECKED = LEVELS[: LEVELS.index("numbers") + 1]
+
+_LOGITS = ("mask_logits", "class_logits")
+
+# numpy's names of what is recorded, as safetensors has them
+_DTYPES = {"float32": "F32", "uint8": "U8"}
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recorded folder.
+
+    Attributes:
+        folder: where it is.
+        tensors: what was recorded: by name safetensors' type and the shape.
+        size: of its recorded.safetensors in bytes.
+        sha256: digest of that file.
+        verdict: what was known of the model.
+    """
+
+    folder: Path
+    tensors: TensorSpecs
+    size: int
+    sha256: str
+    verdict: Verdict
+
+    def to_dict(self) -> dict[str, Any]:
+        """The recording as JSON shows it."""
+        return {
+            "folder": str(self.folder),
+            "tensors": {
+                name: {"dtype": dtype, "shape": list(shape)}
+                for name, (dtype, shape) in self.tensors.items()
+            },
+            "size": self.size,
+            "sha256": self.sha256,
+            **self.verdict.to_dict(),
+        }
+
+
+def record(
+    model: str | Path,
+    output: str | Path,
+    *,
+    images: Sequence[str | Path] = (),
+    random: int | None = None,
+    seed: int = 0,
+    layers: bool = False,
+    image_size: tuple[int, int] | None = None,
+    force: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Recording:
+    """Writes a folder with an input and what a model computes from it in float32.
+
+    The same model, input, machine and number of threads give the same bytes. All of the input goes
+    through the model as one batch, as it does when a model is held against the recording.
+
+    Args:
+        model: its folder, or a Hub repository as owner/name or owner/name@revision.
+        output: the folder to write: recorded.safetensors, and recorded.json, which tells of what
+            and how it was made.
+        images: pictures, resized and padded or cut into windows by the model's image processor.
+        random: instead of pictures, so many inputs of random pixels.
+        seed: of the random pixels.
+        layers: also record what every layer puts out for the first input, and every block's
+            predictions with masked attention.
+        image_size: of the input, (height, width) in pixels; by default the model's own. A smaller
+            one makes a smaller recording.
+        force: replace a recording that exists.
+        device: where the model runs, such as ``cuda``.
+        threads: of torch on the CPU; by default as many as it takes.
+        token: for the Hub, as everywhere in huggingface_hub; by default HF_TOKEN or the login.
+        cache_dir: where downloads are kept; by default the Hub's cache.
+        local_files_only: whether only that cache is used.
+
+    Raises:
+        OutputsDifferError: the model is not right as it is.
+        EomtConvertError: its masked attention is on, or it puts out NaN or infinity.
+        UnreadableFileError: the model or a picture cannot be read.
+        OutputError: the output exists or cannot be written.
+        AccessError: the repository is missing, gated, or not in the cache.
+        HubUnavailableError: the Hub is down, out of reach, or asks to wait.
+        UsageError: there are neither pictures nor random inputs or both, the image size does not
+            suit the model, or there is no such device.
+    """
+    if bool(images) == bool(random):
+        raise UsageError("A recording is of pictures (--image) or of random pixels (--random).")
+    place = Path(output).expanduser().absolute()
+    _check_place(place, force=force)
+    access = Access(token, Path(cache_dir).expanduser() if cache_dir else None, local_files_only)
+    folder, repo_id = fetch_model(model, access), repository_of(model)
+    verdict = verify(
+        folder,
+        level=len(_CHECKED),
+        device=device,
+        threads=threads,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    if verdict.verdict == "failed":
+        raise OutputsDifferError(
+            f"{model} is not right, and a recording of it would say that it is.",
+            "Convert it again, or record another model.",
+            verdict,
+        )
+    files = [Path(image).expanduser() for image in images]
+    with torch_device(device, threads):
+        network = _load(folder, device)
+        if random:
+            pixels = _random_pixels(network, random, seed, image_size)
+        else:
+            pixels = _read_pictures(files, folder, image_size)
+        inputs = read_normalisation(folder / "preprocessor_config.json", pixels.shape[1])(pixels)
+        tensors = {**_compute(network, inputs, layers=layers), "pixels": pixels}
+        description = {
+            "model": _describe(folder, repo_id, verdict),
+            "input": {"random": random, "seed": seed} if random else {"images": _digests(files)},
+            "provenance": _provenance(device),
+        }
+    return _write(place, tensors, description, verdict)
+
+
+def _check_place(place: Path, *, force: bool) -> None:
+    """Checks that a recording may go to a place; only another recording is ever replaced."""
+    if not (force and place.is_dir()):
+        check_place(place, force=False)
+    elif others := {entry.name for entry in place.iterdir()} - {FILE, PROVENANCE_FILE}:
+        raise OutputError(
+            f"{place} has more in it than a recording ({', '.join(sorted(others)[:3])}); "
+            "--force does not replace that.",
+            "Choose another output.",
+        )
+
+
+def _load(folder: Path, device: str) -> "EomtDinov3ForUniversalSegmentation":
+    """The model in float32.
+
+    Raises:
+        EomtConvertError: its masked attention is on.
+    """
+    import torch
+
+    from reference_model import EomtDinov3ForUniversalSegmentation
+
+    model = EomtDinov3ForUniversalSegmentation.from_pretrained(
+        folder, device=device, dtype=torch.float32
+    )
+    if model.attn_mask_probs.any():
+        raise EomtConvertError(
+            f"Masked attention is on in {folder}: attn_mask_probs is "
+            f"{model.attn_mask_probs.tolist()}.",
+            "It belongs to training. A converted model has zeros there.",
+        )
+    return model
+
+
+# the input --------------------------------------------------------------------------------------
+
+
+def _read_pictures(
+    files: Sequence[Path], folder: Path, image_size: tuple[int, int] | None
+) -> "Tensor":
+    """Pictures as a model's image processor makes them fit, (batch, 3, height, width) uint8."""
+    import torch
+
+    from reference_model import EomtImageProcessor
+
+    try:
+        processor = EomtImageProcessor.from_pretrained(folder, do_rescale=False, do_normalize=False)
+        size = processor.size
+        if image_size:
+            size = dict(zip(("height", "width"), image_size, strict=True))
+        inputs: Tensor = processor(files, size=size).pixel_values
+    except (OSError, ValueError) as error:
+        raise UnreadableFileError(f"The pictures cannot be used: {error}") from error
+    return inputs.to(torch.uint8)
+
+
+def _random_pixels(
+    model: "EomtDinov3ForUniversalSegmentation",
+    count: int,
+    seed: int,
+    image_size: tuple[int, int] | None,
+) -> "Tensor":
+    """Uniformly random pixels, (count, channels, height, width) uint8."""
+    import numpy as np
+    import torch
+
+    trained = model.config.image_size
+    height, width = image_size or ((trained, trained) if isinstance(trained, int) else trained)
+    shape = (count, model.config.num_channels, height, width)
+    return torch.from_numpy(np.random.default_rng(seed).integers(256, size=shape, dtype=np.uint8))
+
+
+# the outputs ------------------------------------------------------------------------------------
+
+
+def _compute(
+    model: "EomtDinov3ForUniversalSegmentation", inputs: "Tensor", *, layers: bool
+) -> "dict[str, Tensor]":
+    """What is recorded of a model's outputs, in the network's order.
+
+    Raises:
+        UsageError: height or width of the inputs is not a multiple of the patch size.
+        EomtConvertError: an output is NaN or infinite.
+    """
+    import torch
+
+    from converter.checks.numbers import run
+
+    try:
+        outputs = run(model, inputs)
+    except ValueError as error:
+        raise UsageError(f"Inputs of this size do not suit the model: {error}.") from error
+    if layers:
+        # hidden states are large, and those of one picture show where a difference begins
+        outputs = {
+            name: output if name in _LOGITS else output[:1] for name, output in outputs.items()
+        }
+        outputs = _rope(model, inputs) | outputs | masked_predictions(model, inputs)
+    else:
+        outputs = {name: outputs[name] for name in _LOGITS}
+    for name, output in outputs.items():
+        if not torch.isfinite(output).all():
+            raise EomtConvertError(f"The model puts out NaN or infinity: {name}.")
+    return outputs
+
+
+def _rope(model: "EomtDinov3ForUniversalSegmentation", inputs: "Tensor") -> "dict[str, Tensor]":
+    """Cosine and sine of the rotary positions, each (patches, head size)."""
+    from reference_model.backbone import patch_grid
+
+    grid = patch_grid(inputs, model.config.patch_size)
+    cos, sin = model.rope_embeddings(grid, inputs.dtype, model.device)
+    return {"rope.cos": cos.cpu(), "rope.sin": sin.cpu()}
+
+
+def masked_predictions(
+    model: "EomtDinov3ForUniversalSegmentation", inputs: "Tensor"
+) -> "dict[str, Tensor]":
+    """Every block's predictions with masked attention on."""
+    import torch
+
+    from converter.checks.numbers import exact_convolutions
+
+    off, model.attn_mask_probs = model.attn_mask_probs, torch.ones_like(model.attn_mask_probs)
+    with torch.inference_mode(), exact_convolutions():
+        predictions = model(inputs.to(model.device), output_block_logits=True).block_logits
+    model.attn_mask_probs = off
+    return {
+        f"masked.{kind}.{block}": logits.cpu()
+        for block, prediction in enumerate(predictions or ())
+        for kind, logits in zip(_LOGITS, prediction, strict=True)
+    }
+
+
+# the folder -------------------------------------------------------------------------------------
+
+
+def _provenance(device: str) -> dict[str, Any]:
+    """What outputs depend on besides model and input, to the last bit."""
+    import numpy as np
+    import PIL
+    import torch
+    from torch.backends import cuda
+
+    kernels = {
+        "flash": cuda.flash_sdp_enabled(),
+        "efficient": cuda.mem_efficient_sdp_enabled(),
+        "math": cuda.math_sdp_enabled(),
+        "cudnn": cuda.cudnn_sdp_enabled(),
+    }
+    on_gpu = torch.device(device).type == "cuda"
+    return {
+        "implementation": f"eomt-convert {__version__}, reference model",
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "pillow": PIL.__version__,
+        "dtype": "float32",
+        "device": device,
+        "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "attention": "torch.nn.functional.scaled_dot_product_attention",
+        "attention_kernels": [name for name, enabled in kernels.items() if enabled],
+    }
+
+
+def _describe(folder: Path, repo_id: str | None, verdict: Verdict) -> dict[str, Any]:
+    """Which model was recorded, and what was known of it."""
+    history = read_history(folder)
+    configs = [folder / "config.json", folder / "preprocessor_config.json"]
+    return {
+        "repo": repo_id,
+        "checkpoint": history.checkpoint.name if history and history.checkpoint else None,
+        "dtypes": verdict.levels[0].figures["dtypes"],
+        "verified": {level.level: level.status for level in verdict.levels[: len(_CHECKED)]},
+        "files": _digests([*configs, *sorted(folder.glob("model*.safetensors*"))]),
+    }
+
+
+def _digests(files: Iterable[Path]) -> list[dict[str, str]]:
+    """Names and SHA-256 of files."""
+    digests = []
+    for path in files:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256")
+        digests.append({"name": path.name, "sha256": digest.hexdigest()})
+    return digests
+
+
+def _write(
+    place: Path, tensors: "Mapping[str, Tensor]", description: Mapping[str, Any], verdict: Verdict
+) -> Recording:
+    arrays = {name: tensor.contiguous().numpy() for name, tensor in tensors.items()}
+    specs = {name: (_DTYPES[array.dtype.name], array.shape) for name, array in arrays.items()}
+    with staged(place, size=sum(array.nbytes for array in arrays.values())) as stage:
+        with SafetensorsWriter(stage.folder / FILE, specs) as file:
+            for array in arrays.values():
+                file.write(array)
+        recording = Recording(place, specs, file.size, file.sha256(), verdict)
+        write_json(
+            stage.folder / PROVENANCE_FILE, {**description, "sha256": {FILE: recording.sha256}}
+        )
+        stage.publish(place)
+    return recording

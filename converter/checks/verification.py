@@ -1,0 +1,614 @@
+"""Holds a model against evidence: what was checked, how close it came, and what was not."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from converter.catalog import Checkpoint
+from converter.checks.pixels import Normalisation, read_normalisation
+from converter.checks.provenance import (
+    Given,
+    History,
+    Provenance,
+    find_named,
+    has_weights_of,
+    open_sources,
+    read_history,
+)
+from converter.checks.recorded import Recorded, find_recorded, read_recorded
+from converter.checks.verdict import LEVELS, NOT_ASKED, Level, Verdict
+from converter.configs import (
+    BackboneConfig,
+    read_backbone_config,
+    read_json_object,
+    read_model_config,
+)
+from converter.errors import UnreadableFileError, UsageError
+from converter.hub.access import Access
+from converter.hub.sources import (
+    fetch_config,
+    parse_source,
+)
+from converter.models import fetch_model, repository_of, torch_device
+from converter.weights.headers import TensorInfo
+from converter.weights.merge import round_to
+from converter.weights.tensorfiles import WEIGHTS, WEIGHTS_INDEX, open_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from converter.checks.comparison import Tolerance
+    from converter.checks.numbers import Numbers
+    from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
+
+# what an unverified verdict says of a model that there are no outputs of
+NOTHING_RECORDED = "not verified numerically: nothing recorded"
+
+# transformers' and torch's names of element types, as safetensors has them
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+# What a backbone's config.json and a model's must have in common; the rest is for training.
+_SHARED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "patch_size",
+    "num_channels",
+    "num_register_tokens",
+    "hidden_act",
+    "layer_norm_eps",
+    "rope_theta",
+    "use_gated_mlp",
+    "query_bias",
+    "key_bias",
+    "value_bias",
+    "proj_bias",
+    "mlp_bias",
+)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a model is held against.
+
+    Attributes:
+        recorded: its recorded.safetensors, if there is one.
+        published: the catalogue's entry whose weights it has, if any.
+        history: what its conversion.json says, if there is one.
+        sources: the files it was made from; or, in a sentence, why they are not at hand.
+        recipes: SHA-256 of every tensor as its recipe makes it; None without the sources.
+        backbone_config: the backbone's config.json, if a backbone was given.
+        run_backbone: whether the bare backbone is run too.
+    """
+
+    recorded: Path | None = None
+    published: Checkpoint | None = None
+    history: History | None = None
+    sources: Provenance | str = "The sources are not at hand."
+    recipes: Mapping[str, str] | None = None
+    backbone_config: BackboneConfig | None = None
+    run_backbone: bool = False
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is checked.
+
+    Attributes:
+        level: the last of the five levels that is checked.
+        against: a peer to compare with, if any.
+        image: the picture that published outputs were recorded on; None to download it.
+        device: where the model runs, as torch names it.
+        threads: of torch on the CPU; None for as many as it takes.
+        allow_nonfinite: whether weights may be NaN or infinite.
+        access: how the Hub is reached.
+    """
+
+    level: int = len(LEVELS)
+    against: Literal["transformers"] | None = None
+    image: Path | None = None
+    device: str = "cpu"
+    threads: int | None = None
+    allow_nonfinite: bool = False
+    access: Access = field(default_factory=Access)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What came of checking a model.
+
+    Attributes:
+        verdict: what is known of it.
+        recorded: what its numbers were held against, if they were.
+        outputs: what it put out for the recorded input, by the names of recorded tensors; empty if
+            it was not run on one.
+    """
+
+    verdict: Verdict
+    recorded: Recorded | None = None
+    outputs: "Mapping[str, Tensor]" = field(default_factory=dict)
+
+
+def verify(
+    model: str | Path,
+    *,
+    recorded: str | Path | None = None,
+    delta: str | None = None,
+    backbone: str | None = None,
+    against: Literal["transformers"] | None = None,
+    level: int = len(LEVELS),
+    image: str | Path | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    report: str | Path | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Verdict:
+    """Checks a converted model, and looks for the cause where it is not right.
+
+    ``converter.verify("model", recorded="recorded").verdict`` is ``passed``, ``failed`` or
+    ``unverified``.
+
+    Args:
+        model: its folder, or a Hub repository as owner/name or owner/name@revision.
+        recorded: a folder with recorded outputs, or its recorded.safetensors. By default those of
+            the catalogue's entry that conversion.json names, if they come with the package.
+        delta: what it was made from: a file, a folder, or owner/name[@revision]. By default what
+            conversion.json names, if it is in the cache.
+        backbone: likewise.
+        against: ``transformers`` to compare with its model, layer by layer.
+        level: the last level that is checked: 1 structure, 2 arithmetic, 3 numbers, 4 peers,
+            5 published.
+        image: the picture that published outputs were recorded on; by default it is downloaded.
+        device: where the model runs, such as ``cuda``.
+        threads: of torch on the CPU; by default as many as it takes.
+        report: an HTML file to write that shows what was found.
+        token: for the Hub, as everywhere in huggingface_hub; by default HF_TOKEN or the login.
+        cache_dir: where downloads are kept; by default the Hub's cache.
+        local_files_only: whether only that cache is used.
+
+    Raises:
+        UnreadableFileError: the model, the recording or a source cannot be read.
+        PlanError: the sources that were given do not add up to a model.
+        AccessError: what was named is in a repository that is missing, gated, or not in the cache.
+        HubUnavailableError: the Hub is down, out of reach, or asks to wait.
+        UsageError: a level, a device or a peer that there is not.
+        OutputError: the report cannot be written.
+    """
+    if level not in range(1, len(LEVELS) + 1):
+        raise UsageError(f"There is no level {level}: {LEVELS[0]} is 1, {LEVELS[-1]} is 5.")
+    access = Access(token, Path(cache_dir).expanduser() if cache_dir else None, local_files_only)
+    options = Options(
+        level, against, Path(image).expanduser() if image else None, device, threads, access=access
+    )
+    folder = fetch_model(model, access)
+    _find_weights(folder)
+    history = read_history(folder)
+    checkpoint = history.checkpoint if history else find_named(repository_of(model))
+    place = Path(recorded).expanduser() if recorded else checkpoint and checkpoint.recorded
+    with ExitStack() as stack:
+        sources: Provenance | str = _not_asked(options)
+        if level >= _number("arithmetic"):
+            sources = open_sources(
+                Given(delta, backbone),
+                history,
+                read_model_config(folder / "config.json"),
+                _DTYPES.get(_dtype_in(read_json_object(folder / "config.json")), "F32"),
+                access,
+                stack,
+            )
+        evidence = Evidence(
+            recorded=find_recorded(place) if place else None,
+            published=checkpoint if has_weights_of(checkpoint, history) else None,
+            history=history,
+            sources=sources,
+            recipes=sources.digests() if isinstance(sources, Provenance) else None,
+            backbone_config=_config_of(backbone, access) if backbone else None,
+            run_backbone=backbone is not None,
+        )
+        findings = check(folder, evidence, options)
+    if report:
+        from converter.checks.html_report import write_report
+
+        title = str(model) if repository_of(model) else folder.absolute().name
+        write_report(
+            Path(report).expanduser(),
+            title,
+            folder,
+            findings.verdict,
+            findings.recorded,
+            findings.outputs,
+        )
+    return findings.verdict
+
+
+def _config_of(backbone: str, access: Access) -> BackboneConfig | None:
+    """A backbone's config.json; None where it has none in transformers' format."""
+    config = fetch_config(parse_source(backbone), access)
+    # timm's repositories have a config.json of another kind
+    if config and read_json_object(config).get("model_type") is not None:
+        return read_backbone_config(config)
+    return None
+
+
+def check(folder: Path, evidence: Evidence, options: Options | None = None) -> Findings:
+    """Checks the model in a folder against the evidence that there is.
+
+    Raises:
+        UnreadableFileError: the model or the recording cannot be read.
+        UsageError: the device or the peer is none that there is.
+    """
+    options = options or Options()
+    with torch_device(options.device, options.threads):
+        return _check(_read_model(folder, keep=options.level > 1), evidence, options)
+
+
+def _check(found: "_Model", evidence: Evidence, options: Options) -> Findings:
+    structure = _check_structure(found, evidence, options)
+    levels = {"structure": structure}
+    if options.level >= _number("arithmetic"):
+        levels["arithmetic"] = _check_arithmetic(found, evidence)
+    numbers, recorded = None, None
+    if evidence.recorded and options.level >= _number("numbers"):
+        recorded = read_recorded(evidence.recorded)
+    if found.misfits:
+        for name in LEVELS[_number("arithmetic") : options.level]:
+            levels[name] = Level(name, "not checked", "The model cannot be built.")
+    elif options.level >= _number("numbers"):
+        model = _build(found, options.device)
+        numbers = _check_numbers(model, found, evidence, recorded)
+        levels["numbers"] = numbers.level
+        if options.level >= _number("peers"):
+            levels["peers"] = _check_peers(model, found, options, recorded, numbers)
+        if options.level >= _number("published"):
+            levels["published"] = _check_published(model, found, evidence, options)
+    for name in LEVELS[options.level :]:
+        levels[name] = Level(name, "not checked", _not_asked(options))
+    verdict = _with_diagnosis(tuple(levels.values()), found, evidence, recorded, numbers)
+    return Findings(verdict, recorded, numbers.outputs if numbers else {})
+
+
+def _number(level: str) -> int:
+    return LEVELS.index(level) + 1
+
+
+def _not_asked(options: Options) -> str:
+    return f"{NOT_ASKED} {options.level} were asked for."
+
+
+# the model's files ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The files of a model, read once.
+
+    Attributes:
+        folder: where they are.
+        config: its config.json.
+        values: the same, as it stands there.
+        normalisation: what its preprocessor_config.json does to pixels.
+        tensors: shapes and types of its tensors, by name.
+        weights: their values in float32; empty if they are not needed.
+        digests: their SHA-256.
+        nonfinite: names of those that hold NaN or infinity.
+        misfits: in sentences, why no model can be built of them.
+    """
+
+    folder: Path
+    config: "EomtDinov3Config"
+    values: Mapping[str, Any]
+    normalisation: Normalisation
+    tensors: Mapping[str, TensorInfo]
+    weights: "Mapping[str, Tensor]"
+    digests: Mapping[str, str]
+    nonfinite: tuple[str, ...]
+    misfits: tuple[str, ...]
+
+
+def _read_model(folder: Path, *, keep: bool) -> _Model:
+    import numpy as np
+    import torch
+
+    from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
+
+    path = _find_weights(folder)
+    values = read_json_object(folder / "config.json")
+    try:
+        config = EomtDinov3Config.from_dict(values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UnreadableFileError(f"{folder / 'config.json'}: {error}") from error
+    normalisation = read_normalisation(folder / "preprocessor_config.json", config.num_channels)
+    weights, digests, nonfinite = {}, {}, []
+    with open_tensors(path) as file:
+        tensors = dict(file.tensors)
+        for name, info in tensors.items():
+            stored = file.read(name)
+            # bfloat16 comes widened: back to the bits that are stored
+            bits = round_to(stored, "BF16") if info.dtype == "BF16" else stored
+            digests[name] = hashlib.sha256(np.ascontiguousarray(bits).data).hexdigest()
+            if stored.dtype.kind == "f" and not np.isfinite(stored).all():
+                nonfinite.append(name)
+            if keep:
+                weights[name] = torch.from_numpy(stored).float()
+    with torch.device("meta"):
+        needed = EomtDinov3ForUniversalSegmentation(config).state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in needed.items()}
+    return _Model(
+        folder,
+        config,
+        values,
+        normalisation,
+        tensors,
+        weights,
+        digests,
+        tuple(nonfinite),
+        tuple(_misfits(tensors, shapes)),
+    )
+
+
+def _find_weights(folder: Path) -> Path:
+    for name in (WEIGHTS, WEIGHTS_INDEX):
+        if (folder / name).is_file():
+            return folder / name
+    raise UnreadableFileError(
+        f"{folder} is no folder with a {WEIGHTS}, or its shards.",
+        "Give the folder of a converted model.",
+    )
+
+
+def _misfits(
+    tensors: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[str]:
+    """What keeps tensors from being the model of these shapes, a sentence each."""
+    for name, shape in shapes.items():
+        if name not in tensors:
+            yield f"{name} is missing."
+        elif tensors[name].shape != shape:
+            yield (
+                f"{name} has the shape {list(tensors[name].shape)}, config.json asks for "
+                f"{list(shape)}."
+            )
+        elif not tensors[name].dtype.startswith(("F", "BF")):
+            yield f"{name} holds {tensors[name].dtype}, not floating point numbers."
+    for name in tensors:
+        if name not in shapes:
+            yield f"{name} is unknown: the model of config.json has no place for it."
+
+
+def _build(found: _Model, device: str) -> "EomtDinov3ForUniversalSegmentation":
+    """The model; rounded weights are computed with in float32."""
+    import torch
+
+    from reference_model import EomtDinov3ForUniversalSegmentation
+
+    with torch.device("meta"):
+        model = EomtDinov3ForUniversalSegmentation(found.config)
+    model.load_state_dict(dict(found.weights), assign=True)
+    return model.eval().to(device)
+
+
+# structure --------------------------------------------------------------------------------------
+
+
+def _check_structure(found: _Model, evidence: Evidence, options: Options) -> Level:
+    problems = list(found.misfits)
+    if not options.allow_nonfinite:
+        problems += [f"{name} holds NaN or infinity." for name in found.nonfinite]
+    problems += _disagreements(found, evidence)
+    figures = {
+        "tensors": len(found.tensors),
+        "parameters": sum(
+            info.size
+            for name, info in found.tensors.items()
+            if name not in ("attn_mask_probs", "criterion.empty_weight")
+        ),
+        "dtypes": sorted({info.dtype for info in found.tensors.values()}),
+        "problems": problems,
+    }
+    if problems:
+        more = f" {len(problems) - 1} more are like that." if len(problems) > 1 else ""
+        return Level("structure", "failed", problems[0] + more, figures)
+    return Level("structure", "passed", figures=figures)
+
+
+def _disagreements(found: _Model, evidence: Evidence) -> Iterator[str]:
+    """Where the model's files contradict each other, or the backbone's config.json."""
+    declared = _dtype_in(found.values)
+    for name, info in found.tensors.items():
+        if _DTYPES.get(declared, info.dtype) != info.dtype:
+            yield f"{name} is {info.dtype}, config.json says {declared}."
+            break
+    labels, ids = found.config.label2id, found.values.get("label2id")
+    if ids is not None and ids != labels and len(labels) == len(found.config.id2label):
+        yield "label2id in config.json is not the inverse of its id2label."
+    preprocessor = read_json_object(found.folder / "preprocessor_config.json")
+    trained, made = found.config.image_size, _size_in(preprocessor)
+    trained = (trained, trained) if isinstance(trained, int) else trained
+    if made and made != trained:
+        yield (
+            f"image_size in config.json is {list(trained)}, preprocessor_config.json makes "
+            f"pictures of {list(made)}."
+        )
+    task = evidence.history.task if evidence.history else None
+    windows = preprocessor.get("do_split_image")
+    if task and windows is not None and windows != (task == "semantic"):
+        yield (
+            f"do_split_image in preprocessor_config.json is {windows}, which is not for {task} "
+            "segmentation."
+        )
+    if evidence.backbone_config:
+        ours, theirs = (
+            asdict(config)
+            for config in (
+                read_model_config(found.folder / "config.json"),
+                evidence.backbone_config,
+            )
+        )
+        for key in _SHARED:
+            if ours[key] != theirs[key]:
+                yield f"{key} in config.json is {ours[key]}, the backbone's says {theirs[key]}."
+
+
+def _dtype_in(values: Mapping[str, Any]) -> str:
+    return str(values.get("dtype") or values.get("torch_dtype"))
+
+
+def _size_in(preprocessor: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(height, width) that pictures are made to fit, as far as a preprocessor_config.json says."""
+    size = preprocessor.get("size")
+    if not isinstance(size, dict):
+        return None
+    height, width = (size.get(key) or size.get("shortest_edge") for key in ("height", "width"))
+    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
+
+
+# arithmetic -------------------------------------------------------------------------------------
+
+
+def _check_arithmetic(found: _Model, evidence: Evidence) -> Level:
+    history, recipes = evidence.history, evidence.recipes
+    if recipes is None and history is None:
+        return Level("arithmetic", "not checked", str(evidence.sources))
+    references = [digests for digests in (recipes, history and history.tensors) if digests]
+    names = sorted({*found.digests, *(name for digests in references for name in digests)})
+    different = [
+        name
+        for name in names
+        if any(found.digests.get(name) != digests.get(name) for digests in references)
+    ]
+    files = _changed_files(found.folder, history) if history else []
+    figures = {
+        "tensors": len(names),
+        "against": "sources" if recipes is not None else "conversion.json",
+        "different": different,
+        "different_files": files,
+        "digests": dict(found.digests),
+        "sources": {
+            role: {"repo": source.repo_id, "revision": source.revision}
+            for role, source in (history.sources if history else {}).items()
+        },
+    }
+    if different:
+        expected = "what conversion.json says"
+        if recipes is not None and found.digests.get(different[0]) != recipes.get(different[0]):
+            expected = f"what its sources give: {_recipe(different[0], evidence)}"
+        more = f", and {len(different) - 1} more are not" if len(different) > 1 else ""
+        reason = f"{different[0]} is not {expected}{more}."
+        return Level("arithmetic", "failed", reason, figures)
+    if files:
+        reason = f"{files[0]} is not as it was written, by conversion.json."
+        return Level("arithmetic", "failed", reason, figures)
+    return Level("arithmetic", "passed", figures=figures)
+
+
+def _recipe(name: str, evidence: Evidence) -> str:
+    rows = evidence.sources.rows if isinstance(evidence.sources, Provenance) else {}
+    return rows[name].recipe if name in rows else "nothing"
+
+
+def _changed_files(folder: Path, history: History) -> list[str]:
+    """The configuration files that are not as the conversion wrote them."""
+    return [
+        name
+        for name in ("config.json", "preprocessor_config.json")
+        if name in history.files
+        and hashlib.sha256((folder / name).read_bytes()).hexdigest() != history.files[name]
+    ]
+
+
+# numbers and what comes after -------------------------------------------------------------------
+
+
+def _check_numbers(
+    model: "EomtDinov3ForUniversalSegmentation",
+    found: _Model,
+    evidence: Evidence,
+    recorded: Recorded | None,
+) -> "Numbers":
+    from converter.checks.numbers import Numbers, bare_backbone, check_numbers
+
+    if recorded is None:
+        return Numbers(Level("numbers", "not checked", NOTHING_RECORDED), {}, {})
+    backbone = None
+    if evidence.run_backbone and isinstance(evidence.sources, Provenance):
+        backbone = bare_backbone(evidence.sources).to(model.device)
+    return check_numbers(model, found.normalisation, recorded, _tolerance(found), backbone)
+
+
+def _tolerance(found: _Model) -> "Tolerance":
+    """The tolerance of the type that config.json declares, or else of the types there are."""
+    from converter.checks.comparison import tolerance_for
+
+    declared = _DTYPES.get(_dtype_in(found.values))
+    return tolerance_for({declared} if declared else {i.dtype for i in found.tensors.values()})
+
+
+def _check_peers(
+    model: "EomtDinov3ForUniversalSegmentation",
+    found: _Model,
+    options: Options,
+    recorded: Recorded | None,
+    numbers: "Numbers",
+) -> Level:
+    if options.against is None:
+        return Level("peers", "not checked", "No peer was asked for with --against.")
+    from converter.checks.peers import check_transformers
+
+    pixels = recorded.pixels if recorded and numbers.outputs else None
+    return check_transformers(found.folder, model, found.normalisation, pixels, numbers)
+
+
+def _check_published(
+    model: "EomtDinov3ForUniversalSegmentation",
+    found: _Model,
+    evidence: Evidence,
+    options: Options,
+) -> Level:
+    from converter.checks.published import PUBLISHED, check_published
+
+    slices = PUBLISHED.get(evidence.published.name) if evidence.published else None
+    if slices is None:
+        return Level("published", "not checked", NOTHING_RECORDED)
+    if _tolerance(found).relative:
+        reason = "The published outputs are of float32 weights, these were rounded."
+        return Level("published", "not checked", reason)
+    return check_published(model, found.normalisation, slices, options.image, options.access)
+
+
+def _with_diagnosis(
+    levels: tuple[Level, ...],
+    found: _Model,
+    evidence: Evidence,
+    recorded: Recorded | None,
+    numbers: "Numbers | None",
+) -> Verdict:
+    failed = {level.level for level in levels if level.status == "failed"}
+    if found.misfits or not failed & {"arithmetic", "numbers"}:
+        return Verdict(levels)
+    from converter.checks.by_value import Reference
+    from converter.checks.diagnosis import diagnose, not_tried
+    from converter.checks.numbers import first_difference
+    from converter.checks.stages import Network, Skeleton
+
+    difference = None
+    if numbers and "numbers" in failed:
+        difference = first_difference(numbers.compared, found.config)
+        if not numbers.comparable:
+            tried = not_tried("The recorded outputs are those of a model of other sizes.")
+            return Verdict(levels, difference, None, tried)
+    provenance = evidence.sources if isinstance(evidence.sources, Provenance) else None
+    digests = evidence.recipes or (evidence.history and evidence.history.tensors)
+    cause, tried = diagnose(
+        Network(Skeleton(found.config), found.weights, found.normalisation),
+        recorded if "numbers" in failed else None,
+        _tolerance(found),
+        found.digests,
+        Reference(digests, provenance) if digests else None,
+    )
+    return Verdict(levels, difference, cause, tried)

@@ -1,0 +1,1 @@
+"""The Hugging Face Hub, both ways: what is fetched, and what is published."""

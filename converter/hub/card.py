@@ -1,0 +1,306 @@
+"""The model card: what a converted model is, how it was made, and what is known of it.
+
+Everything in it comes from the model's own config.json and conversion.json, and from the catalogue.
+The part between two marks is ours; the rest of a card, and metadata that we do not set, belong to
+the people who edit it on the Hub.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from converter.catalog import Checkpoint, Metric, find, fixtures
+from converter.configs import read_json_object
+from converter.errors import EomtConvertError, UsageError
+from converter.weights.backbones import published_repo
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+BEGIN = (
+    "<!-- eomt-convert begin: a push rewrites what stands between this line and the end mark -->"
+)
+END = "<!-- eomt-convert end -->"
+
+LICENCE_FILE = "LICENSE.md"  # as in Meta's own repositories
+LICENCE_LINK = "https://ai.meta.com/resources/models-and-libraries/dinov3-license"
+MODEL_ZOO = "https://github.com/tue-mps/eomt/blob/master/model_zoo/dinov3.md"
+
+_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+
+# datasets by their names on the Hub, as other segmentation models name them there
+_HUB_DATASETS = {
+    "COCO panoptic val2017": "coco",
+    "COCO instances val2017": "coco",
+    "ADE20K val": "scene_parse_150",
+}
+
+_TRANSFORMERS_IMPORTS = (
+    "from transformers import AutoImageProcessor, EomtDinov3ForUniversalSegmentation"
+)
+_REFERENCE_IMPORTS = (
+    "from reference_model import EomtDinov3ForUniversalSegmentation\n"
+    "from reference_model import EomtImageProcessor as AutoImageProcessor"
+)
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """What a model's own files say of it.
+
+    Attributes:
+        history: its conversion.json.
+        config: its config.json.
+    """
+
+    history: Mapping[str, Any]
+    config: Mapping[str, Any]
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """The catalogue's entry that it is a conversion of, if it is one."""
+        name = self.history.get("checkpoint")
+        try:
+            return find(name) if isinstance(name, str) else None
+        except UsageError:
+            return None
+
+    @property
+    def verdict(self) -> str:
+        """What was found when it was checked: passed, failed or unverified."""
+        return str(self.history["verdict"]["verdict"])
+
+    @property
+    def derived(self) -> bool:
+        """Whether the weights are derived from Meta's, and stand under the licence of those.
+
+        All are, but for the offline checkpoints: those are known by the digests of their files.
+        """
+        entry = self.checkpoint
+        if entry is None or not entry.offline:
+            return True
+        known = read_json_object(fixtures() / entry.name / "recorded.json")["sha256"].values()
+        files = [
+            file["sha256"]
+            for source in self.history["sources"].values()
+            for name, file in source["files"].items()
+            if not name.endswith(".json")
+        ]
+        return not files or not set(files) <= set(known)
+
+    @property
+    def metric(self) -> Metric | None:
+        """The published figure, if these are the published weights."""
+        entry = self.checkpoint
+        delta = self.history["sources"].get("delta", {}).get("repo")
+        if entry is None or delta is None:
+            return None
+        return entry.metric if delta in (entry.delta, *entry.aliases) else None
+
+    @property
+    def backbone(self) -> str | None:
+        """The backbone's repository: where it came from, or where Meta publishes that file."""
+        source = self.history["sources"].get("backbone")
+        if source is None:
+            return None
+        digests = [file["sha256"] for file in source["files"].values()]
+        return source["repo"] or next(filter(None, map(published_repo, digests)), None)
+
+
+def model_card(repo_id: str, made: ModelRecord) -> "ModelCard":
+    """Writes the card of a converted model.
+
+    Args:
+        repo_id: the repository that it is for, owner/name.
+        made: what the model's files say of it.
+    """
+    from huggingface_hub import ModelCard
+
+    history, config = made.history, made.config
+    height, width = _height_and_width(config["image_size"])
+    card: ModelCard = ModelCard.from_template(
+        _card_data(repo_id, made),
+        template_path=str(_TEMPLATE),
+        title=repo_id.partition("/")[2],
+        begin=BEGIN,
+        end=END,
+        repo_id=repo_id,
+        task=history["task"] or "universal",
+        post_process=history["task"] or "panoptic",
+        height=height,
+        width=width,
+        queries=config["num_queries"],
+        classes=len(config["id2label"]),
+        weights=history["weights"],
+        verdict=history["verdict"]["verdict"],
+        levels=[
+            {**level, "figures": _figures(level["figures"])}
+            for level in history["verdict"]["levels"]
+        ],
+        metric=made.metric,
+        metric_source=MODEL_ZOO,
+        command=history["command"],
+        version=history["tool"]["version"],
+        dtype=history["dtype"],
+        sources=_sources(history["sources"]),
+        derived=made.derived,
+        licence_file=LICENCE_FILE,
+        licence_link=LICENCE_LINK,
+        **_use(config, square=height == width),
+    )
+    return card
+
+
+def _card_data(repo_id: str, made: ModelRecord) -> "ModelCardData":
+    from huggingface_hub import EvalResult, ModelCardData
+
+    metric, task = made.metric, made.history["task"]
+    dataset = _HUB_DATASETS[metric.dataset] if metric else None
+    optional: dict[str, Any] = {}
+    if made.derived:
+        optional |= {"license_name": "dinov3-license", "license_link": LICENCE_LINK}
+    if made.backbone:
+        optional |= {"base_model": made.backbone, "base_model_relation": "finetune"}
+    if metric and dataset:
+        result = EvalResult(
+            task_type="image-segmentation",
+            task_name=f"{task} segmentation",
+            dataset_type=dataset,
+            dataset_name=metric.dataset,
+            metric_type=metric.name.lower().replace(" ", "_"),
+            metric_name=metric.name,
+            metric_value=metric.value,
+            source_name="EoMT model zoo",
+            source_url=MODEL_ZOO,
+        )
+        optional |= {
+            "datasets": [dataset],
+            "model_name": repo_id.partition("/")[2],
+            "eval_results": [result],
+        }
+    return ModelCardData(
+        library_name="transformers",
+        license="other" if made.derived else "apache-2.0",
+        pipeline_tag="image-segmentation",
+        tags=["eomt", "dinov3", *([f"{task}-segmentation"] if task else [])],
+        **optional,
+    )
+
+
+def _use(config: Mapping[str, Any], *, square: bool) -> dict[str, str]:
+    """Which library runs the model right, and why transformers is not the one where it is not."""
+    if not square:
+        note = "transformers builds square models only, so this one runs in the reference model."
+    elif config.get("use_gated_mlp"):
+        note = (
+            "transformers 5.23 applies the backbone's activation to the mask head as well, which "
+            "makes the masks of models with a gated MLP wrong: use the reference model."
+        )
+    else:
+        return {
+            "library": "transformers",
+            "imports": _TRANSFORMERS_IMPORTS,
+            "reference_imports": _REFERENCE_IMPORTS,
+        }
+    return {
+        "library": "eomt-convert's reference model",
+        "imports": _REFERENCE_IMPORTS,
+        "transformers_note": note,
+    }
+
+
+def _sources(sources: Mapping[str, Any]) -> list[dict[str, str]]:
+    return [
+        {
+            "role": role,
+            "repo": source["repo"] or "a local file",
+            "revision": source["revision"] or "",
+            "file": name,
+            "sha256": file["sha256"],
+        }
+        for role, source in sources.items()
+        for name, file in source["files"].items()
+    ]
+
+
+def _figures(figures: Mapping[str, Any]) -> str:
+    shown = []
+    for name, value in figures.items():
+        if isinstance(value, str):
+            value = value[:12]  # digests
+        elif isinstance(value, int | float):
+            value = f"{value:,}" if isinstance(value, int) else f"{value:g}"
+        else:
+            continue
+        shown.append(f"{name.replace('_', ' ')} {value}")
+    return ", ".join(shown)
+
+
+def _height_and_width(size: int | list[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def updated(theirs: str, ours: "ModelCard") -> str:
+    """A card that stands on the Hub, with our marked part and our metadata brought up to date.
+
+    Args:
+        theirs: the text of the card; without marks, our part goes to its end.
+        ours: the card as it would be on a new repository.
+
+    Raises:
+        EomtConvertError: one of the marks is gone, or the metadata is no YAML.
+    """
+    import yaml
+    from huggingface_hub import ModelCard
+
+    try:
+        card = ModelCard(theirs, ignore_metadata_errors=True)
+    except (ValueError, yaml.YAMLError) as error:
+        raise EomtConvertError(
+            f"The metadata of README.md on the Hub cannot be read: {error}.", "Mend it there."
+        ) from error
+    before = str(card.data)
+    text = _with_part(card.text, _part(ours.text))
+    _update(cast("ModelCardData", card.data), cast("ModelCardData", ours.data))
+    if str(card.data) == before and text == card.text:
+        return theirs
+    card.text = text
+    return str(card)
+
+
+def _update(theirs: "ModelCardData", ours: "ModelCardData") -> None:
+    """Takes our values, and leaves what people have added: list items, results, other keys."""
+    for key in ("tags", "datasets"):
+        mine = ours.get(key) or []
+        added = theirs.get(key) or []
+        both = list(dict.fromkeys([*mine, *([added] if isinstance(added, str) else added)]))
+        if both:
+            setattr(theirs, key, both)
+    results: list[EvalResult] = list(ours.eval_results or [])
+    results += [
+        result
+        for result in theirs.eval_results or []
+        if not any(result.is_equal_except_value(mine) for mine in results)
+    ]
+    for key, value in ours.__dict__.items():
+        if key not in ("tags", "datasets", "eval_results", "model_name") and value is not None:
+            setattr(theirs, key, value)
+    theirs.eval_results = results or None
+    theirs.model_name = theirs.model_name or ours.model_name
+
+
+def _part(text: str) -> str:
+    return text[text.index(BEGIN) : text.index(END) + len(END)]
+
+
+def _with_part(text: str, part: str) -> str:
+    begins, ends = text.count(BEGIN), text.count(END)
+    if (begins, ends) == (0, 0):
+        return f"{text.rstrip()}\n\n{part}\n" if text.strip() else f"{part}\n"
+    if (begins, ends) != (1, 1) or text.index(END) < text.index(BEGIN):
+        raise EomtConvertError(
+            "README.md on the Hub has lost one of the two marks around eomt-convert's part.",
+            f"Put it back there, each once: {BEGIN} and {END}",
+        )
+    return text[: text.index(BEGIN)] + part + text[text.index(END) + len(END) :]

@@ -1,0 +1,252 @@
+"""A release: one checkpoint of the catalogue after another, converted, verified and published."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from converter.catalog import CATALOG, Checkpoint, find
+from converter.configs import read_json_object, write_json
+from converter.conversion import Progress, convert
+from converter.errors import EomtConvertError, UnreadableFileError, UsageError
+from converter.hub.access import without_token
+from converter.hub.publishing import check_login, publish
+from converter.job import Dtype
+from converter.version import __version__
+
+JOURNAL = "release.json"
+NOTES = "release.md"
+
+# the names that TU/e publishes converted models under
+DEFAULT_TEMPLATE = "eomt-dinov3-{slug}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """How far one checkpoint has come.
+
+    Attributes:
+        checkpoint: its name in the catalogue.
+        repo_id: where it goes.
+        status: what became of it last; the next run tries again what failed.
+        verdict: on the conversion; None while there is none that can be published.
+        commit: which was published; None before.
+        url: where people see it; None before.
+        error: why it failed; None if it did not.
+    """
+
+    checkpoint: str
+    repo_id: str
+    status: Literal["waiting", "converted", "published", "failed"] = "waiting"
+    verdict: str | None = None
+    commit: str | None = None
+    url: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Release:
+    """What became of the checkpoints of a release.
+
+    Attributes:
+        folder: with the converted models, release.json and release.md.
+        steps: the checkpoints, in the order they were asked for.
+    """
+
+    folder: Path
+    steps: tuple[Step, ...]
+
+    @property
+    def failed(self) -> bool:
+        """Whether any checkpoint failed."""
+        return any(step.status == "failed" for step in self.steps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The release as JSON shows it."""
+        return {"folder": str(self.folder), "checkpoints": [asdict(step) for step in self.steps]}
+
+    def markdown(self) -> str:
+        """The table for release notes."""
+        lines = [
+            "| checkpoint | published figure | model | verdict | commit |",
+            "|---|---|---|---|---|",
+        ]
+        for step in self.steps:
+            metric = find(step.checkpoint).metric
+            cells = (
+                step.checkpoint,
+                f"{metric.name} {metric.value}" if metric else "",
+                f"[{step.repo_id}]({step.url})" if step.url else step.repo_id,
+                step.verdict or "",
+                f"`{step.commit[:12]}`" if step.commit else step.status,
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines) + "\n"
+
+
+def release(
+    checkpoints: Sequence[str] = (),
+    *,
+    namespace: str,
+    name_template: str = DEFAULT_TEMPLATE,
+    output: str | Path = "release",
+    dtype: Dtype = "float32",
+    max_shard_size: int | str | None = None,
+    license_file: str | Path | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    progress: Progress = lambda *_: None,
+    announce: Callable[[str], None] = lambda _: None,
+    **push: Any,
+) -> Release:
+    """Converts, verifies and publishes checkpoints, one after another.
+
+    ``converter.release(namespace="tue-mps")`` releases all that are published as deltas. One that
+    fails does not stop the rest. A run that was stopped, or in which some failed, goes on where it
+    was: release.json in the output folder is written after every step.
+
+    Args:
+        checkpoints: names of the catalogue's; by default all published ones.
+        namespace: user or organisation on the Hub.
+        name_template: name of a repository, with {slug} for a name such as coco-panoptic-large-640
+            or {name} for the catalogue's.
+        output: folder for the converted models, release.json and release.md.
+        dtype: of the models' weights.
+        max_shard_size: of one file of weights, as in `convert`.
+        license_file: as in `publish`.
+        force: whether to forget what an earlier run did.
+        dry_run: whether to stop at the list of what is left to do.
+        token: for the Hub, as everywhere in huggingface_hub; by default HF_TOKEN or the login.
+        cache_dir: where downloads are kept; by default the Hub's cache.
+        progress: as in `convert`.
+        announce: called with a line of text before every step.
+        push: other options of `publish`, the same for every checkpoint.
+
+    Raises:
+        UsageError: a name is unknown, the template names two repositories alike, or an earlier run
+            in this folder had other options.
+        UnreadableFileError: release.json cannot be read.
+        AccessError: nobody is logged in to the Hub.
+    """
+    entries = [find(name) for name in checkpoints] or [e for e in CATALOG if not e.offline]
+    folder = Path(output).expanduser()
+    settings = {
+        "namespace": namespace,
+        "name_template": name_template,
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+        **push,
+    }
+    asked = {
+        entry.name: Step(entry.name, _repo_id(entry, namespace, name_template)) for entry in entries
+    }
+    if len({step.repo_id for step in asked.values()}) < len(asked):
+        raise UsageError(
+            f"{name_template!r} gives several checkpoints one name.",
+            "Put {slug} or {name} into it.",
+        )
+    steps = asked if force else asked | _read_journal(folder, settings)
+
+    def done() -> Release:
+        return Release(folder, tuple(steps[name] for name in asked))
+
+    def to_folder(step: Step) -> Step:
+        if step.verdict and (folder / step.checkpoint).is_dir():
+            return step  # an earlier run has converted it
+        conversion = convert(
+            step.checkpoint,
+            folder / step.checkpoint,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            force=force,
+            exist_ok=True,
+            token=token,
+            cache_dir=cache_dir,
+            progress=progress,
+        )
+        return replace(step, status="converted", verdict=conversion.verdict.verdict)
+
+    def to_hub(step: Step) -> Step:
+        published = publish(
+            folder / step.checkpoint,
+            step.repo_id,
+            license_file=license_file,
+            token=token,
+            cache_dir=cache_dir,
+            **push,
+        )
+        return replace(
+            step, status="published", commit=published.commit, url=published.url, error=None
+        )
+
+    if dry_run:
+        return done()
+    for name in asked:
+        check_login(asked[name].repo_id, token)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, name in enumerate(asked, 1):
+        if steps[name].status == "published":
+            continue
+        for doing, stage in (("converting", to_folder), ("publishing", to_hub)):
+            announce(f"{number} of {len(asked)}: {doing} {name}")
+            try:
+                steps[name] = stage(steps[name])
+            except EomtConvertError as error:
+                steps[name] = _failed(steps[name], error, token)
+            _write_journal(folder, settings, steps)
+            (folder / NOTES).write_text(done().markdown(), encoding="utf-8")
+            if steps[name].error:
+                announce(f"Error: {steps[name].error}")
+                break
+    return done()
+
+
+def _repo_id(entry: Checkpoint, namespace: str, template: str) -> str:
+    try:
+        return f"{namespace}/{template.format(slug=entry.slug, name=entry.name)}"
+    except (KeyError, IndexError, ValueError) as error:
+        raise UsageError(
+            f"{template!r} is no template for names.", "It may hold {slug} and {name}."
+        ) from error
+
+
+def _failed(step: Step, error: EomtConvertError, token: str | None) -> Step:
+    # a folder that cannot be published as it is, is converted anew by the next run
+    verdict = None if isinstance(error, UnreadableFileError) else step.verdict
+    return replace(step, status="failed", verdict=verdict, error=without_token(str(error), token))
+
+
+def _read_journal(folder: Path, settings: Mapping[str, Any]) -> dict[str, Step]:
+    """What earlier runs did; a step that failed is to be tried again."""
+    path = folder / JOURNAL
+    if not path.is_file():
+        return {}
+    content = read_json_object(path)
+    try:
+        earlier = content["settings"]
+        steps = [Step(**entry) for entry in content["checkpoints"]]
+    except (KeyError, TypeError) as error:
+        raise UnreadableFileError(
+            f"{path} is no record of a release.", "--force starts anew."
+        ) from error
+    changed = [name for name in settings if settings[name] != earlier.get(name)]
+    if changed:
+        raise UsageError(
+            f"{path} is of a release with another {changed[0].replace('_', '-')}.",
+            "Give --output for another folder; --force starts this one anew.",
+        )
+    return {step.checkpoint: replace(step, error=None) for step in steps}
+
+
+def _write_journal(folder: Path, settings: Mapping[str, Any], steps: Mapping[str, Step]) -> None:
+    """Replaces release.json in one go, so that it is whole whenever a run is stopped."""
+    content = {
+        "tool": {"name": "eomt-convert", "version": __version__},
+        "settings": dict(settings),
+        "checkpoints": [asdict(step) for step in steps.values()],
+    }
+    unfinished = folder / f".{JOURNAL}"
+    write_json(unfinished, content)
+    unfinished.replace(folder / JOURNAL)

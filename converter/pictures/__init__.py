@@ -1,0 +1,1 @@
+"""Pictures in: segments out, and how good they are."""

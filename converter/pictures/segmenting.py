@@ -1,0 +1,466 @@
+"""Pictures in, segments out: a model run over picture files."""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from glob import glob, has_magic
+from itertools import chain, count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from converter.configs import write_json
+from converter.errors import EomtConvertError, OutputError, UnreadableFileError, UsageError
+from converter.hub.access import Access
+from converter.models import fetch_model, find_task, load_model, torch_device
+from converter.pictures.coco import Segment, document, encode_mask, id_map_image, measure
+from converter.pictures.drawing import Label, draw_overlay
+
+if TYPE_CHECKING:
+    from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor
+
+# called with a stage, the pictures done and the pictures in all
+Progress = Callable[[str, int, int], object]
+
+OVERLAY, ID_MAP, SEGMENTS = ".overlay.png", ".segments.png", ".segments.json"
+
+# of the files in a folder, those that are taken for pictures
+PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+# a quarter larger than by zlib's default, 6, in a fifth of the time
+_COMPRESSION = 2
+
+# Made to fit, longer and narrower pictures leave the network next to nothing to see; windows would
+# slide over them by the dozen.
+_MAX_ASPECT_RATIO = 16
+
+
+@dataclass(frozen=True)
+class SegmentedPicture:
+    """A picture and what was written for it.
+
+    Attributes:
+        picture: the file that was read.
+        overlay: the picture with coloured segments and a legend.
+        id_map: every pixel's segment, in COCO's panoptic format.
+        segments_file: the segments as JSON, in COCO's panoptic format or, of an instance model, in
+            that of instances.
+        size: (height, width) in pixels, after a rotation that the file asks for.
+        segments: what was found.
+    """
+
+    picture: Path
+    overlay: Path
+    id_map: Path
+    segments_file: Path
+    size: tuple[int, int]
+    segments: tuple[Segment, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The picture as JSON shows it."""
+        return {
+            "picture": printable(self.picture),
+            "overlay": str(self.overlay),
+            "id_map": str(self.id_map),
+            "segments_file": str(self.segments_file),
+            "height": self.size[0],
+            "width": self.size[1],
+            "segments": [segment.to_dict() for segment in self.segments],
+        }
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A picture, folder or pattern that gave nothing to segment, and why."""
+
+    picture: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What became of some pictures.
+
+    Attributes:
+        model: a folder or a repository.
+        task: panoptic, instance or semantic.
+        names: class names, by category id.
+        pictures: those that were segmented, in order.
+        skipped: what could not be read.
+    """
+
+    model: str
+    task: str
+    names: tuple[str, ...]
+    pictures: tuple[SegmentedPicture, ...]
+    skipped: tuple[Skipped, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The segmentation as JSON shows it."""
+        return {
+            "model": self.model,
+            "task": self.task,
+            "categories": dict(enumerate(self.names)),
+            "pictures": [picture.to_dict() for picture in self.pictures],
+            "skipped": [vars(entry) for entry in self.skipped],
+        }
+
+
+def segment(
+    model: str | Path,
+    pictures: Sequence[str | Path],
+    output: str | Path,
+    *,
+    task: str | None = None,
+    threshold: float | None = None,
+    batch_size: int = 4,
+    device: str | None = None,
+    dtype: str = "auto",
+    threads: int | None = None,
+    force: bool = False,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    progress: Progress = lambda *_: None,
+) -> Segmentation:
+    """Segments pictures, and writes an overlay, an id map and a JSON file for each.
+
+    ``street.jpg`` becomes ``street.overlay.png``, ``street.segments.png`` and
+    ``street.segments.json``; pictures of equal names are numbered. Pictures that cannot be read
+    are left out and told of in the result.
+
+    Args:
+        model: folder of a converted model, or a Hub repository, owner/name or owner/name@revision.
+        pictures: files; folders, for the pictures that lie directly in them; patterns such as
+            ``photos/**/*.jpg``.
+        output: the folder to write to, made if need be.
+        task: panoptic, instance or semantic; by default what the model was made for.
+        threshold: the least score of a segment; by default 0.8. Not for semantic segmentation.
+        batch_size: pictures that go through the network at once.
+        device: as torch names it; by default a GPU if there is one.
+        dtype: of the weights, as torch names it; ``auto`` for that of the file.
+        threads: of torch on the CPU; by default as many as it takes.
+        force: whether files of an earlier run are replaced.
+        token: for the Hub; overrides HF_TOKEN and the login file.
+        cache_dir: where downloads are kept.
+        local_files_only: use the cache alone.
+        progress: called with a stage, the pictures done and those in all.
+
+    Raises:
+        UsageError: an option that there is not, or that does not go with the task; nothing tells
+            the task.
+        UnreadableFileError: the model cannot be read, or there is not one picture.
+        OutputError: the output cannot be written, or exists.
+        AccessError, HubUnavailableError: the repository cannot be reached.
+    """
+    paths, skipped = find_pictures(pictures)
+    if not paths:
+        raise UnreadableFileError(
+            "There is no picture to segment: "
+            + "; ".join(f"{entry.picture}: {entry.reason}" for entry in skipped)
+        )
+    output = Path(output).expanduser()
+    places = [output / name for name in _distinct_names(paths)]
+    _check_output(output, places, force=force)
+    access = Access(token, Path(cache_dir).expanduser() if cache_dir else None, local_files_only)
+    folder = fetch_model(model, access)
+    task = task or find_task(model, folder)
+    if task == "semantic" and threshold is not None:
+        raise UsageError("A threshold does not go with semantic segmentation: it has no scores.")
+
+    done: list[SegmentedPicture] = []
+    with torch_device(device, threads) as where:
+        network, processor = load_model(
+            folder, device=where, dtype=dtype, windows=task == "semantic"
+        )
+        categories = _categories(network, task)
+        with _os_errors(output):
+            output.mkdir(parents=True, exist_ok=True)
+        for start in range(0, len(paths), batch_size):
+            progress("Segmenting", start, len(paths))
+            batch = []
+            for index in range(start, min(start + batch_size, len(paths))):
+                try:
+                    batch.append((index, _read(paths[index])))
+                except UnreadableFileError as error:
+                    skipped.append(Skipped(printable(paths[index]), error.message))
+            if not batch:
+                continue
+            results = _run(network, processor, [image for _, image in batch], task, threshold)
+            for (index, image), (id_map, segments) in zip(batch, results, strict=True):
+                files = _files(places[index])
+                size = image.height, image.width
+                found = SegmentedPicture(paths[index], *files, size, segments)
+                _write(found, index + 1, image, id_map, categories, rle=task == "instance")
+                done.append(found)
+        progress("Segmenting", len(paths), len(paths))
+    names = tuple(str(category["name"]) for category in categories)
+    return Segmentation(str(model), task, names, tuple(done), tuple(skipped))
+
+
+# pictures ---------------------------------------------------------------------------------------
+
+
+def find_pictures(arguments: Sequence[str | Path]) -> tuple[list[Path], list[Skipped]]:
+    """Files, folders and patterns as the files that they stand for, each once, and in order.
+
+    Returns:
+        The files; what stands for none of them.
+    """
+    paths: list[Path] = []
+    skipped = []
+    for argument in arguments:
+        path = Path(argument).expanduser()
+        if path.is_dir():
+            found = sorted(entry for entry in path.iterdir() if _is_picture(entry))
+            reason = "there is no picture in this folder"
+        elif has_magic(str(path)) and not path.exists():
+            matches = map(Path, glob(str(path), recursive=True))  # noqa: PTH207  # absolute ones too
+            found = sorted(entry for entry in matches if entry.is_file())
+            reason = "no file has this pattern"
+        else:
+            found = [path]
+        if not found:
+            skipped.append(Skipped(printable(path), reason))
+        paths += found
+    return list(dict.fromkeys(paths)), skipped
+
+
+def printable(path: str | Path) -> str:
+    """A path as text; what is not UTF-8 in it is replaced."""
+    return os.fsencode(path).decode("utf-8", "replace")
+
+
+def _is_picture(path: Path) -> bool:
+    """Whether a file in a folder is taken for a picture: not a hidden one, and none of ours."""
+    return (
+        path.suffix.lower() in PICTURES
+        and not path.name.startswith(".")
+        and not path.name.endswith((OVERLAY, ID_MAP))
+        and path.is_file()
+    )
+
+
+def _distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The stems of files; equal ones get numbers, also where only capitals tell them apart."""
+    taken: set[str] = set()
+    names = []
+    for path in paths:
+        stem = printable(path.stem)
+        numbered = (f"{stem}-{number}" for number in count(2))
+        name = next(name for name in chain([stem], numbered) if name.casefold() not in taken)
+        taken.add(name.casefold())
+        names.append(name)
+    return names
+
+
+def _read(path: Path) -> Image.Image:
+    """A picture in RGB, upright.
+
+    Raises:
+        UnreadableFileError: it is none, broken, or of a hostile size.
+    """
+    from reference_model.pictures import read_picture
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about harmless flaws
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            image = read_picture(path)
+        except UnidentifiedImageError as error:
+            raise UnreadableFileError("no picture of a known format") from error
+        except OSError as error:
+            raise UnreadableFileError(error.strerror or str(error)) from error
+        except Exception as error:  # on hostile files, decoders raise whatever comes up
+            raise UnreadableFileError(str(error) or type(error).__name__) from error
+    if max(image.size) > _MAX_ASPECT_RATIO * min(image.size):
+        raise UnreadableFileError(f"{image.width}x{image.height} pixels are too long and narrow")
+    return image
+
+
+# the network ------------------------------------------------------------------------------------
+
+
+def _run(
+    network: "EomtDinov3ForUniversalSegmentation",
+    processor: "EomtImageProcessor",
+    images: Sequence[Image.Image],
+    task: str,
+    threshold: float | None,
+) -> Iterator[tuple[NDArray[np.integer[Any]], tuple[Segment, ...]]]:
+    """For every picture its id map (height, width), 0 for no segment, and its segments."""
+    import torch
+
+    from reference_model.image_processing import THRESHOLD
+
+    sizes = [(image.height, image.width) for image in images]
+    threshold = THRESHOLD if threshold is None else threshold
+    try:
+        with torch.inference_mode():
+            inputs = processor(images=images).to(network.device, network.dtype)
+            outputs = network(**inputs)
+            if task == "semantic":
+                class_maps = processor.post_process_semantic_segmentation(outputs, sizes)
+                return map(_semantic, (class_map.numpy(force=True) for class_map in class_maps))
+            if task == "panoptic":
+                results = processor.post_process_panoptic_segmentation(outputs, sizes, threshold)
+                return map(_panoptic, results)
+            results = processor.post_process_instance_segmentation(
+                outputs, sizes, threshold, return_binary_maps=True
+            )
+            return map(_instances, results)
+    except torch.OutOfMemoryError as error:
+        raise EomtConvertError(
+            f"The memory of {network.device} does not suffice for {len(images)} pictures.",
+            "Lower --batch-size, or take --dtype bfloat16.",
+        ) from error
+
+
+def _semantic(
+    class_map: NDArray[np.int64],
+) -> tuple[NDArray[np.integer[Any]], tuple[Segment, ...]]:
+    """A segment for each class; its id is the class id + 1, in every picture."""
+    segments = tuple(
+        Segment(label + 1, label, *measure(class_map == label))
+        for label in np.unique(class_map).tolist()
+    )
+    return class_map + 1, segments
+
+
+def _panoptic(result: dict[str, Any]) -> tuple[NDArray[np.integer[Any]], tuple[Segment, ...]]:
+    id_map = result["segmentation"].numpy(force=True) + 1
+    segments = tuple(
+        Segment(
+            entry["id"] + 1,
+            entry["label_id"],
+            *measure(id_map == entry["id"] + 1),
+            score=entry["score"],
+        )
+        for entry in result["segments_info"]
+    )
+    return id_map, segments
+
+
+def _instances(result: dict[str, Any]) -> tuple[NDArray[np.integer[Any]], tuple[Segment, ...]]:
+    """The best instance gets the id 1, and covers others in the id map."""
+    ranked = sorted(result["segments_info"], key=lambda entry: -entry["score"])
+    masks = [result["binary_maps"][entry["id"]].numpy(force=True) for entry in ranked]
+    id_map = np.zeros(tuple(result["segmentation"].shape), dtype=np.int64)
+    for index in reversed(range(len(masks))):
+        id_map[masks[index]] = index + 1
+    segments = tuple(
+        Segment(
+            index + 1,
+            entry["label_id"],
+            *measure(mask),
+            score=entry["score"],
+            rle=encode_mask(mask),
+        )
+        for index, (entry, mask) in enumerate(zip(ranked, masks, strict=True))
+    )
+    return id_map, segments
+
+
+def _categories(network: "EomtDinov3ForUniversalSegmentation", task: str) -> list[dict[str, Any]]:
+    """The model's classes as COCO lists them."""
+    stuff = network.config.stuff_classes or ()
+    return [
+        {"id": label, "name": name, "isthing": int(task != "semantic" and label not in stuff)}
+        for label, name in sorted(network.config.id2label.items())
+    ]
+
+
+# output -----------------------------------------------------------------------------------------
+
+
+def _check_output(folder: Path, places: Sequence[Path], *, force: bool) -> None:
+    """Checks that nothing is in the way.
+
+    Raises:
+        OutputError: something is.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file.", "Choose another output.")
+    existing = [path for place in places for path in _files(place) if path.exists()]
+    if existing and not force:
+        more = f", and {len(existing) - 1} more files" if len(existing) > 1 else ""
+        raise OutputError(
+            f"{existing[0]} exists{more}.", "--force replaces them, --output goes elsewhere."
+        )
+
+
+def _files(place: Path) -> tuple[Path, Path, Path]:
+    """Overlay, id map and segments of a picture; its output's name is the place's."""
+    overlay, id_map, segments = (
+        place.with_name(place.name + ending) for ending in (OVERLAY, ID_MAP, SEGMENTS)
+    )
+    return overlay, id_map, segments
+
+
+def _write(
+    found: SegmentedPicture,
+    image_id: int,
+    image: Image.Image,
+    id_map: NDArray[np.integer[Any]],
+    categories: Sequence[dict[str, Any]],
+    *,
+    rle: bool,
+) -> None:
+    height, width = found.size
+    entry = {
+        "id": image_id,
+        "file_name": printable(found.picture.name),
+        "height": height,
+        "width": width,
+    }
+    content = document(entry, found.segments, categories, None if rle else found.id_map.name)
+    ranked = sorted(found.segments, key=lambda segment: -(segment.score or 0))
+    labels = [
+        Label(
+            segment.id,
+            segment.category_id,
+            categories[segment.category_id]["name"],
+            _note(segment, height * width),
+        )
+        for segment in ranked
+    ]
+    with _os_errors(found.overlay.parent):
+        with _replacing(found.id_map) as path:
+            id_map_image(id_map).save(path, "PNG")
+        with _replacing(found.segments_file) as path:
+            write_json(path, content)
+        with _replacing(found.overlay) as path:
+            overlay = draw_overlay(image, id_map, labels)
+            overlay.save(path, "PNG", compress_level=_COMPRESSION)
+
+
+def _note(segment: Segment, pixels: int) -> str:
+    """What the legend says: the score, or where there is none the share of the picture."""
+    if segment.score is not None:
+        return f"{segment.score:.2f}"
+    percent = 100 * segment.area / pixels
+    return f"{percent:.0f}%" if percent >= 1 else "<1%"
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which takes its place when it is finished, and goes away if it is not."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def _os_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written: {error.strerror or error}.") from error

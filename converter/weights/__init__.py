@@ -1,0 +1,1 @@
+"""Files of weights: read, told apart, planned, merged and written."""

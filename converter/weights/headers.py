@@ -1,0 +1,342 @@
+"""What is in a file of tensors, read from its header: safetensors' and torch's formats.
+
+What a header claims is checked against the file before anything is allocated for it, and nothing in
+a file is ever executed: these files come from strangers.
+"""
+
+import json
+import math
+import struct
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as shortened
+from typing import Any, BinaryIO
+
+from converter.errors import UnreadableFileError
+from converter.weights.unpickling import (
+    Inert,
+    PickledTensor,
+    UnsafePickleError,
+    is_count,
+    is_name,
+    is_shape,
+    read_pickle,
+)
+
+# Largest header, pickle or index, in bytes: ViT-7B's header has a fiftieth of this, its pickle with
+# an optimizer's state an eighth. What is parsed takes up to a hundred times as much memory.
+MAX_DESCRIPTION = 4 << 20
+
+# safetensors' names of the element types, with the size of an element in bytes
+ITEM_SIZES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of a tensor.
+
+    Attributes:
+        dtype: safetensors' name of the element type, such as ``F32``.
+        shape: its shape.
+        offset: where its bytes begin in the file.
+        axes: the order in which its axes lie in the file, outermost first, where that is not their
+            own order (torch keeps the strides of a tensor in channels-last format, say).
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    axes: tuple[int, ...] | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.size * ITEM_SIZES[self.dtype]
+
+
+def read_header(file: BinaryIO, size: int, path: Path) -> tuple[str, Mapping[str, TensorInfo]]:
+    """Reads what a file holds, from its first byte on.
+
+    Args:
+        file: the file, open.
+        size: its size in bytes.
+        path: what to call it in messages.
+
+    Returns:
+        Its format, ``safetensors`` or ``torch``, and its tensors by name.
+
+    Raises:
+        UnreadableFileError: it is of neither format, or breaks the rules of its own.
+    """
+    start = file.read(8)
+    if size == 0:
+        raise UnreadableFileError(f"{path} is empty.", "Fetch or copy it again.")
+    if start == b"version ":
+        raise UnreadableFileError(
+            f"{path} is a Git LFS pointer, not the weights.", "Run git lfs pull, or download it."
+        )
+    if start.startswith(b"PK\x03\x04"):
+        return "torch", _read_torch_header(file, path)
+    if path.suffix == ".safetensors" or file.read(1) == b"{":
+        return "safetensors", _read_safetensors_header(file, size, path)
+    if start[:1] == b"\x80":
+        raise UnreadableFileError(
+            f"{path} is in torch's format from before version 1.6, or a plain pickle.",
+            "Load it with a torch that you trust it to, and torch.save it again.",
+        )
+    raise UnreadableFileError(
+        f"{path} is neither a safetensors file nor a torch zip file.",
+        "It may be damaged or cut off: fetch or copy it again.",
+    )
+
+
+# safetensors ---------------------------------------------------------------------------------
+
+
+def _read_safetensors_header(file: BinaryIO, size: int, path: Path) -> Mapping[str, TensorInfo]:
+    """Reads a header as https://huggingface.co/docs/safetensors#format states it."""
+
+    def broken(reason: str) -> UnreadableFileError:
+        return UnreadableFileError(
+            f"{path} is not a valid safetensors file: {reason}.",
+            "It may be damaged or cut off: fetch or copy it again.",
+        )
+
+    file.seek(0)
+    start = file.read(8)
+    if len(start) < 8:
+        raise broken(f"it has only {size} bytes")
+    (length,) = struct.unpack("<Q", start)
+    if length > size - 8:
+        raise broken(f"its header claims {length} bytes, the file has {size}")
+    if length > MAX_DESCRIPTION:
+        raise broken(f"its header of {length} bytes is larger than any model's")
+    try:
+        header = parse_json_object(file.read(length))
+    except ValueError as error:
+        raise broken(f"its header is not the JSON that it should be ({error})") from error
+
+    metadata = header.pop("__metadata__", {})
+    if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
+        raise broken("its metadata is more than text")
+    tensors = {}
+    for name, entry in header.items():
+        if not is_name(name):
+            raise broken(f"{shortened(name)} is no name of a tensor")
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        except (TypeError, KeyError, ValueError) as error:
+            raise broken(f"the entry of {name!r} lacks dtype, shape or data_offsets") from error
+        if type(dtype) is not str or dtype not in ITEM_SIZES:
+            raise broken(f"{name!r} has the unknown dtype {shortened(dtype)}")
+        if not (is_shape(shape) and is_count(begin) and is_count(end)):
+            offsets = shortened([begin, end])
+            raise broken(f"{name!r} has the shape {shortened(shape)} and the offsets {offsets}")
+        tensors[name] = TensorInfo(dtype, tuple(shape), 8 + length + begin)
+        if tensors[name].nbytes != end - begin:
+            raise broken(
+                f"{name!r} of shape {shape} and dtype {dtype} needs {tensors[name].nbytes} bytes, "
+                f"its offsets give {end - begin}"
+            )
+    _check_without_gaps(tensors, 8 + length, size, broken)
+    return tensors
+
+
+def parse_json_object(data: bytes) -> dict[str, Any]:
+    """Parses a JSON object; a ValueError says why it is none, or has a name twice."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = dict(pairs)
+        if len(names) != len(pairs):
+            raise ValueError("a name occurs twice")
+        return names
+
+    try:
+        content = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    if not isinstance(content, dict):
+        raise ValueError("it is no object")
+    return content
+
+
+def _check_without_gaps(
+    tensors: Mapping[str, TensorInfo],
+    begin: int,
+    end: int,
+    broken: Callable[[str], UnreadableFileError],
+) -> None:
+    position = begin
+    for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if info.offset != position:
+            raise broken(f"{name!r} overlaps another tensor, or there is a gap before it")
+        position += info.nbytes
+    if position != end:
+        raise broken(f"its tensors end at byte {position}, the file at byte {end}")
+
+
+# torch's zip format --------------------------------------------------------------------------
+
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+
+
+def _read_torch_header(file: BinaryIO, path: Path) -> Mapping[str, TensorInfo]:
+    """Reads where torch.save put each tensor: a bare state dict, or one under ``state_dict``."""
+
+    def broken(reason: str) -> UnreadableFileError:
+        return UnreadableFileError(
+            f"{path} is not a valid torch file: {reason}.",
+            "It may be damaged or cut off: fetch or copy it again.",
+        )
+
+    records = _zip_records(file, broken)
+    roots = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(roots) != 1:
+        raise broken("it is a zip file without the one data.pkl that torch writes")
+    root = roots[0].removesuffix("data.pkl")
+
+    begin, length = records.get(f"{root}byteorder", (0, 0))
+    file.seek(begin)
+    if length and file.read(min(length, 7)) != b"little":
+        raise broken("its numbers are not little-endian")
+    begin, length = records[f"{root}data.pkl"]
+    if length > MAX_DESCRIPTION:
+        raise broken(f"its pickle of {length} bytes is larger than any checkpoint's")
+    file.seek(begin)
+    try:
+        content = read_pickle(file.read(length))
+    except UnsafePickleError as error:
+        raise UnreadableFileError(
+            f"{path} asks to run code when it is loaded: it names {error}. Nothing of it was run.",
+            "Weights never need that. Do not load this file with torch.load either.",
+        ) from error
+    except ValueError as error:
+        raise broken(f"its pickle is malformed ({error})") from error
+
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not content:
+        raise UnreadableFileError(
+            f"{path} holds neither a state dict nor one under 'state_dict'.",
+            "Save model.state_dict(), not the model.",
+        )
+    tensors = {}
+    for name, value in content.items():
+        if not is_name(name):
+            raise broken(f"{shortened(name)} is no name of a tensor")
+        if isinstance(value, Inert):
+            raise UnreadableFileError(
+                f"{name} in {path} needs {value.name}, which no plain tensor does; it was refused.",
+                "Save the weights as plain tensors: {k: v.detach() for k, v in ...items()}.",
+            )
+        if not isinstance(value, PickledTensor):
+            raise broken(f"the entry {name!r} of its state dict is no tensor")
+        tensors[name] = _torch_tensor(name, value, records, root, broken)
+    return tensors
+
+
+def _torch_tensor(
+    name: str,
+    tensor: PickledTensor,
+    records: Mapping[str, tuple[int, int]],
+    root: str,
+    broken: Callable[[str], UnreadableFileError],
+) -> TensorInfo:
+    storage = tensor.storage
+    if f"{root}data/{storage.key}" not in records:
+        raise broken(f"the numbers of {name!r} (record {shortened(storage.key)}) are not in it")
+    begin, length = records[f"{root}data/{storage.key}"]
+    item_size = ITEM_SIZES[storage.dtype]
+    axes = _axes_by_stride(tensor.shape, tensor.stride)
+    if axes is None:
+        raise UnreadableFileError(
+            f"{name} is saved as a view with gaps or repeats (shape {list(tensor.shape)}, stride "
+            f"{list(tensor.stride)}).",
+            "Save it with .contiguous().",
+        )
+    info = TensorInfo(
+        storage.dtype,
+        tensor.shape,
+        begin + tensor.offset * item_size,
+        None if axes == sorted(axes) else tuple(axes),
+    )
+    if info.offset + info.nbytes > begin + min(length, storage.size * item_size):
+        raise broken(
+            f"{name!r} of shape {list(tensor.shape)} does not fit in its record of {length} bytes"
+        )
+    return info
+
+
+def _axes_by_stride(shape: Sequence[int], stride: Sequence[int]) -> list[int] | None:
+    """The axes from the outermost to the innermost in memory; None if that has gaps or repeats."""
+    axes = sorted(range(len(shape)), key=lambda axis: -stride[axis])
+    if 0 in shape:
+        return sorted(axes)
+    run = 1
+    for axis in reversed(axes):
+        if shape[axis] != 1 and stride[axis] != run:
+            return None
+        run *= shape[axis]
+    long = [axis for axis in axes if shape[axis] != 1]
+    return sorted(axes) if long == sorted(long) else axes
+
+
+def _zip_records(
+    file: BinaryIO, broken: Callable[[str], UnreadableFileError]
+) -> dict[str, tuple[int, int]]:
+    """Where each record of an uncompressed zip file lies: its first byte and its length."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries, directory = archive.infolist(), archive.start_dir
+    # what zipfile was seen to raise on damaged files, beside its own exception
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, OSError) as error:
+        raise broken(f"its zip directory cannot be read ({error})") from error
+    except (struct.error, OverflowError, LookupError) as error:
+        raise broken(f"its zip directory is damaged ({error})") from error
+    records: dict[str, tuple[int, int]] = {}
+    position = 0
+    for entry in sorted(entries, key=lambda entry: entry.header_offset):
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+            raise broken(f"record {entry.filename!r} is compressed or encrypted, torch's never are")
+        if entry.compress_size != entry.file_size:
+            raise broken(f"record {entry.filename!r} has two different sizes")
+        if entry.filename in records:
+            raise broken(f"record {entry.filename!r} occurs twice")
+        if entry.header_offset < position:
+            raise broken(f"record {entry.filename!r} overlaps another")
+        position = entry.header_offset + _LOCAL_HEADER.size
+        if position <= directory:
+            file.seek(entry.header_offset)
+            header = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+            signature, *_, name_length, extra_length = header
+            if signature != b"PK\x03\x04":
+                raise broken(f"record {entry.filename!r} has no header of its own")
+            begin = position + name_length + extra_length
+            position = begin + entry.file_size
+            records[entry.filename] = begin, entry.file_size
+        if position > directory:
+            raise broken(f"record {entry.filename!r} does not lie within the file")
+    return records

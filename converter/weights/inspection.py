@@ -1,0 +1,124 @@
+"""What is in a file of weights: its layout, its tensors, and whether it is a delta."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from converter.weights.layouts import EOMT_TUE, plain_name, recognise
+from converter.weights.tensorfiles import ShardedTensorFile, TensorFile
+
+WeightsKind = Literal["delta", "absolute"]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One sign of whether EoMT weights are a delta to a backbone or absolute.
+
+    Attributes:
+        finding: what was found, in a sentence.
+        speaks_for: what it is a sign of.
+    """
+
+    finding: str
+    speaks_for: WeightsKind
+
+    def to_dict(self) -> dict[str, Any]:
+        """The sign as JSON shows it."""
+        return {"finding": self.finding, "speaks_for": self.speaks_for}
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a file of weights is.
+
+    Attributes:
+        format: ``safetensors`` or ``torch``.
+        layout: name of the layout, None if it is none that is known.
+        title: what a sentence calls it.
+        weights: whether the weights are a delta or absolute; None where that cannot be told.
+        evidence: the signs that this was decided from.
+        tensors: name, dtype and shape of every tensor.
+        parameters: number of elements of all tensors.
+    """
+
+    format: str
+    layout: str | None
+    title: str
+    weights: WeightsKind | None
+    evidence: tuple[Evidence, ...]
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    parameters: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inspection as JSON shows it."""
+        return {
+            "format": self.format,
+            "layout": self.layout,
+            "weights": self.weights,
+            "evidence": [sign.to_dict() for sign in self.evidence],
+            "parameters": self.parameters,
+            "tensors": {
+                name: {"dtype": dtype, "shape": list(shape)}
+                for name, (dtype, shape) in self.tensors.items()
+            },
+        }
+
+
+def inspect(file: TensorFile | ShardedTensorFile) -> Inspection:
+    """Looks at a file's header, and at the small tensors that tell a delta.
+
+    Raises:
+        UnreadableFileError: the file ends before one of these tensors does.
+    """
+    layout = recognise(file.tensors)
+    evidence = signs_of_a_delta(file) if layout is EOMT_TUE else ()
+    kind: WeightsKind | None = decide(evidence)
+    if layout is not None and layout is not EOMT_TUE:
+        kind = "absolute"
+    return Inspection(
+        format=file.format,
+        layout=layout.name if layout else None,
+        title=layout.title if layout else "no layout that is known",
+        weights=kind,
+        evidence=evidence,
+        tensors={name: (info.dtype, info.shape) for name, info in file.tensors.items()},
+        parameters=sum(info.size for info in file.tensors.values()),
+    )
+
+
+def signs_of_a_delta(file: TensorFile | ShardedTensorFile) -> tuple[Evidence, ...]:
+    """Signs of whether weights in TU/e's layout are a delta to a backbone, or absolute."""
+    import numpy as np
+
+    names = {plain_name(name): name for name in file.tensors}
+    signs = []
+    if "network.encoder.pixel_std" in names:
+        std = file.read(names["network.encoder.pixel_std"]).reshape(-1)
+        values = ", ".join(f"{value:g}" for value in std[:3])
+        if not std.any():
+            signs.append(Evidence(f"pixel_std is {values}: the same as the backbone's", "delta"))
+        elif (std > 0).all():
+            signs.append(Evidence(f"pixel_std is {values}: a deviation of pixels", "absolute"))
+
+    norms = [
+        name
+        for plain, name in names.items()
+        if plain.startswith("network.encoder.backbone.")
+        and plain.endswith(("norm.weight", "norm1.weight", "norm2.weight"))
+    ]
+    if norms:
+        weights = np.concatenate([file.read(name).reshape(-1) for name in norms])
+        mean, positive = float(weights.mean()), float((weights > 0).mean())
+        finding = f"layer norm weights have the mean {mean:.2f}, {positive:.0%} are positive"
+        # Trained layer norms scale by positive numbers; what training changed has either sign.
+        if positive > 0.95 and mean > 0.1:
+            signs.append(Evidence(finding, "absolute"))
+        elif positive < 0.8:
+            signs.append(Evidence(finding, "delta"))
+    return tuple(signs)
+
+
+def decide(evidence: Sequence[Evidence]) -> WeightsKind | None:
+    """What the evidence speaks for; None if there is none or it is mixed."""
+    kinds = {sign.speaks_for for sign in evidence}
+    return kinds.pop() if len(kinds) == 1 else None

@@ -1,0 +1,391 @@
+"""The layouts that weights come in: one table each, from its names to the canonical ones.
+
+The canonical names are those of transformers' `EomtDinov3ForUniversalSegmentation`. In a table the
+upstream name stands on the left; on the right stands the canonical name, several of them for a
+fused tensor, or why a tensor is dropped. ``{}`` is the number of a layer or block.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from converter.errors import PlanError
+from converter.weights.headers import TensorInfo
+
+Kind = Literal["backbone", "eomt"]
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """Why a tensor has no place in a converted model."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Tensors that are stored as one, along its first axis, in equal parts."""
+
+    parts: tuple[str | Dropped, ...]
+
+
+Target = str | Dropped | Fused
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout of weights.
+
+    Attributes:
+        name: what ``inspect`` calls it.
+        title: what a sentence calls it.
+        kind: whether such a file is a backbone or a whole segmentation model.
+        signature: names that are all in such a file, and not all in a file of another layout.
+        table: upstream name -> canonical name, or why it is dropped.
+    """
+
+    name: str
+    title: str
+    kind: Kind
+    signature: tuple[str, ...]
+    table: Mapping[str, Target]
+
+    def target(self, name: str) -> tuple[str | Dropped, ...]:
+        """What becomes of a tensor, or of each part of a fused one; nothing if it is unknown."""
+        pattern, number = (name, "") if name in self.table else split_number(name)
+        target = self.table.get(pattern)
+        if target is None:
+            return ()
+        parts = target.parts if isinstance(target, Fused) else (target,)
+        return tuple(part.format(number) if isinstance(part, str) else part for part in parts)
+
+
+def split_number(name: str) -> tuple[str, str]:
+    """Takes the first number out of a name: ``layer.7.norm.bias`` -> ``layer.{}.norm.bias``, 7."""
+    match = re.fullmatch(r"(.*?\.)(\d+)(\..*)", name)
+    return (f"{match[1]}{{}}{match[3]}", match[2]) if match else (name, "")
+
+
+# The names inside a layer are the same everywhere but in Meta's and timm's files: TU/e trains
+# transformers' backbone.
+LAYER = (
+    "norm1.weight",
+    "norm1.bias",
+    "attention.q_proj.weight",
+    "attention.q_proj.bias",
+    "attention.k_proj.weight",
+    "attention.k_proj.bias",
+    "attention.v_proj.weight",
+    "attention.v_proj.bias",
+    "attention.o_proj.weight",
+    "attention.o_proj.bias",
+    "layer_scale1.lambda1",
+    "norm2.weight",
+    "norm2.bias",
+    "mlp.gate_proj.weight",
+    "mlp.gate_proj.bias",
+    "mlp.up_proj.weight",
+    "mlp.up_proj.bias",
+    "mlp.down_proj.weight",
+    "mlp.down_proj.bias",
+    "layer_scale2.lambda1",
+)
+
+_MASK_TOKEN = Dropped("only masked image modelling uses it")
+_LOCAL_NORM = Dropped("only training normalises local crops")
+_MASK_SCHEDULE = Dropped("masked attention fades out in training; the model gets zeros (off)")
+_PIXEL_STATISTICS = Dropped("preprocessor_config.json has mean and deviation")
+
+_QKV_WEIGHT = Fused(
+    (
+        "layers.{}.attention.q_proj.weight",
+        "layers.{}.attention.k_proj.weight",
+        "layers.{}.attention.v_proj.weight",
+    )
+)
+
+DINOV3_TRANSFORMERS = Layout(
+    name="dinov3-transformers",
+    title="a DINOv3 backbone in transformers' layout",
+    kind="backbone",
+    signature=("embeddings.patch_embeddings.weight", "norm.weight"),
+    table={
+        "embeddings.cls_token": "embeddings.cls_token",
+        "embeddings.mask_token": _MASK_TOKEN,
+        "embeddings.register_tokens": "embeddings.register_tokens",
+        "embeddings.patch_embeddings.weight": "embeddings.patch_embeddings.weight",
+        "embeddings.patch_embeddings.bias": "embeddings.patch_embeddings.bias",
+        **{f"layer.{{}}.{tensor}": f"layers.{{}}.{tensor}" for tensor in LAYER},
+        "norm.weight": "layernorm.weight",
+        "norm.bias": "layernorm.bias",
+    },
+)
+
+# github.com/facebookresearch/dinov3: dinov3/models/vision_transformer.py, dinov3/layers/
+DINOV3_META = Layout(
+    name="dinov3-meta",
+    title="a DINOv3 backbone in Meta's layout",
+    kind="backbone",
+    signature=("storage_tokens", "patch_embed.proj.weight", "norm.weight"),
+    table={
+        "cls_token": "embeddings.cls_token",
+        "mask_token": _MASK_TOKEN,
+        "storage_tokens": "embeddings.register_tokens",
+        "patch_embed.proj.weight": "embeddings.patch_embeddings.weight",
+        "patch_embed.proj.bias": "embeddings.patch_embeddings.bias",
+        "rope_embed.periods": Dropped("the model computes them from rope_theta, in float32"),
+        "blocks.{}.norm1.weight": "layers.{}.norm1.weight",
+        "blocks.{}.norm1.bias": "layers.{}.norm1.bias",
+        "blocks.{}.attn.qkv.weight": _QKV_WEIGHT,
+        "blocks.{}.attn.qkv.bias": Fused(
+            (
+                "layers.{}.attention.q_proj.bias",
+                Dropped("the key has no bias: bias_mask switches it off"),
+                "layers.{}.attention.v_proj.bias",
+            )
+        ),
+        "blocks.{}.attn.qkv.bias_mask": Dropped("what it switches off is dropped"),
+        "blocks.{}.attn.proj.weight": "layers.{}.attention.o_proj.weight",
+        "blocks.{}.attn.proj.bias": "layers.{}.attention.o_proj.bias",
+        "blocks.{}.ls1.gamma": "layers.{}.layer_scale1.lambda1",
+        "blocks.{}.norm2.weight": "layers.{}.norm2.weight",
+        "blocks.{}.norm2.bias": "layers.{}.norm2.bias",
+        "blocks.{}.mlp.fc1.weight": "layers.{}.mlp.up_proj.weight",
+        "blocks.{}.mlp.fc1.bias": "layers.{}.mlp.up_proj.bias",
+        "blocks.{}.mlp.fc2.weight": "layers.{}.mlp.down_proj.weight",
+        "blocks.{}.mlp.fc2.bias": "layers.{}.mlp.down_proj.bias",
+        "blocks.{}.mlp.w1.weight": "layers.{}.mlp.gate_proj.weight",
+        "blocks.{}.mlp.w1.bias": "layers.{}.mlp.gate_proj.bias",
+        "blocks.{}.mlp.w2.weight": "layers.{}.mlp.up_proj.weight",
+        "blocks.{}.mlp.w2.bias": "layers.{}.mlp.up_proj.bias",
+        "blocks.{}.mlp.w3.weight": "layers.{}.mlp.down_proj.weight",
+        "blocks.{}.mlp.w3.bias": "layers.{}.mlp.down_proj.bias",
+        "blocks.{}.ls2.gamma": "layers.{}.layer_scale2.lambda1",
+        "norm.weight": "layernorm.weight",
+        "norm.bias": "layernorm.bias",
+        "local_cls_norm.weight": _LOCAL_NORM,
+        "local_cls_norm.bias": _LOCAL_NORM,
+    },
+)
+
+# github.com/huggingface/pytorch-image-models: timm/models/eva.py
+DINOV3_TIMM = Layout(
+    name="dinov3-timm",
+    title="a DINOv3 backbone in timm's layout",
+    kind="backbone",
+    signature=("reg_token", "patch_embed.proj.weight", "norm.weight"),
+    table={
+        "cls_token": "embeddings.cls_token",
+        "reg_token": "embeddings.register_tokens",
+        "patch_embed.proj.weight": "embeddings.patch_embeddings.weight",
+        "patch_embed.proj.bias": "embeddings.patch_embeddings.bias",
+        "blocks.{}.norm1.weight": "layers.{}.norm1.weight",
+        "blocks.{}.norm1.bias": "layers.{}.norm1.bias",
+        "blocks.{}.attn.qkv.weight": _QKV_WEIGHT,
+        "blocks.{}.attn.q_bias": "layers.{}.attention.q_proj.bias",
+        "blocks.{}.attn.v_bias": "layers.{}.attention.v_proj.bias",
+        "blocks.{}.attn.proj.weight": "layers.{}.attention.o_proj.weight",
+        "blocks.{}.attn.proj.bias": "layers.{}.attention.o_proj.bias",
+        "blocks.{}.gamma_1": "layers.{}.layer_scale1.lambda1",
+        "blocks.{}.norm2.weight": "layers.{}.norm2.weight",
+        "blocks.{}.norm2.bias": "layers.{}.norm2.bias",
+        "blocks.{}.mlp.fc1.weight": "layers.{}.mlp.up_proj.weight",
+        "blocks.{}.mlp.fc1.bias": "layers.{}.mlp.up_proj.bias",
+        "blocks.{}.mlp.fc1_g.weight": "layers.{}.mlp.gate_proj.weight",
+        "blocks.{}.mlp.fc1_g.bias": "layers.{}.mlp.gate_proj.bias",
+        "blocks.{}.mlp.fc1_x.weight": "layers.{}.mlp.up_proj.weight",
+        "blocks.{}.mlp.fc1_x.bias": "layers.{}.mlp.up_proj.bias",
+        "blocks.{}.mlp.fc2.weight": "layers.{}.mlp.down_proj.weight",
+        "blocks.{}.mlp.fc2.bias": "layers.{}.mlp.down_proj.bias",
+        "blocks.{}.gamma_2": "layers.{}.layer_scale2.lambda1",
+        "norm.weight": "layernorm.weight",
+        "norm.bias": "layernorm.bias",
+    },
+)
+
+EOMT_TUE = Layout(
+    name="eomt-tue",
+    title="EoMT weights in TU/e's layout",
+    kind="eomt",
+    signature=("network.q.weight", "network.class_head.weight"),
+    table={
+        "network.attn_mask_probs": _MASK_SCHEDULE,
+        "network.encoder.pixel_mean": _PIXEL_STATISTICS,
+        "network.encoder.pixel_std": _PIXEL_STATISTICS,
+        "network.encoder.backbone.patch_embed.cls_token": "embeddings.cls_token",
+        "network.encoder.backbone.patch_embed.register_tokens": "embeddings.register_tokens",
+        "network.encoder.backbone.patch_embed.patch_embeddings.weight": (
+            "embeddings.patch_embeddings.weight"
+        ),
+        "network.encoder.backbone.patch_embed.patch_embeddings.bias": (
+            "embeddings.patch_embeddings.bias"
+        ),
+        **{
+            f"network.encoder.backbone.blocks.{{}}.{tensor}": f"layers.{{}}.{tensor}"
+            for tensor in LAYER
+        },
+        "network.encoder.backbone.norm.weight": "layernorm.weight",
+        "network.encoder.backbone.norm.bias": "layernorm.bias",
+        "network.q.weight": "query.weight",
+        "network.class_head.weight": "class_predictor.weight",
+        "network.class_head.bias": "class_predictor.bias",
+        "network.mask_head.0.weight": "mask_head.fc1.weight",
+        "network.mask_head.0.bias": "mask_head.fc1.bias",
+        "network.mask_head.2.weight": "mask_head.fc2.weight",
+        "network.mask_head.2.bias": "mask_head.fc2.bias",
+        "network.mask_head.4.weight": "mask_head.fc3.weight",
+        "network.mask_head.4.bias": "mask_head.fc3.bias",
+        "network.upscale.{}.conv1.weight": "upscale_block.block.{}.conv1.weight",
+        "network.upscale.{}.conv1.bias": "upscale_block.block.{}.conv1.bias",
+        "network.upscale.{}.conv2.weight": "upscale_block.block.{}.conv2.weight",
+        "network.upscale.{}.norm.weight": "upscale_block.block.{}.layernorm2d.weight",
+        "network.upscale.{}.norm.bias": "upscale_block.block.{}.layernorm2d.bias",
+        "criterion.empty_weight": "criterion.empty_weight",
+    },
+)
+
+# the shape of every tensor of the model, by its canonical name
+MODEL: Mapping[str, tuple[str | int, ...]] = {
+    "attn_mask_probs": ("blocks",),
+    "class_predictor.bias": ("classes + 1",),
+    "class_predictor.weight": ("classes + 1", "hidden"),
+    "criterion.empty_weight": ("classes + 1",),
+    "embeddings.cls_token": (1, 1, "hidden"),
+    "embeddings.patch_embeddings.bias": ("hidden",),
+    "embeddings.patch_embeddings.weight": ("hidden", "channels", "patch", "patch"),
+    "embeddings.register_tokens": (1, "registers", "hidden"),
+    "layernorm.bias": ("hidden",),
+    "layernorm.weight": ("hidden",),
+    "layers.{}.attention.k_proj.bias": ("hidden",),
+    "layers.{}.attention.k_proj.weight": ("hidden", "hidden"),
+    "layers.{}.attention.o_proj.bias": ("hidden",),
+    "layers.{}.attention.o_proj.weight": ("hidden", "hidden"),
+    "layers.{}.attention.q_proj.bias": ("hidden",),
+    "layers.{}.attention.q_proj.weight": ("hidden", "hidden"),
+    "layers.{}.attention.v_proj.bias": ("hidden",),
+    "layers.{}.attention.v_proj.weight": ("hidden", "hidden"),
+    "layers.{}.layer_scale1.lambda1": ("hidden",),
+    "layers.{}.layer_scale2.lambda1": ("hidden",),
+    "layers.{}.mlp.down_proj.bias": ("hidden",),
+    "layers.{}.mlp.down_proj.weight": ("hidden", "mlp"),
+    "layers.{}.mlp.gate_proj.bias": ("mlp",),
+    "layers.{}.mlp.gate_proj.weight": ("mlp", "hidden"),
+    "layers.{}.mlp.up_proj.bias": ("mlp",),
+    "layers.{}.mlp.up_proj.weight": ("mlp", "hidden"),
+    "layers.{}.norm1.bias": ("hidden",),
+    "layers.{}.norm1.weight": ("hidden",),
+    "layers.{}.norm2.bias": ("hidden",),
+    "layers.{}.norm2.weight": ("hidden",),
+    "mask_head.fc1.bias": ("hidden",),
+    "mask_head.fc1.weight": ("hidden", "hidden"),
+    "mask_head.fc2.bias": ("hidden",),
+    "mask_head.fc2.weight": ("hidden", "hidden"),
+    "mask_head.fc3.bias": ("hidden",),
+    "mask_head.fc3.weight": ("hidden", "hidden"),
+    "query.weight": ("queries", "hidden"),
+    "upscale_block.block.{}.conv1.bias": ("hidden",),
+    "upscale_block.block.{}.conv1.weight": ("hidden", "hidden", 2, 2),
+    "upscale_block.block.{}.conv2.weight": ("hidden", 1, 3, 3),
+    "upscale_block.block.{}.layernorm2d.bias": ("hidden",),
+    "upscale_block.block.{}.layernorm2d.weight": ("hidden",),
+}
+
+EOMT_TRANSFORMERS = Layout(
+    name="eomt-transformers",
+    title="an EoMT model in transformers' layout",
+    kind="eomt",
+    signature=("embeddings.patch_embeddings.weight", "class_predictor.weight"),
+    table={name: name for name in MODEL} | {"attn_mask_probs": _MASK_SCHEDULE},
+)
+
+LAYOUTS = (DINOV3_TRANSFORMERS, DINOV3_META, DINOV3_TIMM, EOMT_TUE, EOMT_TRANSFORMERS)
+
+BACKBONE_LAYOUTS = {
+    layout.name.removeprefix("dinov3-"): layout for layout in LAYOUTS if layout.kind == "backbone"
+}
+
+
+def recognise(names: Iterable[str]) -> Layout | None:
+    """The layout that a file's tensor names are of; None if it is none that is known."""
+    present = {plain_name(name) for name in names}
+    for layout in LAYOUTS:
+        if present.issuperset(layout.signature):
+            return layout
+    return None
+
+
+def plain_name(name: str) -> str:
+    """A name without the prefix that torch.compile gives the modules it wraps."""
+    return name.replace("_orig_mod.", "")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of a file, or one of the equal parts of a fused one.
+
+    Attributes:
+        name: its name in the file.
+        index: which part, from 0.
+        count: of how many parts along the first axis; 1 for the whole tensor.
+    """
+
+    name: str
+    index: int = 0
+    count: int = 1
+
+    def __str__(self) -> str:
+        return self.name if self.count == 1 else f"{self.name}[{self.index + 1}/{self.count}]"
+
+
+@dataclass(frozen=True)
+class Translation:
+    """The tensors of a file by their canonical names.
+
+    Attributes:
+        layout: the file's layout.
+        tensors: what its header says, by its own names.
+        parts: where each canonical tensor is in it.
+        dropped: what is left out, and why.
+        unknown: names that the layout does not have.
+    """
+
+    layout: Layout
+    tensors: Mapping[str, TensorInfo]
+    parts: Mapping[str, Part]
+    dropped: tuple[tuple[Part, str], ...]
+    unknown: tuple[str, ...]
+
+    def shape(self, canonical: str) -> tuple[int, ...] | None:
+        """The shape of a canonical tensor; None if the file does not have it."""
+        part = self.parts.get(canonical)
+        if part is None:
+            return None
+        shape = self.tensors[part.name].shape
+        # a fused tensor that does not divide keeps its shape, which no tensor of the model has
+        if part.count > 1 and shape and shape[0] % part.count == 0:
+            return (shape[0] // part.count, *shape[1:])
+        return shape
+
+
+def translate(tensors: Mapping[str, TensorInfo], layout: Layout) -> Translation:
+    """Finds the canonical tensors in a file.
+
+    Raises:
+        PlanError: two tensors of the file have the same canonical name.
+    """
+    parts: dict[str, Part] = {}
+    dropped, unknown = [], []
+    for name in tensors:
+        targets = layout.target(plain_name(name))
+        for index, target in enumerate(targets):
+            part = Part(name, index, len(targets))
+            if isinstance(target, Dropped):
+                dropped.append((part, target.reason))
+            elif target in parts:
+                raise PlanError(f"{parts[target]} and {part} are both {target}.")
+            else:
+                parts[target] = part
+        if not targets:
+            unknown.append(name)
+    return Translation(layout, tensors, parts, tuple(dropped), tuple(unknown))

@@ -1,0 +1,219 @@
+"""Carries a plan out: one row at a time, in a memory that does not grow with the model."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from converter.configs import NO_OBJECT_WEIGHT
+from converter.errors import UnreadableFileError
+from converter.weights.plan import Operand, Plan, Row, Source
+from converter.weights.tensorfiles import ShardedTensorFile, TensorFile
+from converter.weights.writing import Sharding, WeightsWriter, shard
+
+if TYPE_CHECKING:
+    from converter.weights.tensorfiles import Array
+
+# elements that are read, added, digested and written at a time: 2 MiB of float32, so that the few
+# buffers they pass through stay in the processor's cache
+CHUNK = 1 << 19
+
+Files = Mapping[Source, TensorFile | ShardedTensorFile]
+
+# size in bytes and SHA-256 of files, by name
+Digests = Mapping[str, tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What was written.
+
+    Attributes:
+        files: size and digest of every file that was written.
+        tensors: digest of every tensor's little-endian bytes, by name.
+        inputs: size and digest of every file that was read, by source.
+    """
+
+    files: Digests
+    tensors: Mapping[str, str]
+    inputs: Mapping[Source, Digests]
+
+
+def sharding_of(plan: Plan, max_shard_size: int | None = None) -> Sharding:
+    """The files that a plan's tensors go to, none of them larger than this many bytes."""
+    buffers = ("attn_mask_probs", "criterion.empty_weight")
+    return shard(
+        {row.name: (row.dtype, row.shape) for row in plan.rows},
+        max_shard_size,
+        parameters=sum(row.size for row in plan.rows if row.name not in buffers),
+    )
+
+
+def merge(
+    plan: Plan,
+    files: Files,
+    folder: Path,
+    *,
+    max_shard_size: int | None = None,
+    allow_nonfinite: bool = False,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Merged:
+    """Writes a plan's tensors to a folder, as model.safetensors or its shards.
+
+    Sums are taken in float32 and rounded once, to the plan's type. Digests of the inputs, of every
+    tensor and of the outputs are computed on the way.
+
+    Args:
+        plan: what to write.
+        files: the sources that its rows name.
+        folder: where to write.
+        max_shard_size: bytes of tensors in a file; None for one file.
+        allow_nonfinite: whether weights may be NaN or infinite.
+        advance: called with the number of bytes written since it was called last.
+
+    Raises:
+        UnreadableFileError: a source was changed meanwhile, or a weight is NaN, infinite or too
+            large for its type.
+        OSError: a file cannot be written.
+    """
+    digests = {row.name: hashlib.sha256() for row in plan.rows}
+    # SHA-256 takes most of the time and leaves the interpreter free: a thread for each input reads
+    # and digests it, while the one that computes hands each chunk to two that digest and write it.
+    with (
+        WeightsWriter(folder, sharding_of(plan, max_shard_size)) as writer,
+        ThreadPoolExecutor(len(files) + 2) as threads,  # ends before the writer, also on an error
+    ):
+        inputs = {source: threads.submit(file.digests) for source, file in files.items()}
+        pending: list[Future[None]] = []
+        for row, chunk in _chunks(plan, files, allow_nonfinite):
+            _finish(pending)
+            pending = [
+                threads.submit(writer.write, chunk),
+                threads.submit(digests[row.name].update, chunk.data),
+            ]
+            advance(chunk.nbytes)
+        _finish(pending)
+        return Merged(
+            files=writer.files,
+            tensors={name: digest.hexdigest() for name, digest in digests.items()},
+            inputs={source: future.result() for source, future in inputs.items()},
+        )
+
+
+def _finish(pending: list[Future[None]]) -> None:
+    for future in pending:
+        future.result()
+
+
+def _chunks(plan: Plan, files: Files, allow_nonfinite: bool) -> Iterator[tuple[Row, "Array"]]:
+    """The elements of every row, a chunk at a time, as flat arrays of the row's type.
+
+    A chunk is overwritten when the one after the next is asked for.
+    """
+    import numpy as np
+
+    buffer, other, addend = np.empty((3, CHUNK), np.float32)
+    for row in plan.rows:
+        for start in range(0, row.size, CHUNK):
+            stop = min(start + CHUNK, row.size)
+            # what overflows is an error below, or was asked for
+            with np.errstate(over="ignore", invalid="ignore"):
+                chunk = compute(row, files, start, stop, buffer, addend)
+                rounded = round_to(chunk, row.dtype)
+                if not allow_nonfinite:
+                    _check_finite(row, files, chunk, rounded, start, stop)
+            yield row, rounded
+            buffer, other = other, buffer
+
+
+def compute(
+    row: Row, files: Files, start: int, stop: int, buffer: "Array", addend: "Array"
+) -> "Array":
+    """Elements [start, stop) of a row in float32, in ``buffer`` if they can be put there."""
+    import numpy as np
+
+    values = buffer[: stop - start]
+    match row.operation:
+        case "zeros":
+            values.fill(0)
+            return values
+        case "class weights":
+            values.fill(1)
+            values[row.size - 1 - start :] = NO_OBJECT_WEIGHT
+            return values
+        case "copy":
+            (operand,) = row.operands
+            return read_operand(operand, row, files, start, stop, buffer)
+        case "add":
+            first, second = row.operands
+            return np.add(
+                read_operand(first, row, files, start, stop, buffer),
+                read_operand(second, row, files, start, stop, addend),
+                out=values,
+            )
+
+
+def read_operand(
+    operand: Operand, row: Row, files: Files, start: int, stop: int, out: "Array | None" = None
+) -> "Array":
+    """Elements [start, stop) of an operand, which has as many as its row, in float32.
+
+    They are read into ``out`` where they fit, as in `TensorFile.read`.
+    """
+    import numpy as np
+
+    if operand.part is None:
+        return np.zeros(stop - start, np.float32)
+    begin = operand.part.index * row.size
+    values = files[operand.source].read(operand.part.name, begin + start, begin + stop, out)
+    return values.astype(np.float32, copy=False)
+
+
+def round_to(values: "Array", dtype: str) -> "Array":
+    """Rounds float32 numbers to the nearest of a type, ties to even; bfloat16 comes as its bits."""
+    import numpy as np
+
+    if dtype == "F32":
+        return values
+    if dtype == "F16":
+        return values.astype(np.float16)
+    bits = values.view(np.uint32)
+    rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+    # rounding up could carry a NaN's last bits into a number
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def _check_finite(
+    row: Row, files: Files, chunk: "Array", rounded: "Array", start: int, stop: int
+) -> None:
+    import numpy as np
+
+    # A finite sum has only finite terms, and is cheaper to take than a mask of every element.
+    if np.isfinite(chunk.sum()) or np.isfinite(chunk).all():
+        if row.dtype == "F32" or _all_finite(rounded):
+            return
+        raise UnreadableFileError(
+            f"{row.name} overflows {row.dtype}: its largest value is {np.abs(chunk).max():.3g}.",
+            "Choose --dtype bfloat16 or float32; --allow-nonfinite converts it all the same.",
+        )
+    for operand in row.operands:
+        if not np.isfinite(read_operand(operand, row, files, start, stop)).all():
+            path = files[operand.source].path
+            raise UnreadableFileError(
+                f"{operand.part} in the {operand.source} ({path.name}) holds NaN or infinity.",
+                "The file may be damaged; --allow-nonfinite converts it all the same.",
+            )
+    raise UnreadableFileError(
+        f"{row.name} overflows float32: {row.recipe}.",
+        "--allow-nonfinite converts it all the same.",
+    )
+
+
+def _all_finite(rounded: "Array") -> bool:
+    import numpy as np
+
+    if rounded.dtype == np.uint16:  # bfloat16: an exponent of ones is what is not finite
+        return not bool(((rounded & 0x7F80) == 0x7F80).any())
+    return bool(np.isfinite(rounded).all())

@@ -1,0 +1,378 @@
+"""The plan of a conversion: a table with one row for every tensor of the model.
+
+It is made from names and shapes alone, before a weight is read, and is complete or is not made:
+every input tensor is used by a row or dropped for a reason, and every tensor that the model needs
+has exactly one row.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from converter.configs import NO_OBJECT_WEIGHT, BackboneConfig, HeadSizes
+from converter.errors import PlanError
+from converter.weights.backbones import config_from_shapes, describe, size_of
+from converter.weights.headers import ITEM_SIZES, TensorInfo
+from converter.weights.layouts import (
+    EOMT_TRANSFORMERS,
+    MODEL,
+    Kind,
+    Layout,
+    Part,
+    Translation,
+    recognise,
+    translate,
+)
+
+# where a tensor comes from: a delta is added to a backbone, absolute weights stand alone
+Source = Literal["backbone", "delta", "weights"]
+Operation = Literal["add", "copy", "zeros", "class weights"]
+Tensors = Mapping[str, TensorInfo]
+
+# biases and parts that a backbone has or has not, by the fields of its configuration that say so
+_OPTIONAL = {
+    "attention.q_proj.bias": ("query_bias",),
+    "attention.k_proj.bias": ("key_bias",),
+    "attention.v_proj.bias": ("value_bias",),
+    "attention.o_proj.bias": ("proj_bias",),
+    "mlp.up_proj.bias": ("mlp_bias",),
+    "mlp.down_proj.bias": ("mlp_bias",),
+    "mlp.gate_proj.weight": ("use_gated_mlp",),
+    "mlp.gate_proj.bias": ("use_gated_mlp", "mlp_bias"),
+}
+
+# what files leave out where it is all zeros
+_ZERO_UNLESS_THERE = ("attention.q_proj.bias", "attention.v_proj.bias")
+
+# of a long list of wrong tensors, this many are named
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor of a source, or a part of a fused one.
+
+    Attributes:
+        source: which file it is in.
+        part: where it is in that file; None stands for zeros that the file leaves out.
+    """
+
+    source: Source
+    part: Part | None
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.part}" if self.part else "zeros"
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one tensor of the model comes about.
+
+    Attributes:
+        name: canonical name.
+        shape: its shape.
+        dtype: its element type, as safetensors names it.
+        operation: ``add`` (the operands, in float32), ``copy`` (the operand), ``zeros``, or
+            ``class weights`` (ones, and the weight of "no object" last).
+        operands: what it is made from.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    operation: Operation
+    operands: tuple[Operand, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def recipe(self) -> str:
+        """The recipe in one line, such as ``backbone:norm.bias + delta:network.q.weight``."""
+        match self.operation:
+            case "zeros":
+                return "zeros"
+            case "class weights":
+                return f"ones, {NO_OBJECT_WEIGHT} last"
+            case _:
+                return " + ".join(str(operand) for operand in self.operands)
+
+    @property
+    def renamed(self) -> bool:
+        """Whether it has another name than in the file it comes from."""
+        return any(operand.part and operand.part.name != self.name for operand in self.operands)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.size * ITEM_SIZES[self.dtype]
+
+
+@dataclass(frozen=True)
+class DroppedTensor:
+    """An input tensor that no row uses, and why."""
+
+    operand: Operand
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The tensor as JSON shows it."""
+        return {"tensor": str(self.operand), "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A complete plan.
+
+    Attributes:
+        rows: in the order in which they are written.
+        dropped: input tensors that are left out.
+        config: the backbone's configuration.
+        heads: the sizes that EoMT adds, found in its weights.
+    """
+
+    rows: tuple[Row, ...]
+    dropped: tuple[DroppedTensor, ...]
+    config: BackboneConfig
+    heads: HeadSizes
+
+    def counts(self) -> dict[str, int]:
+        """How many tensors are added, copied, filled, renamed and dropped."""
+        operations = Counter(row.operation for row in self.rows)
+        return {
+            "tensors": len(self.rows),
+            "added": operations["add"],
+            "copied": operations["copy"],
+            "filled": operations["zeros"] + operations["class weights"],
+            "renamed": sum(row.renamed for row in self.rows),
+            "dropped": len(self.dropped),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON shows it."""
+        return {
+            "counts": self.counts(),
+            "rows": [
+                {
+                    "name": row.name,
+                    "shape": list(row.shape),
+                    "dtype": row.dtype,
+                    "operation": row.operation,
+                    "recipe": row.recipe,
+                }
+                for row in self.rows
+            ],
+            "dropped": [dropped.to_dict() for dropped in self.dropped],
+        }
+
+
+def make_plan(
+    eomt: Tensors,
+    backbone: Tensors | None,
+    config: BackboneConfig | None,
+    *,
+    backbone_layout: Layout | None = None,
+    dtype: str = "F32",
+) -> Plan:
+    """Plans a conversion.
+
+    Args:
+        eomt: tensors of the file with EoMT's weights.
+        backbone: tensors of the backbone that they are a delta to; None if they are absolute.
+        config: the backbone's config.json; None to read the sizes off the shapes of a backbone
+            that is published.
+        backbone_layout: the backbone's layout; by default the one that its names are of.
+        dtype: element type of the model, as safetensors names it.
+
+    Raises:
+        PlanError: a tensor is missing, left over or of a wrong shape, or a file is of another
+            layout than it should be. The message names tensors, shapes and the likeliest cause.
+    """
+    base = None
+    if backbone is not None:
+        base = _Weights("backbone", backbone, "backbone", backbone_layout)
+    head = _Weights("delta" if base else "weights", eomt, "eomt")
+    if base and head.translation.layout is EOMT_TRANSFORMERS:
+        raise PlanError(
+            f"The {head.source} is {EOMT_TRANSFORMERS.title}: converted already, not a delta.",
+            "Convert it again with --weights absolute, or check it with eomt-convert verify.",
+        )
+    if config is None:
+        config = config_from_shapes(base.translation if base else head.translation)
+    cause = _likeliest_cause(base, head, config)
+    heads = _head_sizes(head, cause)
+    most = max(len(eomt), len(backbone or ()))
+    if config.num_hidden_layers > most:
+        raise PlanError(
+            f"config.json speaks of {config.num_hidden_layers} layers, there are {most} tensors.",
+            cause,
+        )
+
+    rows, problems = [], []
+    needed = model_shapes(config, heads)
+    for name, shape in sorted(needed.items()):
+        in_backbone = name.startswith(("embeddings.", "layers.", "layernorm."))
+        row = _row(name, shape, dtype, [base, head] if base and in_backbone else [head])
+        if isinstance(row, Row):
+            rows.append(row)
+        else:
+            problems += row
+    sources = [base, head] if base else [head]
+    for weights in sources:
+        problems += weights.left_over(needed)
+    if problems:
+        raise PlanError(_list_of(problems), cause)
+    dropped = tuple(entry for weights in sources for entry in weights.dropped)
+    return Plan(tuple(rows), dropped, config, heads)
+
+
+def model_shapes(config: BackboneConfig, heads: HeadSizes) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor that a model of these sizes has, by canonical name."""
+    sizes = {
+        "blocks": heads.num_blocks,
+        "channels": config.num_channels,
+        "classes + 1": heads.num_classes + 1,
+        "hidden": config.hidden_size,
+        "mlp": config.intermediate_size,
+        "patch": config.patch_size,
+        "queries": heads.num_queries,
+        "registers": config.num_register_tokens,
+    }
+    shapes = {}
+    for pattern, symbols in MODEL.items():
+        shape = tuple(sizes[size] if isinstance(size, str) else size for size in symbols)
+        for name in _numbered(pattern, config):
+            shapes[name] = shape
+    return shapes
+
+
+def _numbered(pattern: str, config: BackboneConfig) -> list[str]:
+    prefix, _, tensor = pattern.partition("{}.")
+    if not tensor:
+        return [pattern]
+    if prefix == "layers.":
+        if not all(getattr(config, switch) for switch in _OPTIONAL.get(tensor, ())):
+            return []
+        return [pattern.format(i) for i in range(config.num_hidden_layers)]
+    return [pattern.format(i) for i in range(config.num_upscale_blocks)]
+
+
+class _Weights:
+    """The tensors of a source under their canonical names."""
+
+    def __init__(
+        self, source: Source, tensors: Tensors, kind: Kind, layout: Layout | None = None
+    ) -> None:
+        self.source = source
+        layout = layout or recognise(tensors)
+        wanted = "a DINOv3 backbone" if kind == "backbone" else "EoMT weights"
+        if layout is None:
+            first = ", ".join(list(tensors)[:3]) or "no tensor at all"
+            raise PlanError(
+                f"The {source}'s layout is none that is known: it has {first}, ...",
+                f"Expected {wanted}. eomt-convert inspect shows what is in a file.",
+            )
+        if layout.kind != kind:
+            raise PlanError(
+                f"The {source} is {layout.title}, not {wanted}.",
+                "Are --delta and --backbone swapped?",
+            )
+        self.translation: Translation = translate(tensors, layout)
+
+    @property
+    def dropped(self) -> list[DroppedTensor]:
+        return [
+            DroppedTensor(Operand(self.source, part), reason)
+            for part, reason in self.translation.dropped
+        ]
+
+    def operand(self, name: str, shape: tuple[int, ...]) -> Operand | str:
+        """Where a canonical tensor is, or what is wrong with it."""
+        part = self.translation.parts.get(name)
+        if part is None:
+            if self.source == "backbone" and name.endswith(_ZERO_UNLESS_THERE):
+                return Operand(self.source, None)
+            return f"{name} {list(shape)} is missing from the {self.source}"
+        found = self.translation.shape(name)
+        if found != shape:
+            return (
+                f"{part} in the {self.source} has the shape {list(found or ())}, the model needs "
+                f"{list(shape)}"
+            )
+        dtype = self.translation.tensors[part.name].dtype
+        if not dtype.startswith(("F", "BF")):
+            return f"{part} in the {self.source} holds {dtype}, not floating point numbers"
+        return Operand(self.source, part)
+
+    def left_over(self, needed: Mapping[str, tuple[int, ...]]) -> list[str]:
+        extra = [part for name, part in self.translation.parts.items() if name not in needed]
+        extra += [Part(name) for name in self.translation.unknown]
+        return [
+            f"{part} {list(self.translation.tensors[part.name].shape)} in the {self.source} is "
+            "left over: the model has no place for it"
+            for part in extra
+        ]
+
+
+def _row(name: str, shape: tuple[int, ...], dtype: str, sources: list[_Weights]) -> Row | list[str]:
+    """The row of a tensor; a list of what is wrong if it cannot be made."""
+    if name == "attn_mask_probs":
+        return Row(name, shape, dtype, "zeros", ())
+    if name == "criterion.empty_weight" and name not in sources[0].translation.parts:
+        return Row(name, shape, dtype, "class weights", ())
+    found = [source.operand(name, shape) for source in sources]
+    problems = [problem for problem in found if isinstance(problem, str)]
+    if problems:
+        return problems
+    operands = tuple(operand for operand in found if isinstance(operand, Operand))
+    return Row(name, shape, dtype, "add" if len(operands) == 2 else "copy", operands)
+
+
+def _head_sizes(head: _Weights, cause: str) -> HeadSizes:
+    weights = head.translation
+    # dropped or replaced by zeros, but its length is the number of blocks
+    blocks = next(
+        (
+            info.shape
+            for name, info in weights.tensors.items()
+            if name.endswith("attn_mask_probs") and len(info.shape) == 1
+        ),
+        None,
+    )
+    queries, classes = weights.shape("query.weight"), weights.shape("class_predictor.weight")
+    if blocks is None:
+        raise PlanError(f"attn_mask_probs is missing from the {head.source}.", cause)
+    if not queries or not classes or classes[0] < 2:
+        raise PlanError(
+            f"The heads of the {head.source} have impossible shapes: {list(queries or ())} for "
+            f"queries, {list(classes or ())} for classes.",
+            cause,
+        )
+    return HeadSizes(queries[0], classes[0] - 1, blocks[0])
+
+
+def _likeliest_cause(base: _Weights | None, head: _Weights, config: BackboneConfig) -> str:
+    wanted = size_of(head.translation)
+    found = size_of(base.translation) if base else wanted
+    if found != config.size:
+        return (
+            f"The backbone's config.json describes {describe(config.size)}, its weights are of "
+            f"{describe(found)}: they do not belong together."
+        )
+    if found != wanted:
+        return (
+            f"The delta was made for another backbone: it is of {describe(wanted)}, the backbone "
+            f"given is {describe(found)}."
+        )
+    return "A file may be incomplete, or saved by another version of the training code."
+
+
+def _list_of(problems: list[str]) -> str:
+    shown = [f"  {problem}" for problem in problems[:_SHOWN]]
+    if len(problems) > _SHOWN:
+        shown.append(f"  and {len(problems) - _SHOWN} more")
+    return "The weights do not add up to a model:\n" + "\n".join(shown)

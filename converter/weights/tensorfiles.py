@@ -1,0 +1,334 @@
+"""Files of tensors, read in ranges when they are asked for: single files, and shards with an index.
+
+A header says where each tensor lies, so that nothing else is read before it is needed.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from reprlib import repr as shortened
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+
+from converter.errors import UnreadableFileError
+from converter.weights.headers import MAX_DESCRIPTION, parse_json_object, read_header
+from converter.weights.unpickling import is_name
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
+
+# what transformers looks for in the folder of a model: one file, or shards and their index
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+
+
+def open_tensors(path: Path) -> "TensorFile | ShardedTensorFile":
+    """Opens a file of weights, or the shards of a ``.safetensors.index.json``.
+
+    Raises:
+        UnreadableFileError: there is no such file, or one of the files breaks the rules of its
+            format.
+    """
+    return ShardedTensorFile(path) if path.suffix == ".json" else TensorFile(path)
+
+
+class TensorFile(AbstractContextManager["TensorFile"]):
+    """A file of weights, open for reading; a context manager.
+
+    Attributes:
+        path: the file.
+        format: ``safetensors`` or ``torch``.
+        tensors: what is in it, by name, in the file's own order.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens a file and reads its header.
+
+        Raises:
+            UnreadableFileError: there is no such file, or it breaks the rules of its format.
+        """
+        self.path = path
+        self._file = _open(path)
+        self._state = _state(self._file)
+        try:
+            self.format, self.tensors = read_header(self._file, self._state.size, path)
+        except OSError as error:
+            self._file.close()
+            raise UnreadableFileError(f"{path} cannot be read: {error.strerror}.") from error
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(
+        self, name: str, start: int = 0, stop: int | None = None, out: "Array | None" = None
+    ) -> "Array":
+        """Reads a tensor, or the elements [start, stop) of it as a flat array.
+
+        Args:
+            name: the tensor.
+            start: first element.
+            stop: the element behind the last; None for all of them.
+            out: a flat array to read into, where it has the tensor's type and is large enough.
+                Fresh memory costs as much as reading does.
+
+        Returns:
+            Elements in the tensor's own type, bfloat16 widened to float32 (which is exact), in the
+            tensor's shape if the whole of it was asked for.
+
+        Raises:
+            UnreadableFileError: the file was changed after it was opened, or the tensor's element
+                type has no place in these models.
+        """
+        import numpy as np
+
+        info = self.tensors[name]
+        whole = start == 0 and stop is None
+        stop = info.size if stop is None else stop
+        stored = np.dtype(_NUMPY_TYPES.get(info.dtype, "V1"))
+        if stored.kind == "V":
+            raise UnreadableFileError(
+                f"{name} in {self.path} holds {info.dtype} numbers, as no released checkpoint does."
+            )
+        if info.axes is not None and not whole:
+            return self.read(name).reshape(-1)[start:stop]
+        if out is None or out.dtype != stored or out.size < stop - start:
+            out = np.empty(stop - start, stored)
+        array = out[: stop - start]
+        offset = info.offset + start * stored.itemsize
+        view = array.data.cast("B") if array.size else memoryview(b"")
+        while len(view):
+            count = self._read_at(view, offset)
+            view, offset = view[count:], offset + count
+        if info.dtype == "BF16":
+            array = (array.astype(np.uint32) << 16).view(np.float32)
+        if info.axes is not None:
+            array = array.reshape([info.shape[axis] for axis in info.axes])
+            array = np.ascontiguousarray(array.transpose(np.argsort(info.axes)))
+        return array.reshape(info.shape) if whole else array
+
+    def sha256(self, name: str | None = None) -> str:
+        """Digest of the whole file, or of the bytes of one tensor, in hexadecimal."""
+        begin, end = 0, self._state.size
+        if name is not None:
+            info = self.tensors[name]
+            begin, end = info.offset, info.offset + info.nbytes
+        digest = hashlib.sha256()
+        # small enough to stay in the processor's cache between reading and digesting
+        buffer = memoryview(bytearray(min(end - begin, 1 << 17)))
+        while begin < end:
+            count = self._read_at(buffer[: end - begin], begin)
+            digest.update(buffer[:count])
+            begin += count
+        return digest.hexdigest()
+
+    def digests(self) -> dict[str, tuple[int, str]]:
+        """Size in bytes and SHA-256 of the file, by its name."""
+        return {self.path.name: (self._state.size, self.sha256())}
+
+    def _read_at(self, buffer: memoryview, offset: int) -> int:
+        try:
+            count = os.preadv(self._file.fileno(), [buffer], offset)
+        except OSError as error:
+            raise UnreadableFileError(f"{self.path} cannot be read: {error.strerror}.") from error
+        if count == 0 or _state(self._file) != self._state:
+            raise UnreadableFileError(f"{self.path} was changed while it was read.")
+        return count
+
+
+class ShardedTensorFile(AbstractContextManager["ShardedTensorFile"]):
+    """Weights in several safetensors files, with an index of them; a context manager.
+
+    It is used like a `TensorFile`.
+
+    Attributes:
+        path: the index.
+        format: ``safetensors``.
+        tensors: what is in the shards, by name, in the index's order.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Opens an index and its shards, and reads their headers.
+
+        Every tensor must be where the index says, and nowhere else.
+
+        Raises:
+            UnreadableFileError: a file is missing, breaks the rules of its format, or contradicts
+                the index.
+        """
+        self.path = path
+        self.format = "safetensors"
+        content = _read_index(path)
+        self._digest = len(content), hashlib.sha256(content).hexdigest()
+        weight_map = _weight_map(content, path)
+        with ExitStack() as stack:
+            shards = {
+                shard: stack.enter_context(_open_shard(path, shard))
+                for shard in sorted(set(weight_map.values()))
+            }
+            _check_index(weight_map, shards, path)
+            self._stack = stack.pop_all()
+        self._shards = shards
+        self._shard_of = {name: shards[shard] for name, shard in weight_map.items()}
+        self.tensors = {name: shard.tensors[name] for name, shard in self._shard_of.items()}
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def read(
+        self, name: str, start: int = 0, stop: int | None = None, out: "Array | None" = None
+    ) -> "Array":
+        """Reads a tensor, or a range of its elements, like `TensorFile.read`."""
+        return self._shard_of[name].read(name, start, stop, out)
+
+    def sha256(self, name: str) -> str:
+        """Digest of the bytes of one tensor, in hexadecimal."""
+        return self._shard_of[name].sha256(name)
+
+    def digests(self) -> dict[str, tuple[int, str]]:
+        """Size in bytes and SHA-256 of the index and of every shard, by file name."""
+        digests = {self.path.name: self._digest}
+        for shard in self._shards.values():
+            digests |= shard.digests()
+        return digests
+
+
+def _open(path: Path) -> BinaryIO:
+    if path.exists() and not path.is_file():
+        raise UnreadableFileError(f"{path} is a folder or a device, not a file.")
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UnreadableFileError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+@dataclass(frozen=True)
+class _State:
+    """What changes when a file is written to."""
+
+    size: int
+    modified: int
+
+
+def _state(file: BinaryIO) -> _State:
+    status = os.fstat(file.fileno())
+    return _State(status.st_size, status.st_mtime_ns)
+
+
+_NUMPY_TYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "i1",
+    "U64": "<u8",
+    "U32": "<u4",
+    "U16": "<u2",
+    "U8": "u1",
+    "BOOL": "?",
+}
+
+
+# shards and their index -------------------------------------------------------------------------
+
+# A plain name: no folder, no link's way out of one, nothing that steers a terminal.
+_SHARD_NAME = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
+
+
+def shard_names(path: Path) -> list[str]:
+    """The names of the files that an index speaks of, which belong beside it.
+
+    Raises:
+        UnreadableFileError: there is no such file, or it is no index.
+    """
+    return sorted(set(_weight_map(_read_index(path), path).values()))
+
+
+def _read_index(path: Path) -> bytes:
+    with _open(path) as file:
+        try:
+            content = file.read(MAX_DESCRIPTION + 1)
+        except OSError as error:
+            raise UnreadableFileError(f"{path} cannot be read: {error.strerror}.") from error
+    if len(content) > MAX_DESCRIPTION:
+        raise UnreadableFileError(f"{path} is larger than any model's index.")
+    return content
+
+
+def _weight_map(content: bytes, path: Path) -> dict[str, str]:
+    """Name of the shard by name of the tensor, from an index as huggingface_hub writes it."""
+
+    def broken(reason: str) -> UnreadableFileError:
+        return UnreadableFileError(
+            f"{path} is not a valid index of safetensors files: {reason}.",
+            "Give the model.safetensors.index.json that came with the weights, unchanged.",
+        )
+
+    try:
+        weight_map = parse_json_object(content).get("weight_map")
+    except ValueError as error:
+        raise broken(f"it is not the JSON that it should be ({error})") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise broken("it has no weight_map")
+    for name, shard in weight_map.items():
+        if not is_name(name):
+            raise broken(f"{shortened(name)} is no name of a tensor")
+        if type(shard) is not str or not _SHARD_NAME.fullmatch(shard):
+            raise broken(
+                f"{name!r} is said to be in {shortened(shard)}, no *.safetensors beside it"
+            )
+    return weight_map
+
+
+def _open_shard(index: Path, name: str) -> TensorFile:
+    """Opens a shard, which must lie in the index's folder, links followed.
+
+    The Hub's cache is made of links: snapshots/<commit>/<file> leads to the blobs of the
+    repository, or from there to those of the whole cache (huggingface_hub/utils/_shared_blobs.py).
+    """
+    path = index.parent / name
+    if not path.exists():
+        raise UnreadableFileError(
+            f"{path} is missing, a shard that {index.name} speaks of.",
+            "Fetch or copy all the shards.",
+        )
+    shard = TensorFile(path)
+    places = [index.parent]
+    if index.parent.parent.name == "snapshots":
+        repository = index.parent.parent.parent
+        places += [repository / "blobs", repository.parent / "blobs"]
+    target = path.resolve()
+    if not any(target.is_relative_to(place.resolve()) for place in places):
+        shard.__exit__(None, None, None)
+        raise UnreadableFileError(
+            f"{path} is a link to {target}, out of the index's folder.",
+            "Put the shard itself there, if this is meant.",
+        )
+    return shard
+
+
+def _check_index(
+    weight_map: Mapping[str, str], shards: Mapping[str, TensorFile], path: Path
+) -> None:
+    remedy = "The files may be of different versions: fetch all of them again."
+    for name, shard in weight_map.items():
+        if name not in shards[shard].tensors:
+            raise UnreadableFileError(
+                f"{path} says that {name!r} is in {shard}; it is not.", remedy
+            )
+    for shard, file in shards.items():
+        for name in file.tensors:
+            if weight_map.get(name) != shard:
+                raise UnreadableFileError(f"{name!r} is in {file.path}, not by the index.", remedy)

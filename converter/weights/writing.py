@@ -1,0 +1,222 @@
+"""Writes weights as a stream: one safetensors file, or shards and their index."""
+
+import hashlib
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from converter.errors import UsageError
+from converter.weights.headers import ITEM_SIZES
+from converter.weights.tensorfiles import WEIGHTS, WEIGHTS_INDEX
+
+if TYPE_CHECKING:
+    from converter.weights.tensorfiles import Array
+
+# name -> (safetensors' name of the element type, shape), in the order of a file
+TensorSpecs: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+_SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_size(text: str) -> int:
+    """The bytes of a size such as ``500MB``, as huggingface_hub and transformers take it.
+
+    Units are powers of 1000; a number without a unit is one of bytes.
+
+    Raises:
+        UsageError: it is no size.
+    """
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([KMGT]B)?", text.strip().upper())
+    size = int(float(match[1]) * _SIZE_UNITS.get(match[2], 1)) if match else 0
+    if size == 0:
+        raise UsageError(f"{text!r} is no size.", "Write 5GB, 500MB, or a number of bytes.")
+    return size
+
+
+def safetensors_header(tensors: TensorSpecs) -> bytes:
+    """The first bytes of a safetensors file with these tensors.
+
+    They follow in this order without gaps. The bytes are those that the safetensors library writes
+    for the same tensors in the same order.
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, (dtype, shape) in tensors.items():
+        end = position + _nbytes(dtype, shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * ITEM_SIZES[dtype]
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Which tensors go to which file.
+
+    Attributes:
+        tensors: what is written, in this order.
+        files: the tensors of each safetensors file, by its name.
+        index: content of ``model.safetensors.index.json``; empty if there is but one file.
+    """
+
+    tensors: TensorSpecs
+    files: Mapping[str, TensorSpecs]
+    index: bytes
+
+    @property
+    def size(self) -> int:
+        """Size of all the files in bytes."""
+        headers = sum(len(safetensors_header(tensors)) for tensors in self.files.values())
+        return headers + sum(_nbytes(*spec) for spec in self.tensors.values()) + len(self.index)
+
+
+def shard(
+    tensors: TensorSpecs, max_shard_size: int | None = None, *, parameters: int = 0
+) -> Sharding:
+    """Spreads tensors over files as huggingface_hub and transformers do.
+
+    Shards are filled in the given order. A tensor that is larger than a shard may be has one of its
+    own, numbered before the shard that was being filled.
+
+    Args:
+        tensors: in the order in which they will be written.
+        max_shard_size: bytes of tensors in a file; None for one file.
+        parameters: how many parameters the model has, which does not count its buffers. The index
+            tells it.
+    """
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    if max_shard_size is None:
+        return Sharding(tensors, {WEIGHTS: tensors}, b"")
+    split = split_state_dict_into_shards_factory(
+        dict(tensors),
+        get_storage_size=lambda spec: _nbytes(*spec),
+        filename_pattern=WEIGHTS.replace(".", "{suffix}."),
+        max_shard_size=max_shard_size,
+    )
+    files = {
+        file: {name: tensors[name] for name in names}
+        for file, names in split.filename_to_tensors.items()
+    }
+    if not split.is_sharded:
+        return Sharding(tensors, files, b"")
+    # as transformers' save_pretrained writes it
+    index = {
+        "metadata": {"total_parameters": parameters, **split.metadata},
+        "weight_map": split.tensor_to_filename,
+    }
+    return Sharding(tensors, files, json.dumps(index, indent=2, sort_keys=True).encode() + b"\n")
+
+
+class SafetensorsWriter(AbstractContextManager["SafetensorsWriter"]):
+    """Writes a safetensors file as a stream, its digest computed on the way; a context manager.
+
+    Attributes:
+        path: the file.
+        size: its size in bytes once it is complete; it is closed then.
+    """
+
+    def __init__(self, path: Path, tensors: TensorSpecs) -> None:
+        """Creates the file and writes its header."""
+        self.path = path
+        header = safetensors_header(tensors)
+        self.size = len(header) + sum(_nbytes(*spec) for spec in tensors.values())
+        self._digest = hashlib.sha256()
+        self._written = 0
+        self._file = path.open("xb", buffering=0)
+        self.write(header)
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, data: "bytes | memoryview | Array") -> None:
+        """Appends bytes: the tensors' elements, little-endian, in the order of the header."""
+        view = _bytes_of(data)
+        if self._written + len(view) > self.size:
+            raise ValueError(f"there are more bytes than {self.path} has room for")
+        self._digest.update(view)
+        while len(view):
+            count = self._file.write(view)
+            self._written += count
+            view = view[count:]
+        if self._written == self.size:
+            self._file.close()
+
+    def sha256(self) -> str:
+        """Digest of the complete file, in hexadecimal."""
+        if self._written != self.size:
+            raise ValueError(f"{self._written} of {self.size} bytes of {self.path} are written")
+        return self._digest.hexdigest()
+
+
+class WeightsWriter(AbstractContextManager["WeightsWriter"]):
+    """Writes weights as a stream, into as many files as a `Sharding` has; a context manager.
+
+    At most two files are open at a time: the shard that is being filled, and one with a tensor of
+    its own.
+    """
+
+    def __init__(self, folder: Path, sharding: Sharding) -> None:
+        """Writes the index, if there is to be one; each other file is created in its turn."""
+        self._folder = folder
+        self._sharding = sharding
+        self._writers: dict[str, SafetensorsWriter] = {}
+        self._stack = ExitStack()
+        file_of = {name: file for file, tensors in sharding.files.items() for name in tensors}
+        sizes = ((file_of[name], _nbytes(*spec)) for name, spec in sharding.tensors.items())
+        self._to_come = iter([(file, nbytes) for file, nbytes in sizes if nbytes])
+        self._file, self._left = "", 0
+        if sharding.index:
+            with (folder / WEIGHTS_INDEX).open("xb") as file:
+                file.write(sharding.index)
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def write(self, data: "bytes | Array") -> None:
+        """Appends bytes: the tensors' elements, little-endian, in the order of the sharding."""
+        view = _bytes_of(data)
+        while len(view):
+            if not self._left:
+                self._file, self._left = next(self._to_come, ("", 0))
+                if not self._left:
+                    raise ValueError("there are more bytes than the tensors have room for")
+            count = min(self._left, len(view))
+            self._writer(self._file).write(view[:count])
+            self._left -= count
+            view = view[count:]
+
+    @property
+    def files(self) -> dict[str, tuple[int, str]]:
+        """Size in bytes and SHA-256 of every file by its name, once all are complete."""
+        writers = {file: self._writer(file) for file in self._sharding.files}
+        files = {file: (writer.size, writer.sha256()) for file, writer in writers.items()}
+        if self._sharding.index:
+            index = self._sharding.index
+            files[WEIGHTS_INDEX] = len(index), hashlib.sha256(index).hexdigest()
+        return files
+
+    def _writer(self, file: str) -> SafetensorsWriter:
+        if file not in self._writers:
+            self._writers[file] = self._stack.enter_context(
+                SafetensorsWriter(self._folder / file, self._sharding.files[file])
+            )
+        return self._writers[file]
+
+
+def _bytes_of(data: "bytes | memoryview | Array") -> memoryview:
+    view = memoryview(data if isinstance(data, bytes | memoryview) else data.data)
+    # a view of nothing cannot be cast
+    return view.cast("B") if view.nbytes else memoryview(b"")
