@@ -3,6 +3,9 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,7 @@ from click.testing import Result
 from conftest import FIXTURES
 from hub_faults import ExpiredToken, LostAnswer, MovedParent, Status, WrongBytes
 from hub_repos import StoredFile
-from hub_server import Hub
+from hub_server import Hub, client_environment
 from huggingface_hub import ModelCard
 
 import converter
@@ -470,6 +473,26 @@ def test_convert_and_push_then_load_with_both(
         torch.testing.assert_close(
             output.class_queries_logits, recorded["class_logits"], atol=2e-4, rtol=0
         )
+
+
+@pytest.mark.parametrize("requests", [2, 4, 6, 8, 10])
+def test_a_push_that_was_killed_ends_in_the_same_single_state(
+    hub: Hub, folder: Path, me: str, tmp_path: Path, requests: int
+) -> None:
+    command = [sys.executable, "-c", "from converter.cli import main; main()", "push"]
+    command += [str(folder), REPO, "--tag", "v1"]
+    environment = client_environment(hub, tmp_path / "home", token=me)
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(hub.requests) < requests and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+
+    published = converter.publish(folder, REPO, tag="v1")
+    assert len(hub.commits(REPO)) == 2
+    assert hub.refs(REPO)["refs/tags/v1"] == published.commit == hub.commits(REPO)[0].sha
+    assert set(ours(hub)) == {path.name for path in folder.iterdir()} | {"README.md"}
 
 
 def test_the_same_command_goes_on_where_a_push_failed(command: Command, hub: Hub, me: str) -> None:

@@ -328,7 +328,7 @@ def _charts(verdict: Verdict, recorded: Recorded | None) -> Iterator[Chart]:
         if level.level == "peers":
             beside = f"{figures['peer']} {figures['version']}"
         tolerance = Tolerance(figures["tolerance"], figures.get("relative_tolerance", 0.0))
-        theirs = recorded.tensors if recorded and tolerance.relative else {}
+        theirs = recorded.tensors if recorded else {}
         points = (
             Point(
                 name=name,
