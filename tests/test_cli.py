@@ -325,7 +325,8 @@ def test_a_run_without_verification_needs_no_torch(tmp_path: Path) -> None:
 
 # Holds the run while it merges, so that it can be interrupted there.
 SLOW = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells have background jobs ignore
 from converter.weights import merge
 compute = merge.compute
 def slow(row, *rest):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from conftest import FIXTURES
 from hub_faults import Status
 from hub_server import Hub, client_environment
 
@@ -190,7 +191,7 @@ def test_a_shared_backbone_is_fetched_once(
         raise AccessError("There is no network.")
 
     monkeypatch.setattr("converter.weights.pairing.recorded_picture", no_picture)
-    source = Path(converter.__file__).parent.parent / "fixtures" / "tiny_panoptic_64"
+    source = FIXTURES / "tiny_panoptic_64"
     backbone = {path.name: path for path in (source / "backbone").iterdir()}
     hub.create_repo("facebook/dinov3-vitl16-pretrain-lvd1689m", backbone)
     names = ("coco_panoptic_large_640", "coco_panoptic_large_1280")
