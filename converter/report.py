@@ -133,8 +133,8 @@ def _differences(figures: Mapping[str, Any]) -> str:
     outputs = [kind for kind in ("mask_logits", "class_logits") if kind in largest]
     kinds = dict.fromkeys([*outputs, *largest])
     shown = ", ".join(f"{kind} {largest[kind]:.2g}" for kind in kinds)
-    relative = figures.get("relative_tolerance")
-    tolerance = f"{relative:.1%} of the range" if relative else f"{figures['tolerance']:g}"
+    share = figures.get("relative_tolerance")
+    tolerance = f"{figures['tolerance']:g}" + (f" or {share:g} of the range" if share else "")
     return f"tolerance {tolerance}, largest differences {shown}{_agreement(figures)}"
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from recorded_models import recorded_model
 
 import converter
+from converter import report
 from converter.catalog import CATALOG
 from converter.checks.pixels import fit, read_picture
 from converter.checks.published import PUBLISHED, Corner, Slices
@@ -77,6 +78,7 @@ def test_a_right_model_passes_by_the_published_corners_alone(
     level = published(found)
     assert level.status == "passed"
     assert level.figures["compared"]["mask_logits"]["max_abs"] < 1e-3
+    assert "  published  passed: tolerance 0.001, largest" in "\n".join(report.verdict(found))
     statuses = {level.level: level.status for level in found.levels}
     assert statuses["numbers"] == "not checked"
 

@@ -31,10 +31,14 @@ class Tolerance:
     absolute: float = TOLERANCE
     relative: float = 0.0
 
+    @property
+    def share(self) -> float:
+        """Of the recorded range, that is allowed where it is more than ``absolute``."""
+        return self.relative or FLOAT32_TOLERANCE
+
     def of(self, recorded: Tensor) -> float:
         """The largest difference from this tensor that is none."""
-        share = self.relative or FLOAT32_TOLERANCE
-        return max(self.absolute, share * float(recorded.max() - recorded.min()))
+        return max(self.absolute, self.share * float(recorded.max() - recorded.min()))
 
 
 def tolerance_for(dtypes: Set[str]) -> Tolerance:

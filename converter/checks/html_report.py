@@ -327,7 +327,7 @@ def _charts(verdict: Verdict, recorded: Recorded | None) -> Iterator[Chart]:
         beside = "what was recorded"
         if level.level == "peers":
             beside = f"{figures['peer']} {figures['version']}"
-        tolerance = Tolerance(figures["tolerance"], figures.get("relative_tolerance", 0.0))
+        tolerance = Tolerance(figures["tolerance"], figures["relative_tolerance"])
         theirs = recorded.tensors if recorded else {}
         points = (
             Point(
@@ -544,18 +544,16 @@ def _figures(level: Level) -> list[tuple[str, str]]:
         "different_files": ("files changed since", _count),
         "max_abs": ("largest difference", _figure),
         "tolerance": ("tolerance", "{:g}".format),
-        "relative_tolerance": ("tolerance", "{:.1%} of the range".format),
+        "relative_tolerance": ("or, of the range", "{:g}".format),
         "best_class": ("same best class", _share),
         "mask_iou": ("mask IoU", "{:.4f}".format),
         "same_segment": ("pixels in the same segment", _share),
         "recorded_sha256": ("SHA-256 of the recording", str),
     }
-    # of the two tolerances, the one that decided
-    idle = "tolerance" if figures.get("relative_tolerance") else "relative_tolerance"
     shown = [
         (name, write(figures[key]))
         for key, (name, write) in written.items()
-        if key != idle and figures.get(key) not in (None, [])
+        if figures.get(key) not in (None, [])
     ]
     if level.level == "published":
         shown += [

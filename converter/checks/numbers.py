@@ -81,7 +81,7 @@ def check_numbers(
     figures = {
         "recorded_sha256": recorded.sha256,
         "tolerance": tolerance.absolute,
-        "relative_tolerance": tolerance.relative,
+        "relative_tolerance": tolerance.share,
         "max_abs": largest_difference(compared),
         **agreement(outputs, recorded.tensors),
         "compared": {name: comparison.to_dict() for name, comparison in compared.items()},

@@ -66,6 +66,7 @@ def check_transformers(
         "peer": "transformers",
         "version": version("transformers"),
         "tolerance": Tolerance().absolute,
+        "relative_tolerance": Tolerance().share,
         "max_abs": largest_difference(compared),
         "compared": {name: comparison.to_dict() for name, comparison in compared.items()},
     }
