@@ -28,10 +28,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import converter
 from converter.catalog import CATALOG
 from converter.checks.comparison import ROUNDED_TOLERANCES, TOLERANCE
-from converter.checks.numbers import run
+from converter.checks.numbers import masked_predictions, run
 from converter.checks.pixels import read_normalisation
 from converter.checks.recorded import read_recorded
-from converter.checks.recording import masked_predictions
 from reference_model import EomtDinov3ForUniversalSegmentation as Model
 from reference_model import EomtImageProcessor
 

@@ -106,6 +106,19 @@ def read_backbone_config(path: Path) -> BackboneConfig:
     )
 
 
+def find_backbone_config(path: Path | None) -> BackboneConfig | None:
+    """Reads a config.json beside a backbone; None where there is none in transformers' format.
+
+    timm's repositories have one of another kind.
+
+    Raises:
+        UnreadableFileError: as in `read_backbone_config`.
+    """
+    if path and read_json_object(path).get("model_type") is not None:
+        return read_backbone_config(path)
+    return None
+
+
 def read_model_config(path: Path) -> BackboneConfig:
     """Reads what the config.json of a converted model says of its backbone.
 

@@ -12,7 +12,7 @@ from converter.checks.provenance import Provenance
 from converter.checks.published import PUBLISHED
 from converter.checks.recorded import find_recorded
 from converter.checks.verdict import Verdict, unverified
-from converter.checks.verification import Evidence, Findings, Options, check
+from converter.checks.verification import Evidence, Findings, Options, check, write_page
 from converter.class_names import ClassNames
 from converter.configs import model_config, preprocessor_config, read_json_object, write_json
 from converter.errors import (
@@ -293,13 +293,12 @@ def _carry_out(
                     "Give recorded outputs with --recorded, or convert without --require-verified.",
                 )
             files = _write_history(job, inputs, plan, pair, merged, verdict, stage.folder)
-            title = job.checkpoint.name if job.checkpoint else place.name
-            if job.verify:
-                page = stage.folder / REPORT
-                _write_report(page, title, stage.folder, findings)
-                files = {**files, **_digests([page])}
-            if report:
-                _write_report(report, title, stage.folder, findings)
+            pages = [stage.folder / REPORT] if job.verify else []
+            asked_for = [report] if report else []
+            if pages or asked_for:
+                title = job.checkpoint.name if job.checkpoint else place.name
+                write_page([*pages, *asked_for], title, stage.folder, findings)
+            files = {**files, **_digests(pages)}
             if verdict.verdict != "failed":
                 stage.publish(place)
                 return Conversion(job, inputs, plan, pair, place, files, verdict)
@@ -313,13 +312,6 @@ def _carry_out(
                 verdict,
                 Conversion(job, inputs, plan, pair, rejected, files, verdict),
             )
-
-
-def _write_report(path: Path, title: str, folder: Path, findings: Findings) -> None:
-    # which needs torch, as a conversion without verification does not
-    from converter.checks.html_report import write_report
-
-    write_report(path, title, folder, findings.verdict, findings.recorded, findings.outputs)
 
 
 def _published(job: Job) -> Checkpoint | None:

@@ -12,6 +12,7 @@ from converter.catalog import Checkpoint, Task
 from converter.class_names import ClassNames
 from converter.configs import (
     BackboneConfig,
+    find_backbone_config,
     read_backbone_config,
     read_json_object,
     read_model_config,
@@ -257,8 +258,8 @@ def _backbone_config(
     if job.backbone_config:
         return read_backbone_config(job.backbone_config)
     if converted:
-        config = fetched["weights"].config if "weights" in fetched else None
-        return read_model_config(config) if config else None
+        own = fetched["weights"].config if "weights" in fetched else None
+        return read_model_config(own) if own else None
     catalogued = job.checkpoint and job.backbone == job.checkpoint.source("backbone")
     if "backbone" in fetched:
         beside = fetched["backbone"].config
@@ -266,9 +267,8 @@ def _backbone_config(
         beside = fetch_config(job.backbone, access)
     else:  # shapes tell all of a published one, which may be gated
         beside = None
-    # timm's repositories have a config.json too, of another kind
-    if beside and read_json_object(beside).get("model_type") is not None:
-        return read_backbone_config(beside)
+    if config := find_backbone_config(beside):
+        return config
     if job.checkpoint and job.checkpoint.offline:
         beside = fetch_config(job.checkpoint.source("backbone"), access)
         return read_backbone_config(beside) if beside else None

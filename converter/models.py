@@ -42,10 +42,7 @@ def fetch_model(model: str | Path, access: Access) -> Path:
         )
     if isinstance(source, LocalSource):
         return source.path
-    found = fetch(source, access)
-    for name in (_PREPROCESSOR, "conversion.json"):
-        fetch_first(HubSource(source.repo_id, str(found.revision)), (name,), access)
-    return found.weights.parent
+    return fetch(source, access, beside=(_PREPROCESSOR, "conversion.json")).weights.parent
 
 
 def repository_of(model: str | Path) -> str | None:

@@ -114,6 +114,12 @@ class EomtDinov3Config:
         return len(self.id2label)
 
     @property
+    def input_size(self) -> tuple[int, int]:
+        """`image_size` as (height, width) in pixels."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else size
+
+    @property
     def label2id(self) -> dict[str, int]:
         return {label: index for index, label in self.id2label.items()}
 

@@ -89,7 +89,7 @@ class SetCriterion(nn.Module):
             Indices, each (min(queries, segments),).
         """
         try:
-            from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+            from scipy.optimize import linear_sum_assignment
         except ImportError as error:
             raise ImportError(
                 "the training loss needs SciPy; to install it: pip install 'eomt-convert[train]'"

@@ -335,7 +335,7 @@ def test_text_that_is_no_unicode_is_written_as_a_reference(
 ) -> None:
     path = tmp_path / "verdict.html"
     folder = converted("tiny_panoptic_64")
-    write_report(path, "half \ud800", folder, converter.verify(folder, level=1), None, {})
+    write_report([path], "half \ud800", folder, converter.verify(folder, level=1), None, {})
     assert "<h1>half &#55296;</h1>" in path.read_text(encoding="utf-8")
 
 
@@ -344,4 +344,4 @@ def test_a_folder_that_is_not_there_is_named(converted: Converted, tmp_path: Pat
     folder = converted("tiny_panoptic_64")
     verdict = converter.verify(folder, level=1)
     with pytest.raises(OutputError, match=re.escape(str(path))):
-        write_report(path, "model", folder, verdict, None, {})
+        write_report([path], "model", folder, verdict, None, {})

@@ -5,7 +5,7 @@ import hashlib
 import io
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -218,28 +218,31 @@ class ReportData:
 
 
 def write_report(
-    path: Path,
+    paths: Sequence[Path],
     title: str,
     folder: Path,
     verdict: Verdict,
     recorded: Recorded | None,
     outputs: Mapping[str, Tensor],
 ) -> None:
-    """Writes the report of a verdict on a model; the arguments are those of `gather`.
+    """Writes the report of a verdict on a model to every path.
+
+    The other arguments are those of `gather`.
 
     Raises:
-        OutputError: the file cannot be written.
+        OutputError: a file cannot be written.
         UnreadableFileError: the model's conversion.json is not as a conversion writes it.
     """
     text = render(gather(title, folder, verdict, recorded, outputs))
-    try:
-        # JSON may hold halves of characters, which no file in UTF-8 can
-        path.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
-    except OSError as error:
-        raise OutputError(
-            f"The report cannot be written to {path}: {error.strerror}.",
-            "Give a file in a folder that exists and may be written to.",
-        ) from error
+    for path in paths:
+        try:
+            # JSON may hold halves of characters, which no file in UTF-8 can
+            path.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
+        except OSError as error:
+            raise OutputError(
+                f"The report cannot be written to {path}: {error.strerror}.",
+                "Give a file in a folder that exists and may be written to.",
+            ) from error
 
 
 # what is shown ----------------------------------------------------------------------------------

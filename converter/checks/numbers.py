@@ -21,8 +21,8 @@ from converter.checks.stages import first_block, named_outputs
 from converter.checks.verdict import FirstDifference, Level
 from reference_model import Dinov3Backbone, EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 
-# what a model puts out, and the recorded tensors of masked attention behind their prefixes
-_MASKED = ("mask_logits", "class_logits")
+# what a model puts out, in this order
+LOGITS = ("mask_logits", "class_logits")
 
 
 @dataclass(frozen=True)
@@ -149,17 +149,34 @@ def _compare_masked(
     masks = recorded.numbered("masked.mask_logits")
     if not masks or len(masks) != len(recorded.numbered("masked.class_logits")):
         return {}
+    predictions = masked_predictions(model, inputs)
+    compared = {}
+    for i in range(1 if tolerance.relative else len(masks)):
+        for kind in LOGITS:
+            name = f"masked.{kind}.{i}"
+            ours = predictions.get(name, torch.empty(0))
+            compared[name] = compare(name, ours, recorded.tensors[name], tolerance)
+    return compared
+
+
+def masked_predictions(
+    model: EomtDinov3ForUniversalSegmentation, inputs: Tensor
+) -> dict[str, Tensor]:
+    """Every block's predictions with masked attention on, by the names of recorded tensors.
+
+    Args:
+        model: on any device.
+        inputs: (batch, channels, height, width), rescaled and normalised.
+    """
     off, model.attn_mask_probs = model.attn_mask_probs, torch.ones_like(model.attn_mask_probs)
     with torch.inference_mode(), exact_convolutions():
         blocks = model(inputs.to(model.device), output_block_logits=True).block_logits
     model.attn_mask_probs = off
-    compared = {}
-    for i in range(1 if tolerance.relative else len(masks)):
-        for j, kind in enumerate(_MASKED):
-            name = f"masked.{kind}.{i}"
-            ours = blocks[i][j].cpu() if i < len(blocks) else torch.empty(0)
-            compared[name] = compare(name, ours, recorded.tensors[name], tolerance)
-    return compared
+    return {
+        f"masked.{kind}.{block}": logits.cpu()
+        for block, prediction in enumerate(blocks or ())
+        for kind, logits in zip(LOGITS, prediction, strict=True)
+    }
 
 
 def first_difference(

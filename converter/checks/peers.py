@@ -48,8 +48,7 @@ def check_transformers(
                 "pip install transformers scipy",
             )
     name = f"transformers {version('transformers')}"
-    size = model.config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = model.config.input_size
     if pixels is None:
         generator = torch.Generator().manual_seed(0)
         shape = (1, model.config.num_channels, height, width)

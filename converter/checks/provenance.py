@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from converter.catalog import Checkpoint, find
-from converter.configs import BackboneConfig, read_backbone_config, read_json_object
+from converter.configs import BackboneConfig, find_backbone_config, read_json_object
 from converter.errors import AccessError, UnreadableFileError, UsageError
 from converter.hub.access import Access
 from converter.hub.sources import Fetched, HubSource, fetch, parse_source
@@ -207,7 +207,7 @@ def open_sources(
         backbone = _fetch(given.backbone, "backbone", history, access)
         base = open_tensors(backbone.weights)
         stack.enter_context(base)
-        beside = config_beside(backbone)
+        beside = find_backbone_config(backbone.config)
         plan = make_plan(file.tensors, base.tensors, beside or config, dtype=dtype)
         return Provenance({"backbone": base, "delta": file}, plan)
     except _NotAtHandError as reason:
@@ -254,11 +254,3 @@ def _kind(
     if recognise(file.tensors) is EOMT_TRANSFORMERS:
         return "absolute"
     return decide(signs_of_a_delta(file)) or "delta"
-
-
-def config_beside(backbone: Fetched) -> BackboneConfig | None:
-    """The config.json beside a backbone; None where there is none in transformers' format."""
-    # timm's repositories have a config.json of another kind
-    if backbone.config and read_json_object(backbone.config).get("model_type") is not None:
-        return read_backbone_config(backbone.config)
-    return None

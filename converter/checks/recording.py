@@ -226,8 +226,7 @@ def _random_pixels(
     import numpy as np
     import torch
 
-    trained = model.config.image_size
-    height, width = image_size or ((trained, trained) if isinstance(trained, int) else trained)
+    height, width = image_size or model.config.input_size
     shape = (count, model.config.num_channels, height, width)
     return torch.from_numpy(np.random.default_rng(seed).integers(256, size=shape, dtype=np.uint8))
 
@@ -246,7 +245,7 @@ def _compute(
     """
     import torch
 
-    from converter.checks.numbers import run
+    from converter.checks.numbers import masked_predictions, run
 
     try:
         outputs = run(model, inputs)
@@ -273,25 +272,6 @@ def _rope(model: "EomtDinov3ForUniversalSegmentation", inputs: "Tensor") -> "dic
     grid = patch_grid(inputs, model.config.patch_size)
     cos, sin = model.rope_embeddings(grid, inputs.dtype, model.device)
     return {"rope.cos": cos.cpu(), "rope.sin": sin.cpu()}
-
-
-def masked_predictions(
-    model: "EomtDinov3ForUniversalSegmentation", inputs: "Tensor"
-) -> "dict[str, Tensor]":
-    """Every block's predictions with masked attention on."""
-    import torch
-
-    from converter.checks.numbers import exact_convolutions
-
-    off, model.attn_mask_probs = model.attn_mask_probs, torch.ones_like(model.attn_mask_probs)
-    with torch.inference_mode(), exact_convolutions():
-        predictions = model(inputs.to(model.device), output_block_logits=True).block_logits
-    model.attn_mask_probs = off
-    return {
-        f"masked.{kind}.{block}": logits.cpu()
-        for block, prediction in enumerate(predictions or ())
-        for kind, logits in zip(_LOGITS, prediction, strict=True)
-    }
 
 
 # the folder -------------------------------------------------------------------------------------

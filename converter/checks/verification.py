@@ -1,7 +1,7 @@
 """Holds a model against evidence: what was checked, how close it came, and what was not."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from converter.checks.recorded import Recorded, find_recorded, read_recorded
 from converter.checks.verdict import LEVELS, NOT_ASKED, Level, Verdict
 from converter.configs import (
     BackboneConfig,
-    read_backbone_config,
+    find_backbone_config,
     read_json_object,
     read_model_config,
 )
@@ -32,6 +32,7 @@ from converter.hub.sources import (
     fetch_config,
     parse_source,
 )
+from converter.job import DTYPES
 from converter.models import fetch_model, repository_of, torch_device
 from converter.weights.headers import TensorInfo
 from converter.weights.merge import round_to
@@ -46,9 +47,6 @@ if TYPE_CHECKING:
 
 # what an unverified verdict says of a model that there are no outputs of
 NOTHING_RECORDED = "not verified numerically: nothing recorded"
-
-# transformers' and torch's names of element types, as safetensors has them
-_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 # What a backbone's config.json and a model's must have in common; the rest is for training.
 _SHARED = (
@@ -198,7 +196,7 @@ def verify(
                 Given(delta, backbone),
                 history,
                 read_model_config(folder / "config.json"),
-                _DTYPES.get(_dtype_in(read_json_object(folder / "config.json")), "F32"),
+                DTYPES.get(_dtype_in(read_json_object(folder / "config.json")), "F32"),
                 access,
                 stack,
             )
@@ -208,32 +206,27 @@ def verify(
             history=history,
             sources=sources,
             recipes=sources.digests() if isinstance(sources, Provenance) else None,
-            backbone_config=_config_of(backbone, access) if backbone else None,
+            backbone_config=find_backbone_config(fetch_config(parse_source(backbone), access))
+            if backbone
+            else None,
             run_backbone=backbone is not None,
         )
         findings = check(folder, evidence, options)
     if report:
-        from converter.checks.html_report import write_report
-
         title = str(model) if repository_of(model) else folder.absolute().name
-        write_report(
-            Path(report).expanduser(),
-            title,
-            folder,
-            findings.verdict,
-            findings.recorded,
-            findings.outputs,
-        )
+        write_page([Path(report).expanduser()], title, folder, findings)
     return findings.verdict
 
 
-def _config_of(backbone: str, access: Access) -> BackboneConfig | None:
-    """A backbone's config.json; None where it has none in transformers' format."""
-    config = fetch_config(parse_source(backbone), access)
-    # timm's repositories have a config.json of another kind
-    if config and read_json_object(config).get("model_type") is not None:
-        return read_backbone_config(config)
-    return None
+def write_page(paths: Sequence[Path], title: str, folder: Path, findings: Findings) -> None:
+    """Writes what was found as an HTML page, the same one to every path.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
+    from converter.checks.html_report import write_report
+
+    write_report(paths, title, folder, findings.verdict, findings.recorded, findings.outputs)
 
 
 def check(folder: Path, evidence: Evidence, options: Options | None = None) -> Findings:
@@ -421,15 +414,14 @@ def _disagreements(found: _Model, evidence: Evidence) -> Iterator[str]:
     """Where the model's files contradict each other, or the backbone's config.json."""
     declared = _dtype_in(found.values)
     for name, info in found.tensors.items():
-        if _DTYPES.get(declared, info.dtype) != info.dtype:
+        if DTYPES.get(declared, info.dtype) != info.dtype:
             yield f"{name} is {info.dtype}, config.json says {declared}."
             break
     labels, ids = found.config.label2id, found.values.get("label2id")
     if ids is not None and ids != labels and len(labels) == len(found.config.id2label):
         yield "label2id in config.json is not the inverse of its id2label."
     preprocessor = read_json_object(found.folder / "preprocessor_config.json")
-    trained, made = found.config.image_size, _size_in(preprocessor)
-    trained = (trained, trained) if isinstance(trained, int) else trained
+    trained, made = found.config.input_size, _size_in(preprocessor)
     if made and made != trained:
         yield (
             f"image_size in config.json is {list(trained)}, preprocessor_config.json makes "
@@ -545,7 +537,7 @@ def _tolerance(found: _Model) -> "Tolerance":
     """The tolerance of the type that config.json declares, or else of the types there are."""
     from converter.checks.comparison import tolerance_for
 
-    declared = _DTYPES.get(_dtype_in(found.values))
+    declared = DTYPES.get(_dtype_in(found.values))
     return tolerance_for({declared} if declared else {i.dtype for i in found.tensors.values()})
 
 

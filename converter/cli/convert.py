@@ -186,7 +186,7 @@ def main(
         from converter.hub.publishing import check_login, publish
 
         if push_to and not dry_run:
-            check_login(push_to, token)
+            check_login([push_to], token)
         with progress_bar(sys.stderr.isatty() and not as_json) as progress:
             conversion = convert(
                 checkpoint,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli.session import Session, common_options, hub_options, progress_bar
+from converter.cli.session import Session, common_options, hub_options, progress_bar, threads_option
 
 if TYPE_CHECKING:
     from converter.pictures.evaluation import Evaluation
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Only the first so many pictures.")
 @click.option("--device", help="As torch names it. [default: a GPU if there is one]")
-@click.option("--threads", type=click.IntRange(min=1), help="Number of CPU threads.")
+@threads_option
 @hub_options
 @common_options
 def evaluate_command(

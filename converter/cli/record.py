@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from converter.cli.convert import ImageSize
-from converter.cli.session import Session, common_options, hub_options
+from converter.cli.session import Session, common_options, hub_options, threads_option
 
 if TYPE_CHECKING:
     from converter.checks.recording import Recording
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 )
 @click.option("--force", is_flag=True, help="Replace a recording that exists.")
 @click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
-@click.option("--threads", type=click.IntRange(1), help="Threads on the CPU. [default: torch's]")
+@threads_option
 @hub_options
 @common_options
 def record_command(

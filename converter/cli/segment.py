@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from converter.cli.session import Session, common_options, hub_options, progress_bar
+from converter.cli.session import Session, common_options, hub_options, progress_bar, threads_option
 from converter.errors import UnreadableFileError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     type=click.Choice(["float32", "bfloat16", "float16"]),
     help="Of the weights. [default: as in the file]",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Number of CPU threads.")
+@threads_option
 @click.option("--force", is_flag=True, help="Replace files of an earlier run.")
 @hub_options
 @common_options

@@ -104,6 +104,10 @@ cache_option = click.option(
     help="Where downloads are kept. [default: the Hub's cache]",
 )
 
+threads_option = click.option(
+    "--threads", type=click.IntRange(1), help="Threads on the CPU. [default: torch's]"
+)
+
 offline_option = click.option(
     "--offline", is_flag=True, help="Use the cache alone, like HF_HUB_OFFLINE=1."
 )

@@ -6,7 +6,7 @@ from typing import Literal
 
 import click
 
-from converter.cli.session import SOURCE, Session, common_options, hub_options
+from converter.cli.session import SOURCE, Session, common_options, hub_options, threads_option
 from converter.errors import NotVerifiedError, OutputsDifferError
 
 
@@ -42,7 +42,7 @@ from converter.errors import NotVerifiedError, OutputsDifferError
     help="The picture that published outputs were recorded on. [default: downloaded]",
 )
 @click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
-@click.option("--threads", type=click.IntRange(1), help="Threads on the CPU. [default: torch's]")
+@threads_option
 @click.option(
     "--report",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),

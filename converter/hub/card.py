@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from converter.catalog import Checkpoint, Metric, find, fixtures
+from converter.catalog import Checkpoint, Metric, fixtures
+from converter.checks.provenance import find_named
 from converter.configs import read_json_object
-from converter.errors import EomtConvertError, UsageError
+from converter.errors import EomtConvertError
 from converter.weights.backbones import published_repo
 
 if TYPE_CHECKING:
@@ -60,11 +61,7 @@ class ModelRecord:
     @property
     def checkpoint(self) -> Checkpoint | None:
         """The catalogue's entry that it is a conversion of, if it is one."""
-        name = self.history.get("checkpoint")
-        try:
-            return find(name) if isinstance(name, str) else None
-        except UsageError:
-            return None
+        return find_named(self.history.get("checkpoint"))
 
     @property
     def verdict(self) -> str:
@@ -94,9 +91,7 @@ class ModelRecord:
         """The published figure, if these are the published weights."""
         entry = self.checkpoint
         delta = self.history["sources"].get("delta", {}).get("repo")
-        if entry is None or delta is None:
-            return None
-        return entry.metric if delta in (entry.delta, *entry.aliases) else None
+        return entry.metric if entry and find_named(delta) == entry else None
 
     @property
     def backbone(self) -> str | None:

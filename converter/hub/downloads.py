@@ -129,7 +129,7 @@ def _download_large(repo_id: str, name: str, commit: str, access: Access) -> Non
     from filelock import FileLock
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, no __all__
 
     url = hf_hub_url(repo_id, name, revision=commit)
     metadata = get_hf_file_metadata(url, token=access.token, retry_on_errors=True)

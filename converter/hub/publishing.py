@@ -1,6 +1,6 @@
 """From a converted folder to a model repository: one commit, and a look at what arrived."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -145,7 +145,7 @@ def publish(
 
     api, branch = HfApi(token=token), revision or MAIN
     if not dry_run:
-        check_login(repo_id, token)
+        check_login([repo_id], token)
     remote = _read_branch(api, repo_id, branch)
     files["README.md"] = _card(repo_id, made, remote, token)
     report = Path(folder).expanduser() / REPORT
@@ -185,19 +185,23 @@ def publish(
     )
 
 
-def check_login(repo_id: str, token: str | None = None) -> None:
+def check_login(repo_ids: Sequence[str], token: str | None = None) -> None:
     """Checks that somebody is logged in, before work is done that is to be published.
 
     Raises:
         AccessError: nobody is, or the token is not valid any more.
         HubUnavailableError: the Hub is down, out of reach, or asks to wait.
-        UsageError: there can be no repository of this name.
+        UsageError: there can be no repository of one of these names.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but in no __all__
+        validate_repo_id,
+    )
 
-    with explained(repo_id):
-        validate_repo_id(repo_id)
+    for repo_id in repo_ids:
+        with explained(repo_id):
+            validate_repo_id(repo_id)
+    with explained(repo_ids[0]):
         HfApi(token=token).whoami()
 
 

@@ -183,8 +183,7 @@ def release(
 
     if dry_run:
         return done()
-    for name in asked:
-        check_login(asked[name].repo_id, token)
+    check_login([step.repo_id for step in asked.values()], token)
     folder.mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(asked, 1):
         if steps[name].status == "published":

@@ -92,8 +92,15 @@ def parse_source(text: str) -> LocalSource | HubSource:
     return HubSource(repo_id, revision or "main")
 
 
-def fetch(source: LocalSource | HubSource, access: Access) -> Fetched:
+def fetch(
+    source: LocalSource | HubSource, access: Access, *, beside: Sequence[str] = ()
+) -> Fetched:
     """Finds a source's file of weights and its config.json, downloading what is not here yet.
+
+    Args:
+        source: a file, a folder or a repository.
+        access: how the Hub is reached.
+        beside: other files to download from a repository, where it has them.
 
     Raises:
         UnreadableFileError: a local file is missing, or a folder has no weights or several.
@@ -101,7 +108,9 @@ def fetch(source: LocalSource | HubSource, access: Access) -> Fetched:
             that may be used.
         HubUnavailableError: the Hub is down, out of reach, or asks to wait.
     """
-    return _find(source.path) if isinstance(source, LocalSource) else _download(source, access)
+    return (
+        _find(source.path) if isinstance(source, LocalSource) else _download(source, access, beside)
+    )
 
 
 def fetch_config(source: LocalSource | HubSource, access: Access) -> Path | None:
@@ -176,7 +185,7 @@ def _no_weights(place: str, names: Sequence[str]) -> str:
     return f"{place} has no file of weights ({', '.join(_WEIGHT_FILES)} or another *.safetensors)."
 
 
-def _download(source: HubSource, access: Access) -> Fetched:
+def _download(source: HubSource, access: Access, beside: Sequence[str]) -> Fetched:
     if access.offline:
         return _find_in_cache(source, access)
     found = resolve(source.repo_id, source.revision, access)
@@ -187,6 +196,9 @@ def _download(source: HubSource, access: Access) -> Fetched:
     def bring(name: str) -> Path:
         return download(source.repo_id, name, found.commit, access)
 
+    for other in beside:
+        if other in found.names:
+            bring(other)
     weights = bring(name)
     config = bring("config.json") if "config.json" in found.names else None
     shards = tuple(bring(shard) for shard in _named_shards(weights))

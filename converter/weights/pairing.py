@@ -7,12 +7,12 @@ that it was not made from. The result runs, and segments nonsense.
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from converter.configs import IMAGE_MEAN, IMAGE_STD
-from converter.errors import AccessError, UnreadableFileError
+from converter.errors import AccessError
 from converter.hub.access import Access
 from converter.weights.backbones import (
     KNOWN_BACKBONES,
@@ -309,13 +309,13 @@ def check_outputs(files: Files, plan: Plan, image: Path | None, access: Access) 
 def recorded_picture(access: Access) -> Path:
     """The picture that the outputs were recorded on, from the cache or its address."""
     import torch
-    from huggingface_hub import cached_assets_path, constants
+    from huggingface_hub import cached_assets_path
 
     folder = cached_assets_path("eomt-convert", namespace="images", assets_dir=access.cache_dir)
     picture = folder / PICTURE_URL.rpartition("/")[2]
     if not picture.is_file():
         remedy = "Give the picture with --image."
-        if access.local_files_only or constants.HF_HUB_OFFLINE:
+        if access.offline:
             raise AccessError(f"{PICTURE_URL} is not in the cache.", remedy)
         try:
             torch.hub.download_url_to_file(PICTURE_URL, str(picture), progress=False)
@@ -326,35 +326,22 @@ def recorded_picture(access: Access) -> Path:
 
 def _run_backbone(files: Files, plan: Plan, picture: Path) -> "torch.Tensor":
     """Normalised tokens (1, 1 + registers + patches, hidden) of a picture, in float32."""
-    import numpy as np
     import torch
-    from PIL import Image
 
-    from reference_model import Dinov3Backbone, EomtDinov3Config
+    from converter.checks.numbers import bare_backbone
+    from converter.checks.pixels import read_picture
+    from converter.checks.provenance import Provenance
 
-    try:
-        with Image.open(picture) as opened:
-            pixels = torch.from_numpy(np.array(opened.convert("RGB"), dtype=np.float32))
-    except OSError as error:
-        raise UnreadableFileError(f"{picture} is no picture that can be read: {error}.") from error
-    state = {
-        row.name: torch.from_numpy(read_operand(operand, row, files, 0, row.size)).view(row.shape)
-        for row in plan.rows
-        for operand in row.operands
-        if operand.source == "backbone"
-    }
-    with torch.device("meta"):
-        model = Dinov3Backbone(EomtDinov3Config.from_dict(asdict(plan.config)))
-    model.load_state_dict(state, assign=True)
-    channels = (1, -1, 1, 1)
     # resized as where the outputs were recorded: on float pixels, antialiased
     resized = torch.nn.functional.interpolate(
-        pixels.permute(2, 0, 1)[None] / 255,
+        read_picture(picture).float() / 255,
         size=(224, 224),
         mode="bilinear",
         antialias=True,
     )
+    channels = (1, -1, 1, 1)
     mean, std = torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_STD)
+    model = bare_backbone(Provenance(files, plan))
     with torch.inference_mode():
-        tokens: torch.Tensor = model.eval()((resized - mean.view(channels)) / std.view(channels))
+        tokens: torch.Tensor = model((resized - mean.view(channels)) / std.view(channels))
     return tokens
