@@ -24,8 +24,8 @@ from converter.errors import (
     UsageError,
 )
 from converter.hub.access import Access
-from converter.hub.downloads import arrived_damaged
-from converter.hub.sources import Fetched, HubSource, discard_damaged
+from converter.hub.downloads import arrived_damaged, is_sha256
+from converter.hub.sources import Fetched, fetch_again, fetched_already
 from converter.job import (
     DTYPES,
     Dtype,
@@ -52,6 +52,9 @@ _SMALL_FILES = 1 << 20
 REPORT = "verdict.html"
 
 _CONFIGS = ("config.json", "preprocessor_config.json")
+
+# what a file that arrived damaged may end in
+_SIGNS_OF_DAMAGE = (UnreadableFileError, PlanError, MismatchError)
 
 # called with what is being done, and how many bytes of how many are done
 Progress = Callable[[str, int, int], None]
@@ -140,6 +143,7 @@ def convert(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     progress: Progress = lambda *_: None,
+    access: Access | None = None,
 ) -> Conversion:
     """Converts EoMT's weights and their backbone into a model, and checks what it computes.
 
@@ -176,6 +180,8 @@ def convert(
         cache_dir: where downloads are kept; by default the Hub's cache.
         local_files_only: whether only that cache is used.
         progress: called with a stage, the bytes done and the bytes in all.
+        access: in place of ``token``, ``cache_dir`` and ``local_files_only``, from a command that
+            has asked the Hub already.
 
     Raises:
         UsageError: a name is unknown, or what was given is not enough or contradicts itself.
@@ -217,7 +223,7 @@ def convert(
         if keep_unverified:
             check_place(rejected, force=force)
 
-    access = Access(token, _path(cache_dir), local_files_only)
+    access = access or Access.of(token, cache_dir, local_files_only)
     if dry_run:
         return _plan(job, access)
 
@@ -229,15 +235,20 @@ def convert(
 
     try:
         return carry_out()
-    except (UnreadableFileError, PlanError, MismatchError):
+    except _SIGNS_OF_DAMAGE as error:
         # a file that arrived damaged may look like anything; one more download tells
-        if access.offline or not _discard_damaged(job, access):
+        damaged = _damaged(job, access)
+        if not damaged:
             raise
+        if access.offline:
+            raise _damaged_in_cache(*damaged[0]) from error
+    for source, name in damaged:
+        fetch_again(source, [name], access)
     try:
         return carry_out()
-    except (UnreadableFileError, PlanError, MismatchError) as error:
-        if damaged := _discard_damaged(job, access):
-            raise arrived_damaged(*damaged[0]) from error
+    except _SIGNS_OF_DAMAGE as error:
+        for source, name in _damaged(job, access):
+            raise arrived_damaged(source.title, name, source.weights.with_name(name)) from error
         raise
 
 
@@ -332,14 +343,18 @@ def _make_plan(job: Job, inputs: Inputs) -> tuple[Plan, ClassNames]:
     return plan, choose_class_names(job, inputs, plan.heads.num_classes)
 
 
-def _discard_damaged(job: Job, access: Access) -> list[tuple[str, str]]:
-    """Deletes what arrived damaged from the cache: names of files and their repositories."""
-    return [
-        (name, source.repo_id)
-        for source in (job.eomt, job.backbone)
-        if isinstance(source, HubSource)
-        for name in discard_damaged(source, access)
-    ]
+def _damaged(job: Job, access: Access) -> list[tuple[Fetched, str]]:
+    """Files that are not what the Hub lists, by source and name; reads all that were fetched."""
+    fetched = [fetched_already(source, access) for source in (job.eomt, job.backbone)]
+    return [(source, name) for source in fetched if source for name in source.damaged()]
+
+
+def _damaged_in_cache(source: Fetched, name: str) -> UnreadableFileError:
+    return UnreadableFileError(
+        f"{name} of {source.title} is damaged in the cache: its digest is not the one that the Hub "
+        "gave.",
+        "Run once with a connection, to fetch it again.",
+    )
 
 
 def _path(given: str | Path | None) -> Path | None:
@@ -427,12 +442,13 @@ def _check_digests(inputs: Inputs, merged: Merged) -> tuple[PairCheck, ...]:
             file = f"{name} of {source.repo_id}"
             if digest == expected:
                 checks.append(PairCheck("hub-digest", "passed", f"{file} has the Hub's SHA-256."))
-            elif expected is not None:
+            elif is_sha256(expected):
                 raise UnreadableFileError(
-                    f"{file} is damaged in the cache: its SHA-256 is {digest[:12]}..., the Hub "
-                    f"says {expected[:12]}....",
-                    "Run once with a connection, to fetch it again.",
+                    f"{file} has the SHA-256 {digest[:12]}..., the Hub says {expected[:12]}...."
                 )
+            elif source.repo_id and not expected:
+                finding = f"Nothing tells which digest {file} should have."
+                checks.append(PairCheck("hub-digest", "not checked", finding))
     return tuple(checks)
 
 

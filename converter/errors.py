@@ -70,3 +70,7 @@ class AccessError(EomtConvertError):
     """A repository or file that is gated, missing, or not in the cache when offline."""
 
     exit_code = 4
+
+
+class NotFoundError(AccessError):
+    """A repository, or a revision of one, that is not there or not for this login to see."""

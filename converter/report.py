@@ -192,8 +192,12 @@ def publication(found: Publication) -> str:
         f"commit    {found.commit}" + (" (nothing had to change)" if unchanged else ""),
         *([f"tag       {found.tag}"] if found.tag else []),
         f"url       {found.url} ({seen_by})",
-        f"remote    read back: {len(found.changes)} files as they were sent",
+        f"remote    read back: {len(found.changes) - len(found.unchecked)} files as they were sent",
     ]
+    if found.unchecked:
+        lines.append(
+            f"remote    not checked: {', '.join(found.unchecked)}, of which the Hub gives no digest"
+        )
     if found.verdict:
         lines += verdict(found.verdict)
     return "\n".join(lines)

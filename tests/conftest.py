@@ -11,7 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from click.testing import CliRunner, Result
-from hub_server import Hub, point_client_at, running_hub
+from hub_client import TRANSFERS
+from hub_server import Hub, choose_transfer, point_client_at, running_hub
 
 import converter
 from converter.cli import main
@@ -58,10 +59,24 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Re
     return run
 
 
+# For tests of what one way alone has.
+over_lfs = pytest.mark.parametrize("transfer", ["lfs"], indirect=True)
+over_xet = pytest.mark.parametrize("transfer", ["xet"], indirect=True)
+in_every_way = pytest.mark.parametrize("transfer", TRANSFERS, indirect=True)
+
+
+@pytest.fixture(params=["xet", "lfs"])
+def transfer(request: pytest.FixtureRequest) -> str:
+    """How this test's client moves large files; every test of the Hub runs in both ways."""
+    way: str = request.param
+    return way
+
+
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, transfer: str) -> Iterator[Hub]:
     """An empty Hub, which this process's client uses without a token."""
     with running_hub() as hub:
+        choose_transfer(hub, transfer)
         point_client_at(monkeypatch, hub, tmp_path / "home")
         yield hub
 

@@ -17,7 +17,13 @@ from tempfile import TemporaryDirectory
 import pytest
 from click.testing import CliRunner
 from hub_faults import Fault, LoggedRequest, MovedParent
-from hub_server import Hub, point_client_at, running_hub, shorten_client_waits
+from hub_server import (
+    Hub,
+    choose_transfer,
+    point_client_at,
+    running_hub,
+    shorten_client_waits,
+)
 from safetensors.numpy import load_file, save
 
 from converter.cli import main
@@ -49,8 +55,15 @@ class Target:
 
 @dataclass(frozen=True)
 class Release:
-    """An undisturbed run: what it asks of the Hub, and the files it leaves there."""
+    """An undisturbed run: what it asks of the Hub, and the files it leaves there.
 
+    Attributes:
+        transfer: how large files move, a name of hub_client.TRANSFERS.
+        requests: in the order in which they came.
+        files: of the release, by name.
+    """
+
+    transfer: str
     requests: tuple[Target, ...]
     files: Mapping[str, bytes]
 
@@ -86,16 +99,17 @@ class Outcome:
 
 
 @cache
-def undisturbed() -> Release:
-    with stage() as (hub, folder):
+def undisturbed(transfer: str) -> Release:
+    with stage(transfer) as (hub, folder):
         run = push(folder)
         assert run.succeeded, run.output
-        return Release(tuple(targets(hub.requests)), release_files(hub, "refs/tags/v1"))
+        files = release_files(hub, "refs/tags/v1")
+        return Release(transfer, tuple(targets(hub.requests)), files)
 
 
 def outcome(fault: Fault, target: Target, release: Release) -> Outcome | None:
     """Breaks a request of a run, and runs once more unbroken; None if the fault did nothing."""
-    with stage() as (hub, folder):
+    with stage(release.transfer) as (hub, folder):
         path = f"^{re.escape(target.path)}$"
         hub.break_request(fault, target.nth, method=target.method, path=path)
         first = push(folder)
@@ -121,7 +135,7 @@ def outcome(fault: Fault, target: Target, release: Release) -> Outcome | None:
 
 
 @contextmanager
-def stage() -> Iterator[tuple[Hub, Path]]:
+def stage(transfer: str) -> Iterator[tuple[Hub, Path]]:
     """A Hub with what is to be converted, a client without a cache that uses it, and a folder."""
     with (
         pytest.MonkeyPatch.context() as patch,
@@ -129,6 +143,7 @@ def stage() -> Iterator[tuple[Hub, Path]]:
         running_hub() as hub,
     ):
         folder = Path(temporary)
+        choose_transfer(hub, transfer)
         point_client_at(patch, hub, folder / "home", TOKEN)
         shorten_client_waits(patch)
         hub.add_user("me", TOKEN)

@@ -8,17 +8,33 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
+import hub_xet
 import huggingface_hub
 import huggingface_hub.constants
 import huggingface_hub.file_download
 import huggingface_hub.hf_api
 import huggingface_hub.utils._http
+import huggingface_hub.utils._xet
 
 if TYPE_CHECKING:
     import pytest
     from hub_repos import Hub
 
+# The ways in which large files move: settings of the client.
+TRANSFERS: dict[str, dict[str, str]] = {
+    "xet": {},
+    "xet-unshared": {"HF_HUB_DISABLE_SHARED_BLOBS": "1"},
+    "xet-off": {"HF_HUB_DISABLE_XET": "1"},
+    "lfs": {"HF_HUB_DISABLE_XET": "1"},  # from a Hub that has nothing else, as a mirror may be
+}
+
 SHORT_WAITS = Path(__file__).parent / "short_waits"
+
+
+def choose_transfer(hub: Hub, way: str) -> None:
+    """Let large files move in one of the ways of TRANSFERS, with clients set up from now on."""
+    hub.has_xet = way != "lfs"
+    hub.client_settings = TRANSFERS[way]
 
 
 def client_environment(
@@ -63,7 +79,8 @@ def point_client_at(
         "HF_TOKEN_PATH": str(home / "token"),
         "HF_STORED_TOKENS_PATH": str(home / "stored_tokens"),
         "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_DISABLE_XET": "HF_HUB_DISABLE_XET" in hub.client_settings,
+        "HF_HUB_DISABLE_SHARED_BLOBS": "HF_HUB_DISABLE_SHARED_BLOBS" in hub.client_settings,
         "HF_HUB_DISABLE_TELEMETRY": True,
         "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
         "HF_HUB_DOWNLOAD_TIMEOUT": 5,
@@ -72,8 +89,9 @@ def point_client_at(
         monkeypatch.setattr(huggingface_hub.constants, name, constant)
     # Behind huggingface_hub.model_info and its like; it keeps the endpoint it was made with.
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.endpoint)
-    # An open session keeps the proxies it was made with.
+    # An open session keeps the proxies it was made with, and another Hub's tokens name its storage.
     huggingface_hub.close_session()
+    huggingface_hub.utils._xet.XET_CONNECTION_INFO_CACHE.clear()
 
 
 def shorten_client_waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
@@ -98,10 +116,11 @@ def _client_settings(hub: Hub, home: Path, token: str | None) -> dict[str, str]:
         "HF_ENDPOINT": hub.endpoint,
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DOWNLOAD_TIMEOUT": "5",  # seconds
         "HF_HUB_ETAG_TIMEOUT": "5",
         "NO_PROXY": "127.0.0.1",  # for proxies from the settings of macOS or Windows
+        **hub_xet.SETTINGS,
+        **hub.client_settings,
     }
     if token is not None:
         settings["HF_TOKEN"] = token

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hub_faults import HEADS, BrokenRequest, Fault, LoggedRequest, PlannedFault, Truncated
+from hub_xet import XetStorage
 
 Gating = Literal["auto", "manual", False]
 
@@ -57,7 +58,7 @@ class PullRequest:
     author: str
     branch: str  # where it is to be merged
     base: str  # the commit it was made from
-    status: Literal["open", "merged"] = "open"
+    status: Literal["open", "closed", "merged"] = "open"
 
     @property
     def ref(self) -> str:
@@ -151,8 +152,12 @@ class Hub:
     """The repositories and users, the log of what clients asked for, and what is to break.
 
     ``requests`` holds every request, and ``served`` the files (``owner/name/path``) whose content
-    was sent, whole or in part. Clear them at will. ``broken`` holds the requests that a fault
-    changed anything of.
+    was sent, whole or in part, or to whose storage a Xet token was given. Clear them at will.
+    ``broken`` holds the requests that a fault changed anything of.
+
+    ``has_xet`` says whether downloads are offered over Xet, too, and ``gives_blob_ids`` whether the
+    digests of small files are listed; ``client_settings`` are environment variables of the clients
+    that tests run against it.
 
     An LFS file above ``multipart_chunk_size`` bytes is asked for in parts of that size. Listings
     come in pages of ``page_size`` entries.
@@ -161,17 +166,26 @@ class Hub:
     def __init__(self, storage: Path, endpoint: str, cdn_endpoint: str) -> None:
         self.endpoint = endpoint
         self.cdn_endpoint = cdn_endpoint
+        self.has_xet = True
+        self.gives_blob_ids = True
+        self.client_settings: dict[str, str] = {}
         self.requests: list[LoggedRequest] = []
         self.served: list[str] = []
         self.broken: list[BrokenRequest] = []
         self.multipart_chunk_size = 5 * 1024**3  # what S3 takes in one piece
         self.page_size = 1000
+        self.xet = XetStorage(storage)
         self._storage = storage
         self._repos: dict[str, Repo] = {}
         self._new_ids: dict[str, str] = {}
         self._users: dict[str, User] = {}  # by token
         self._objects: dict[str, StoredFile] = {}  # LFS, by SHA-256; kept without a commit too
         self._planned: list[PlannedFault] = []
+
+    @property
+    def address(self) -> str:
+        """Host and port, as errors name the server."""
+        return self.endpoint.removeprefix("http://")
 
     @property
     def request_lines(self) -> list[str]:
@@ -254,6 +268,15 @@ class Hub:
     def tag(self, repo_id: str, name: str, revision: str = "main") -> None:
         repo = self._repos[repo_id]
         repo.refs[TAGS + name] = self._commit_at(repo_id, revision).sha
+
+    def end_pull_request(self, repo_id: str, number: int, *, merge: bool) -> None:
+        """Merge a pull request, or close it as it is."""
+        repo = self._repos[repo_id]
+        request = repo.pull_requests[number]
+        if merge:
+            repo.merge(request)
+        else:
+            repo.pull_requests[number] = replace(request, status="closed")
 
     def rename(self, old_id: str, new_id: str) -> None:
         """Rename a repository; requests for the old name are redirected to the new one."""
@@ -354,6 +377,13 @@ class Hub:
 
     def find_object(self, oid: str) -> StoredFile | None:
         return self._objects.get(oid)
+
+    def find_in_xet(self, oid: str) -> StoredFile | None:
+        """An object that came over Xet, kept from now on."""
+        content = self.xet.find(oid)
+        if content is not None:
+            self.store_object(oid, content)
+        return self.find_object(oid)
 
     def part_path(self, oid: str, number: int) -> Path:
         """Where a part of a multipart upload waits for the others."""

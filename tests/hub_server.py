@@ -10,12 +10,13 @@
         assert hub.served == ["owner/name/config.json"]
         assert hub.files("ann/model").keys() == {".gitattributes", "model.safetensors"}
 
-It answers what the client asks of model repositories (no datasets, no spaces, no Xet), with the
-statuses, headers and error codes of huggingface.co: reading, creating repositories, uploading to
-LFS, committing, branches, tags and pull requests. ``hub.break_request`` makes it fail on demand:
-see hub_faults. As there, files under Git LFS come from another origin and go to it, the CDN, here a
-second port of the same server: the client reads a file's metadata off the redirect only if that
-leads to another origin.
+It answers what the client asks of model repositories (no datasets, no spaces), with the statuses,
+headers and error codes of huggingface.co: reading, creating repositories, uploading, committing,
+branches, tags and pull requests. ``hub.break_request`` makes it fail on demand: see hub_faults.
+Large files move over Xet (see hub_xet) or, for clients that switched that off and with
+``hub.has_xet`` unset, over Git LFS. As on huggingface.co, files under Git LFS come from another
+origin and go to it, the CDN, here a second port of the same server: the client reads a file's
+metadata off the redirect only if that leads to another origin.
 """
 
 import asyncio
@@ -23,6 +24,7 @@ import base64
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
@@ -34,7 +36,7 @@ from urllib.parse import parse_qs, quote, unquote
 import huggingface_hub
 import uvicorn
 import yaml
-from hub_client import client_environment, point_client_at, shorten_client_waits
+from hub_client import choose_transfer, client_environment, point_client_at, shorten_client_waits
 from hub_faults import HEADS, Exchange, LoggedRequest
 from hub_repos import (
     PULL_REQUESTS,
@@ -49,6 +51,7 @@ from hub_repos import (
     default_gitattributes,
     sha1,
 )
+from hub_xet import xet_hash
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, RedirectResponse, Response
@@ -59,6 +62,7 @@ from uvicorn.server import ServerState
 
 __all__ = [
     "Hub",
+    "choose_transfer",
     "client_environment",
     "point_client_at",
     "running_hub",
@@ -66,6 +70,8 @@ __all__ = [
 ]
 
 COMMIT_DATE = "2025-01-01T00:00:00.000Z"
+
+XET_TOKEN_LIFETIME = 900  # seconds
 
 
 class RefusedError(Exception):
@@ -109,6 +115,8 @@ class HubApplication:
                 Route(model + "/tree/{revision}", self.tree),
                 Route(model + "/tree/{revision}/{path:path}", self.tree),
                 post(model + "/paths-info/{revision}", self.paths_info),
+                Route(model + "/xet-read-token/{revision}", self.xet_read_token),
+                Route(model + "/xet-write-token/{revision}", self.xet_write_token),
                 Route(model + "/commits/{revision}", self.commits),
                 Route(model + "/refs", self.refs),
                 Route(model + "/settings", self.change_settings, methods=["PUT"]),
@@ -186,7 +194,9 @@ class HubApplication:
         with_sizes = request.query_params.get("blobs") in {"1", "true"}
         siblings: list[dict[str, Any]] = []
         for path, file in commit.files.items():
-            details = {"blobId": file.blob_id, "size": file.size, **file.lfs("sha256")}
+            details = {"size": file.size, **file.lfs("sha256")}
+            if self.hub.gives_blob_ids:
+                details["blobId"] = file.blob_id
             siblings.append({"rfilename": path, **(details if with_sizes else {})})
         return JSONResponse(
             {
@@ -266,15 +276,16 @@ class HubApplication:
         file = _file(commit, path)
         if file.lfs_sha256 is None:
             return self._content(request, repo, commit, path)
-        return RedirectResponse(
-            f"{self.hub.cdn_endpoint}/cdn/{repo.repo_id}/{commit.sha}/{quote(path)}",
-            status_code=302,
-            headers={
-                "X-Repo-Commit": commit.sha,
-                "X-Linked-Etag": f'"{file.etag}"',
-                "X-Linked-Size": str(file.size),
-            },
-        )
+        headers = {
+            "X-Repo-Commit": commit.sha,
+            "X-Linked-Etag": f'"{file.etag}"',
+            "X-Linked-Size": str(file.size),
+        }
+        if self.hub.has_xet:
+            token = f"{self.hub.endpoint}/api/models/{repo.repo_id}/xet-read-token/{commit.sha}"
+            headers |= {"X-Xet-Hash": xet_hash(file.content), "Link": f'<{token}>; rel="xet-auth"'}
+        address = f"{self.hub.cdn_endpoint}/cdn/{repo.repo_id}/{commit.sha}/{quote(path)}"
+        return RedirectResponse(address, status_code=302, headers=headers)
 
     async def cdn(self, request: Request) -> Response:
         # Asks for no token: the real address is signed.
@@ -492,6 +503,18 @@ class HubApplication:
             raise RefusedError(404, f"LFS object {asked['oid']} is not what arrived")
         return JSONResponse({})
 
+    # Xet: https://huggingface.co/docs/xet/auth
+
+    async def xet_read_token(self, request: Request) -> Response:
+        repo = self._readable_repo(request)
+        files = {p: f for p, f in _commit(repo, request).files.items() if f.lfs_sha256}
+        self.hub.served += [f"{repo.repo_id}/{path}" for path in files]
+        return _xet_token(self.hub.xet.offer(file.content for file in files.values()))
+
+    async def xet_write_token(self, request: Request) -> Response:
+        self._repo_to_commit_to(request)
+        return _xet_token(self.hub.xet.receive())
+
     # What the above have in common
 
     def _content(self, request: Request, repo: Repo, commit: Commit, path: str) -> Response:
@@ -564,7 +587,7 @@ class HubApplication:
         if operation == "file":
             files[path] = self.hub.store_plain(base64.b64decode(value["content"]))
         elif operation == "lfsFile":
-            stored = self.hub.find_object(value["oid"])
+            stored = self.hub.find_object(value["oid"]) or self.hub.find_in_xet(value["oid"])
             if stored is None:
                 message = "Your push was rejected because an LFS pointer pointed to a file that"
                 raise RefusedError(400, f"{message} does not exist. Offending file: - {path}")
@@ -684,9 +707,27 @@ def _entries(commit: Commit) -> list[dict[str, Any]]:
         {"type": "directory", "oid": sha1(f"{commit.sha} {path}".encode()), "size": 0, "path": path}
         for path in folders
     ] + [
-        {"type": "file", "oid": file.blob_id, "size": file.size, "path": path, **file.lfs("oid")}
+        {
+            "type": "file",
+            "oid": file.blob_id,
+            "size": file.size,
+            "path": path,
+            **file.lfs("oid"),
+        }
         for path, file in commit.files.items()
     ]
+
+
+def _xet_token(storage: str) -> Response:
+    """The client reads the headers, and hf_xet the body."""
+    expires = int(time.time()) + XET_TOKEN_LIFETIME
+    headers = {
+        "X-Xet-Cas-Url": storage,
+        "X-Xet-Access-Token": "xet",
+        "X-Xet-Token-Expiration": str(expires),
+    }
+    content = {"casUrl": storage, "accessToken": "xet", "exp": expires}
+    return JSONResponse(content, headers=headers)
 
 
 def _is_ignored(path: str, patterns: Iterable[str]) -> bool:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import FIXTURES
-from fault_scenario import BACKBONE, DELTA, MODEL, Release, outcome, undisturbed
+from conftest import FIXTURES, over_lfs
+from fault_scenario import BACKBONE, DELTA, MODEL, outcome, undisturbed
 from hub_faults import FAULTS, ExpiredToken, Fault, WrongBytes
 from hub_server import Hub
 
@@ -23,31 +23,42 @@ class Case:
 
 
 CASES = {
-    "reset": Case("HEAD", f"{DELTA}/resolve/", 0),
-    "reset-after-100": Case("PUT", "/lfs/", 0),
-    "truncated": Case("GET", f"/cdn/{DELTA}/", 0),
-    "status-500": Case("POST", f"{MODEL}/commit/", 1),
-    "status-502": Case("POST", "/api/repos/create", 1),
-    "status-503": Case("GET", f"/api/models/{DELTA}/", 1),
-    "rate-limit": Case("POST", f"{MODEL}.git/info/lfs/objects/batch", 0),
-    "slow": Case("GET", f"/cdn/{MODEL}/", 0),
-    "wrong-bytes": Case("GET", f"/cdn/{BACKBONE}/", 0),
-    "lost-answer": Case("POST", f"{MODEL}/commit/", 0),
-    "moved-parent": Case("POST", f"{MODEL}/commit/", 1),
-    "expired-token": Case("POST", f"{MODEL}/preupload/", 4),
+    "lfs": {
+        "reset": Case("HEAD", f"{DELTA}/resolve/", 1),
+        "reset-after-100": Case("PUT", "/lfs/", 0),
+        "truncated": Case("GET", f"/cdn/{DELTA}/", 0),
+        "status-500": Case("POST", f"{MODEL}/commit/", 1),
+        "status-502": Case("POST", "/api/repos/create", 1),
+        "status-503": Case("GET", f"/api/models/{DELTA}/", 1),
+        "rate-limit": Case("POST", f"{MODEL}.git/info/lfs/objects/batch", 0),
+        "slow": Case("GET", f"/cdn/{MODEL}/", 0),
+        "wrong-bytes": Case("GET", f"/cdn/{BACKBONE}/", 0),
+        "lost-answer": Case("POST", f"{MODEL}/commit/", 0),
+        "moved-parent": Case("POST", f"{MODEL}/commit/", 1),
+        "expired-token": Case("POST", f"{MODEL}/preupload/", 4),
+    },
+    "xet": {
+        "reset": Case("GET", f"{DELTA}/xet-read-token/", 0),
+        "reset-after-100": Case("POST", f"{MODEL}/commit/", 1),
+        "truncated": Case("GET", f"{BACKBONE}/xet-read-token/", 0),
+        "status-500": Case("GET", f"{MODEL}/xet-write-token/", 0),
+        "status-502": Case("GET", f"{DELTA}/xet-read-token/", 0),
+        "status-503": Case("HEAD", f"{DELTA}/resolve/", 0),
+        "rate-limit": Case("GET", f"{MODEL}/xet-write-token/", 0),
+        "slow": Case("GET", f"{MODEL}/xet-read-token/", 0),
+        "wrong-bytes": Case("GET", f"{MODEL}/xet-write-token/", 0),
+        "lost-answer": Case("GET", f"{MODEL}/xet-write-token/", 0),
+        "moved-parent": Case("GET", f"{MODEL}/xet-write-token/", 1),
+        "expired-token": Case("GET", f"{MODEL}/xet-write-token/", 4),
+    },
 }
-
-
-@pytest.fixture(scope="module")
-def release() -> Release:
-    return undisturbed()
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_a_broken_request_ends_well_or_with_an_error_and_a_rerun_puts_it_right(
-    release: Release, fault: Fault
+    transfer: str, fault: Fault
 ) -> None:
-    case = CASES[fault.name]
+    case, release = CASES[transfer][fault.name], undisturbed(transfer)
     found = outcome(fault, release.find(case.method, case.path), release)
 
     assert found is not None, "The fault changed nothing of the request."
@@ -65,19 +76,35 @@ def test_a_token_that_expires_on_the_way_is_not_taken_for_a_missing_repository(
         converter.publish(model, MODEL)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "README.md"])
+# what is read back before is config.json alone, once; the card is read to keep its edits
+READ_BEFORE = {"model.safetensors": 0, "config.json": 1, "README.md": 1}
+
+
+def publish_damaged(hub: Hub, model: Path, name: str) -> None:
+    """Publishes a model again, and damages one of its files on the way back."""
+    converter.publish(model, MODEL)
+    commit = hub.commits(MODEL)[0].sha
+    hub.break_request(WrongBytes(), READ_BEFORE[name], method="GET", path=f"{commit}/{name}")
+    try:
+        converter.publish(model, MODEL, verify_remote=True)
+    finally:
+        assert hub.broken
+
+
+@pytest.mark.parametrize("name", ["config.json", "README.md"])
 def test_a_download_that_arrives_damaged_is_not_taken_for_a_wrong_release(
     hub: Hub, me: str, model: Path, name: str
 ) -> None:
-    converter.publish(model, MODEL)
-    commit = hub.commits(MODEL)[0].sha
-    # what is read back before is config.json alone, once; the card is read to keep its edits
-    nth = 0 if name == "model.safetensors" else 1
-    hub.break_request(WrongBytes(), nth, method="GET", path=f"{commit}/{name}")
-
     with pytest.raises(UnreadableFileError, match=f"^{name} of {MODEL} arrived damaged"):
-        converter.publish(model, MODEL, verify_remote=True)
-    assert hub.broken
+        publish_damaged(hub, model, name)
+
+
+@over_lfs  # hf_xet lets no wrong bytes through
+def test_weights_that_arrive_damaged_are_not_taken_for_a_wrong_release(
+    hub: Hub, me: str, model: Path
+) -> None:
+    with pytest.raises(UnreadableFileError, match=f"^model.safetensors of {MODEL} arrived"):
+        publish_damaged(hub, model, "model.safetensors")
 
 
 def test_a_release_keeps_its_tag_when_somebody_commits_on_top(

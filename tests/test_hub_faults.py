@@ -7,6 +7,7 @@ from pathlib import Path
 import httpx2
 import huggingface_hub.constants
 import pytest
+from conftest import over_lfs
 from hub_faults import (
     FAULTS,
     ExpiredToken,
@@ -67,6 +68,7 @@ def test_faults_have_names_of_their_own() -> None:
     assert {"reset", "status-502", "lost-answer"} <= set(names)
 
 
+@over_lfs
 def test_the_nth_request_is_broken_whatever_it_asks(hub: Hub) -> None:
     push()
     calm = hub.request_lines
@@ -127,6 +129,7 @@ def test_a_reset_request_is_not_carried_out(hub: Hub) -> None:
     assert broken(hub) == [(Reset(), f"POST /api/models/{REPO}/commit/main")]
 
 
+@over_lfs
 def test_a_reset_upload_is_sent_again(hub: Hub) -> None:
     content = WEIGHTS * 1000
     hub.break_request(Reset(after=1000), method="PUT")
@@ -139,6 +142,7 @@ def test_a_reset_upload_is_sent_again(hub: Hub) -> None:
     assert hub.received == first.body_size + second.body_size
 
 
+@over_lfs
 def test_a_download_that_is_reset_fails(hub: Hub) -> None:
     hub.break_request(Reset(after=1000), method="GET")
 
@@ -195,6 +199,7 @@ def test_slow_bytes_arrive_after_all(hub: Hub) -> None:
     assert len(hub.broken) == 1
 
 
+@over_lfs
 def test_bytes_slower_than_the_client_waits_for_are_asked_for_again(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +212,7 @@ def test_bytes_slower_than_the_client_waits_for_are_asked_for_again(
     assert [request.method for request in hub.requests] == ["HEAD", "GET", "GET"]
 
 
+@over_lfs
 def test_wrong_bytes_of_a_file_pass_the_client(hub: Hub) -> None:
     hub.break_request(WrongBytes(), method="GET")
 

@@ -1,5 +1,6 @@
 """The real client against the loopback Hub."""
 
+import hashlib
 import re
 import subprocess
 import sys
@@ -10,8 +11,10 @@ import httpx2
 import huggingface_hub
 import huggingface_hub.constants
 import pytest
+from conftest import in_every_way, over_lfs
 from hub_server import (
     Hub,
+    choose_transfer,
     client_environment,
     point_client_at,
     running_hub,
@@ -53,11 +56,12 @@ Push = Callable[..., CommitInfo]
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, transfer: str) -> Iterator[Hub]:
     """A Hub with one public repository, which this process's client uses without a token."""
     weights = tmp_path / "given.safetensors"
     weights.write_bytes(WEIGHTS)
     with running_hub() as hub:
+        choose_transfer(hub, transfer)
         files: dict[str, bytes | Path] = {
             "config.json": CONFIG,
             "model.safetensors": weights,
@@ -110,14 +114,31 @@ def test_a_plain_file_is_downloaded_from_the_hub_itself(hub: Hub) -> None:
     assert hub.request_lines == [f"HEAD {address}", f"GET {address}"]
 
 
+@pytest.mark.parametrize("transfer", ["lfs", "xet-off"], indirect=True)
 def test_a_file_in_lfs_is_downloaded_from_the_cdn_without_the_token(hub: Hub) -> None:
     path = hf_hub_download(REPO, "model.safetensors", token=ANN)
 
     assert Path(path).read_bytes() == WEIGHTS
-    asked, downloaded = hub.requests
+    asked, *_, downloaded = hub.requests
     assert (str(asked), asked.has_token) == (f"HEAD /{REPO}/resolve/main/model.safetensors", True)
     assert downloaded.path.startswith("/cdn/")
     assert not downloaded.has_token
+
+
+@pytest.mark.parametrize("transfer", ["xet", "xet-unshared"], indirect=True)
+def test_a_file_in_xet_needs_a_token_for_its_storage(hub: Hub, transfer: str) -> None:
+    commit = HfApi().model_info(REPO).sha
+    hub.requests.clear()
+    path = Path(hf_hub_download(REPO, "model.safetensors"))
+
+    assert path.read_bytes() == WEIGHTS
+    assert hub.request_lines == [
+        f"HEAD /{REPO}/resolve/main/model.safetensors",
+        f"GET /api/models/{REPO}/xet-read-token/{commit}",
+    ]
+    sha256 = hashlib.sha256(WEIGHTS).hexdigest()
+    assert path.readlink().name == sha256
+    assert (path.resolve().name == sha256) is (transfer == "xet-unshared")
 
 
 def test_a_second_download_asks_only_whether_the_file_changed(hub: Hub) -> None:
@@ -266,9 +287,9 @@ def test_a_renamed_repository_is_found_under_its_old_name(hub: Hub) -> None:
     assert hub.request_lines == [f"GET /api/models/{name}" for name in (REPO, "meta/renamed")]
     assert Path(hf_hub_download(REPO, "config.json")).read_bytes() == CONFIG
     assert Path(hf_hub_download(REPO, "model.safetensors")).read_bytes() == WEIGHTS
-    assert hub.served == ["meta/renamed/config.json", "meta/renamed/model.safetensors"]
 
 
+@over_lfs
 @pytest.mark.parametrize(
     ("filename", "content"), [("config.json", CONFIG), ("model.safetensors", WEIGHTS)]
 )
@@ -425,6 +446,7 @@ def test_a_commit_on_another_parent_is_refused(hub: Hub, push: Push) -> None:
     assert push({"a.txt": b"c"}, parent_commit=second[:7])
 
 
+@over_lfs
 def test_a_large_upload_goes_in_parts(hub: Hub, push: Push) -> None:
     hub.multipart_chunk_size = 4096
 
@@ -436,6 +458,7 @@ def test_a_large_upload_goes_in_parts(hub: Hub, push: Push) -> None:
     assert hub.files("ann/model")["model.safetensors"] == NEW_WEIGHTS
 
 
+@over_lfs
 def test_an_upload_is_kept_although_nothing_was_committed(hub: Hub, push: Push) -> None:
     weights = CommitOperationAdd("model.safetensors", NEW_WEIGHTS)
     HfApi(token=ANN).preupload_lfs_files("ann/model", [weights])
@@ -448,6 +471,7 @@ def test_an_upload_is_kept_although_nothing_was_committed(hub: Hub, push: Push) 
     assert hub.files("ann/model")["model.safetensors"] == NEW_WEIGHTS
 
 
+@over_lfs
 @pytest.mark.parametrize("chunk_size", [1000, 10**6])
 def test_an_upload_of_other_content_than_announced_is_refused(
     hub: Hub, push: Push, chunk_size: int
@@ -591,6 +615,23 @@ def test_a_card_is_validated_before_anything_is_sent(hub: Hub, push: Push) -> No
         push({"README.md": b"# Model"})
 
     assert hub.request_lines[:2] == ["POST /api/validate-yaml"] * 2
+
+
+@in_every_way
+def test_another_process_reads_and_writes_large_files_too(hub: Hub, tmp_path: Path) -> None:
+    HfApi(token=ANN).create_repo("ann/model")
+    mine = Path(hf_hub_download(REPO, "model.safetensors"))
+    program = (
+        "import huggingface_hub as h\n"
+        f"path = h.hf_hub_download('{REPO}', 'model.safetensors')\n"
+        "h.upload_file(path_or_fileobj=path, path_in_repo='copy.bin', repo_id='ann/model')"
+    )
+    environment = client_environment(hub, tmp_path / "child", token=ANN)
+
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+
+    assert hub.files("ann/model")["copy.bin"] == mine.read_bytes() == WEIGHTS
+    assert Path(hf_hub_download("ann/model", "copy.bin")).read_bytes() == WEIGHTS
 
 
 def test_a_child_process_uses_the_hub_and_its_token(hub: Hub, tmp_path: Path) -> None:

@@ -6,21 +6,20 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import huggingface_hub
-import huggingface_hub.file_download
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES
+from conftest import FIXTURES, in_every_way
 from hub_server import Hub
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import converter
 from converter.configs import read_backbone_config
-from converter.errors import AccessError, MismatchError, UnreadableFileError
+from converter.errors import AccessError, MismatchError, PlanError, UnreadableFileError
 from converter.weights import backbones, pairing
 from converter.weights.backbones import KnownBackbone, RecordedOutputs
 from converter.weights.inspection import Evidence
@@ -246,37 +245,71 @@ def test_local_cls_norm_tells_what_a_vit_l_was_trained_on(
 def damaged(hub: Hub) -> Path:
     """A backbone's weights in the cache, one bit of which is wrong."""
     hub.create_repo("meta/backbone", {p.name: p for p in (TINY / "backbone").iterdir()})
-    path = Path(huggingface_hub.hf_hub_download("meta/backbone", "model.safetensors")).resolve()
+    path = Path(huggingface_hub.hf_hub_download("meta/backbone", "model.safetensors"))
+    path.resolve().chmod(0o644)  # files of the store that repositories share are read-only
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    hub.served.clear()
     return path
 
 
+@in_every_way
 def test_a_download_that_is_not_what_the_hub_has_is_fetched_once_more(
     hub: Hub, damaged: Path, tmp_path: Path
 ) -> None:
     conversion = converter.convert("tiny_panoptic_64", tmp_path / "out", backbone="meta/backbone")
 
     assert conversion.verdict.verdict == "passed"
-    assert "meta/backbone/model.safetensors" in hub.served
+    assert damaged.read_bytes() == (TINY / "backbone" / "model.safetensors").read_bytes()
 
 
-def test_a_download_that_stays_wrong_is_refused_and_not_kept(
+@in_every_way
+def test_a_download_that_stays_wrong_is_refused_and_the_error_says_where_it_is(
     hub: Hub, damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = damaged.read_bytes()
+    real: Callable[..., str] = huggingface_hub.hf_hub_download
 
-    def bring_the_same(_url: str, file: BinaryIO, **_: object) -> None:
-        file.write(content)
+    def bring_the_same(*arguments: Any, **keywords: Any) -> str:
+        path = Path(real(*arguments, **keywords))
+        if path == damaged:
+            path.resolve().chmod(0o644)
+            path.write_bytes(content)
+        return str(path)
 
-    monkeypatch.setattr(huggingface_hub.file_download, "http_get", bring_the_same)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", bring_the_same)
 
-    with pytest.raises(UnreadableFileError, match="meta/backbone arrived damaged twice"):
+    with pytest.raises(UnreadableFileError, match="meta/backbone arrived damaged twice") as caught:
         converter.convert("tiny_panoptic_64", tmp_path / "out", backbone="meta/backbone")
+    assert f"What arrived stays in the cache, as {damaged};" in caught.value.remedy
+    assert damaged.exists()
     assert not (tmp_path / "out").exists()
-    assert not damaged.exists()
+
+
+@in_every_way
+def test_what_other_repositories_have_in_the_cache_is_left_alone(
+    hub: Hub, damaged: Path, tmp_path: Path
+) -> None:
+    hub.create_repo("me/other", {"model.safetensors": TINY / "delta" / "pytorch_model.bin"})
+    theirs = Path(huggingface_hub.hf_hub_download("me/other", "model.safetensors"))
+    before = theirs.read_bytes()
+    with pytest.raises(PlanError):
+        converter.convert("tiny_panoptic_64", tmp_path / "out", backbone="me/other")
+
+    assert theirs.read_bytes() == before
+    assert damaged.exists()
+
+
+@in_every_way
+def test_a_hub_that_gives_no_digest_leaves_the_weights_unchecked(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.create_repo("meta/backbone", {p.name: p for p in (TINY / "backbone").iterdir()})
+    monkeypatch.setattr("converter.hub.downloads._as_digest", lambda _: None)
+
+    conversion = converter.convert("tiny_panoptic_64", tmp_path / "out", backbone="meta/backbone")
+
+    assert (conversion.pair[-1].check, conversion.pair[-1].status) == ("hub-digest", "not checked")
 
 
 def test_a_download_whose_header_is_wrong_is_fetched_once_more(

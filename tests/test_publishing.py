@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from conftest import FIXTURES
+from conftest import FIXTURES, over_lfs
 from hub_faults import ExpiredToken, LostAnswer, MovedParent, Status, WrongBytes
 from hub_repos import StoredFile
 from hub_server import Hub, client_environment
@@ -75,7 +75,8 @@ def test_a_repository_that_is_to_be_public_becomes_so_last(hub: Hub, folder: Pat
 
     assert not published.private
     assert not hub.private(REPO)
-    assert hub.request_lines[-1] == f"PUT /api/models/{REPO}/settings"
+    changes = [line for line in hub.request_lines if line.startswith(("POST", "PUT"))]
+    assert changes[-1] == f"PUT /api/models/{REPO}/settings"
 
 
 def test_an_old_repository_stays_as_visible_as_it_is(hub: Hub, folder: Path) -> None:
@@ -84,8 +85,9 @@ def test_an_old_repository_stays_as_visible_as_it_is(hub: Hub, folder: Path) -> 
 
     assert not hub.private(REPO)
     assert hub.files(REPO)["notes.txt"] == b"mine"
-    converter.publish(folder, REPO, private=True)
+    published = converter.publish(folder, REPO, private=True)
     assert hub.private(REPO)
+    assert published.private
 
 
 def test_nothing_to_change_means_no_commit(hub: Hub, folder: Path, tmp_path: Path) -> None:
@@ -298,6 +300,20 @@ def test_a_pull_request_leaves_main_alone_and_is_opened_once(hub: Hub, folder: P
     assert set(hub.files(REPO)) == {"notes.txt"}
 
 
+@pytest.mark.parametrize("merge", [True, False])
+def test_a_pull_request_that_was_ended_is_not_the_one_that_is_asked_for(
+    hub: Hub, folder: Path, merge: bool
+) -> None:
+    hub.create_repo(REPO, {"notes.txt": b"mine"})
+    converter.publish(folder, REPO, create_pr=True)
+    hub.end_pull_request(REPO, 1, merge=merge)
+    hub.commit(REPO, {"config.json": b"{}"})
+    published = converter.publish(folder, REPO, create_pr=True)
+
+    assert published.revision == "refs/pr/2"
+    assert [request.status for request in hub.pull_requests(REPO)][-1] == "open"
+
+
 @pytest.mark.parametrize("option", [{"tag": "v1"}, {"revision": "x"}])
 def test_a_pull_request_has_neither_tag_nor_branch(folder: Path, option: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="--create-pr"):
@@ -336,9 +352,64 @@ def test_nobody_pushes_without_a_login(hub: Hub, model: Path) -> None:
 def test_a_token_that_may_only_read_is_told(hub: Hub, model: Path) -> None:
     hub.add_user("me", "hf_read", can_write=False)
 
-    with pytest.raises(AccessError, match="may not do that with me/model"):
+    with pytest.raises(AccessError, match="may only read, which is not enough for me/model"):
         converter.publish(model, REPO, token="hf_read")
     assert hub.repo_ids == []
+
+
+def test_somebody_elses_repository_is_not_written_to(hub: Hub, folder: Path) -> None:
+    hub.create_repo("other/model", {"notes.txt": b"theirs"})
+
+    with pytest.raises(AccessError, match="may not do that with other/model"):
+        converter.publish(folder, "other/model")
+    assert set(hub.files("other/model")) == {"notes.txt"}
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_a_dry_run_says_where_it_may_not_write(hub: Hub, folder: Path, private: bool) -> None:
+    """A private repository of somebody else looks like none."""
+    hub.create_repo("other/model", {"notes.txt": b"theirs"}, private=private)
+
+    with pytest.raises(AccessError, match=r"it is private|may not do that with other/model"):
+        converter.publish(folder, "other/model", dry_run=True)
+
+
+def test_a_dry_run_needs_a_login_as_the_push_does(hub: Hub, model: Path) -> None:
+    hub.create_repo(REPO, {"notes.txt": b"mine"}, private=True)
+
+    with pytest.raises(AccessError, match="Nobody is logged in") as caught:
+        converter.publish(model, REPO, dry_run=True)
+    assert caught.value.remedy == "Log in with `hf auth login`, or set HF_TOKEN."
+
+
+def test_a_dry_run_of_a_pull_request_needs_no_right_to_write(hub: Hub, folder: Path) -> None:
+    hub.create_repo("other/model", {"notes.txt": b"theirs"})
+
+    planned = converter.publish(folder, "other/model", dry_run=True, create_pr=True)
+    assert {change.action for change in planned.changes} == {"add"}
+
+
+def test_an_organisations_repository_may_be_planned(hub: Hub, folder: Path) -> None:
+    hub.add_user("eve", "hf_eve", organizations=["lab"])
+
+    planned = converter.publish(folder, "Lab/model", dry_run=True, token="hf_eve")
+    assert {change.action for change in planned.changes} == {"add"}
+
+
+def test_a_name_without_an_owner_is_refused_before_anything_is_created(
+    command: Command, hub: Hub, folder: Path
+) -> None:
+    """The client would create a repository under the login's name, and not find it afterwards."""
+    for arguments in (
+        ("push", folder, "shapes"),
+        ("--checkpoint", "tiny_panoptic_64", "--output", "new", "--push-to", "shapes"),
+    ):
+        result = command(*arguments)
+        assert result.exit_code == 2
+        assert "'shapes' does not say whose repository it is" in result.stderr
+    assert hub.requests == []
+    assert hub.repo_ids == []
+    assert not Path("new").exists()
 
 
 def test_an_expired_token_is_told(hub: Hub, folder: Path) -> None:
@@ -395,6 +466,7 @@ def test_two_releases_at_once_do_not_mix(hub: Hub, folder: Path) -> None:
     assert "model.safetensors" in hub.files(REPO)
 
 
+@over_lfs
 def test_a_broken_push_goes_on_without_resending_what_arrived(hub: Hub, folder: Path) -> None:
     hub.break_request(Status(500), method="POST", path="/commit/", times=None)
     with pytest.raises(HubUnavailableError, match="status 500"):
@@ -424,6 +496,28 @@ def test_what_arrived_is_held_against_what_was_sent(
         converter.publish(folder, REPO)
 
 
+def test_a_file_of_which_the_hub_gives_no_digest_is_not_checked(
+    command: Command, hub: Hub, folder: Path
+) -> None:
+    hub.gives_blob_ids = False
+    result = command("push", folder, REPO, "--tag", "v1")
+
+    assert result.exit_code == 0, result.output
+    assert "remote    read back: 1 files as they were sent" in result.stdout
+    assert "remote    not checked: README.md, config.json, conversion.json" in result.stdout
+    assert ours(hub)["config.json"] == (folder / "config.json").read_bytes()
+    again = converter.publish(folder, REPO, tag="v1")
+    assert again.unchecked
+    assert len(hub.commits(REPO)) == 2
+
+
+def test_an_answer_that_was_lost_is_found_without_digests_too(hub: Hub, folder: Path) -> None:
+    hub.gives_blob_ids = False
+    hub.break_request(LostAnswer(), method="POST", path="/commit/")
+
+    assert converter.publish(folder, REPO).commit == hub.commits(REPO)[0].sha
+
+
 def test_the_model_can_be_downloaded_and_verified_again(hub: Hub, folder: Path) -> None:
     published = converter.publish(folder, REPO, verify_remote=True)
 
@@ -432,6 +526,7 @@ def test_the_model_can_be_downloaded_and_verified_again(hub: Hub, folder: Path) 
     assert f"{REPO}/model.safetensors" in hub.served
 
 
+@over_lfs
 def test_a_download_that_is_not_the_model_is_told_before_anybody_sees_it(
     hub: Hub, folder: Path
 ) -> None:
@@ -515,6 +610,32 @@ def test_an_output_that_was_changed_is_not_replaced_for_a_push(
 
     assert "exists" in command(*arguments).stderr
     assert config.read_text().endswith(" ")
+
+
+def test_the_licence_is_looked_for_before_anything_is_converted(
+    command: Command, hub: Hub, derived: Path, tmp_path: Path
+) -> None:
+    hub.create_repo("facebook/bare", {"config.json": b"{}", "model.safetensors": b""})
+    shutil.copytree(FIXTURES / "tiny_panoptic_64" / "backbone", tmp_path / "backbone")
+    for backbone, reason in (
+        ("facebook/bare", "facebook/bare has no copy of it"),
+        (str(tmp_path / "backbone"), "the backbone names no repository to take it from"),
+    ):
+        result = command(
+            *("--checkpoint", "coco_panoptic_small_640", "--backbone", backbone),
+            *("--output", "new", "--push-to", REPO),
+        )
+        assert result.exit_code == 2, result.output
+        assert reason in result.stderr
+        assert not any("pytorch_model.bin" in request.path for request in hub.requests)
+        assert not Path("new").exists()
+
+
+def test_who_is_logged_in_is_asked_once(command: Command, hub: Hub, me: str) -> None:
+    result = command("--checkpoint", "shapes_panoptic_128", "--push-to", REPO)
+
+    assert result.exit_code == 0, result.output
+    assert hub.request_lines.count("GET /api/whoami-v2") == 1
 
 
 def test_a_login_is_asked_for_before_anything_is_converted(

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 from conftest import FIXTURES
-from hub_server import Hub
 from safetensors.torch import load_file, save_file
 
 from converter.cli import main
@@ -67,7 +66,7 @@ def test_there_are_programs_to_try() -> None:
 
 @pytest.mark.parametrize(("arguments", "pipes", "output"), COMMANDS)
 def test_commands_print_what_is_shown(
-    folder: Path, hub: Hub, command: Command, arguments: str, pipes: str, output: str
+    folder: Path, me: str, command: Command, arguments: str, pipes: str, output: str
 ) -> None:
     result = command(*arguments.split())
     lines = (result.stdout + result.stderr).splitlines()

@@ -193,7 +193,9 @@ def test_a_shared_backbone_is_fetched_once(
     monkeypatch.setattr("converter.weights.pairing.recorded_picture", no_picture)
     source = FIXTURES / "tiny_panoptic_64"
     backbone = {path.name: path for path in (source / "backbone").iterdir()}
-    hub.create_repo("facebook/dinov3-vitl16-pretrain-lvd1689m", backbone)
+    hub.create_repo(
+        "facebook/dinov3-vitl16-pretrain-lvd1689m", {**backbone, "LICENSE.md": b"DINOv3 License\n"}
+    )
     names = ("coco_panoptic_large_640", "coco_panoptic_large_1280")
     for name in names:
         hub.create_repo(find(name).delta, {"pytorch_model.bin": source / "delta/pytorch_model.bin"})
@@ -226,7 +228,7 @@ def test_the_command_ends_in_1_if_any_failed(command: Command, hub: Hub, output:
     result = command(*arguments, "--checkpoint", NAMES[0], "--checkpoint", NAMES[1])
 
     assert result.exit_code == 1
-    assert "tiny_semantic_48: The Hub is down: status 503" in result.stdout
+    assert f"tiny_semantic_48: {hub.address} is down: status 503" in result.stdout
     content = json.loads(
         command(*arguments, "--dry-run", "--checkpoint", NAMES[1], "--json").stdout
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 from conftest import FIXTURES
+from hub_faults import MovedParent
 from hub_server import Hub
 
 from converter.catalog import CATALOG
@@ -15,13 +16,13 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
-from converter.hub import downloads, sources
 from converter.hub.access import OPEN_BACKBONES, Access
 from converter.hub.sources import (
     Fetched,
     HubSource,
     LocalSource,
     fetch,
+    fetch_config,
     parse_source,
 )
 
@@ -121,10 +122,8 @@ def test_only_the_needed_files_of_a_repository_are_fetched(repositories: Hub) ->
 
     assert found.weights.read_bytes() == (FOLDER / "backbone" / "model.safetensors").read_bytes()
     assert found.config is not None
-    assert sorted(repositories.served) == [
-        f"{BACKBONE}/config.json",
-        f"{BACKBONE}/model.safetensors",
-    ]
+    asked = {request.path.rpartition("/")[2] for request in repositories.requests[1:]}
+    assert asked - {found.revision} == {"config.json", "model.safetensors"}
 
 
 def test_a_branch_becomes_the_commit_it_was_at(repositories: Hub) -> None:
@@ -174,7 +173,7 @@ def test_offline_it_is_said_which_shards_are_missing(hub: Hub) -> None:
     found = fetch(HubSource(DELTA), Access())
     found.shards[1].unlink()
 
-    with pytest.raises(AccessError, match=r"there is all but model-2-of-2\.safetensors\."):
+    with pytest.raises(AccessError, match=r"model-2-of-2\.safetensors is missing"):
         fetch(HubSource(DELTA), Access(local_files_only=True))
 
 
@@ -185,23 +184,38 @@ def test_offline_another_revision_is_not_taken(repositories: Hub) -> None:
         fetch(HubSource(DELTA, "v1"), Access(local_files_only=True))
 
 
-def test_all_files_come_from_the_commit_that_the_branch_was_at_first(
-    repositories: Hub, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The branch moves while the first file is under way."""
-    moved: list[str] = []
+def test_offline_it_is_said_which_weights_are_missing(repositories: Hub) -> None:
+    fetch_config(HubSource(BACKBONE), Access())
 
-    def move_then_download(repo_id: str, name: str, commit: str, access: Access) -> Path:
-        if not moved:
-            moved.append(repositories.commit(BACKBONE, {"config.json": b"{}"}))
-        return downloads.download(repo_id, name, commit, access)
+    with pytest.raises(AccessError) as caught:
+        fetch(HubSource(BACKBONE), Access(local_files_only=True))
+    assert caught.value.message == (
+        f"{BACKBONE} at main is not in the cache: model.safetensors or "
+        "model.safetensors.index.json or pytorch_model.bin is missing (files that are there: "
+        "config.json)."
+    )
 
-    monkeypatch.setattr(sources, "download", move_then_download)
+
+def test_a_repository_that_lacks_a_shard_is_named(hub: Hub) -> None:
+    index = {"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}
+    files = {"model.safetensors.index.json": json.dumps(index).encode()}
+    hub.create_repo(DELTA, {**files, "model-1-of-2.safetensors": b""})
+
+    with pytest.raises(AccessError, match=r"at main lacks model-2-of-2\.safetensors"):
+        fetch(HubSource(DELTA), Access())
+
+
+def test_all_files_come_from_the_commit_that_the_branch_was_at_first(repositories: Hub) -> None:
+    """The branch moves after it was looked up."""
+    repositories.break_request(MovedParent("somebody", "config.json"), 1)
     found = fetch(HubSource(BACKBONE), Access())
 
+    assert [str(each.request) for each in repositories.broken] == [
+        f"HEAD /{BACKBONE}/resolve/main/config.json"
+    ]
     assert found.config is not None
     assert found.config.read_bytes() == (FOLDER / "backbone" / "config.json").read_bytes()
-    assert found.revision != moved[0]
+    assert found.revision == repositories.commits(BACKBONE)[1].sha
     assert {path.parent.name for path in (found.weights, found.config)} == {found.revision}
 
 

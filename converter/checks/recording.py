@@ -126,7 +126,7 @@ def record(
         raise UsageError("A recording is of pictures (--image) or of random pixels (--random).")
     place = Path(output).expanduser().absolute()
     _check_place(place, force=force)
-    access = Access(token, Path(cache_dir).expanduser() if cache_dir else None, local_files_only)
+    access = Access.of(token, cache_dir, local_files_only)
     folder, repo_id = fetch_model(model, access), repository_of(model)
     verdict = verify(
         folder,

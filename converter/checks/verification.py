@@ -180,7 +180,7 @@ def verify(
     """
     if level not in range(1, len(LEVELS) + 1):
         raise UsageError(f"There is no level {level}: {LEVELS[0]} is 1, {LEVELS[-1]} is 5.")
-    access = Access(token, Path(cache_dir).expanduser() if cache_dir else None, local_files_only)
+    access = Access.of(token, cache_dir, local_files_only)
     options = Options(
         level, against, Path(image).expanduser() if image else None, device, threads, access=access
     )

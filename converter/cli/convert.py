@@ -8,7 +8,7 @@ from typing import Any, Literal, NoReturn
 
 import click
 
-from converter.catalog import Task
+from converter.catalog import Task, find
 from converter.cli.publish import push_options
 from converter.cli.session import (
     SOURCE,
@@ -18,7 +18,7 @@ from converter.cli.session import (
     progress_bar,
 )
 from converter.errors import UsageError
-from converter.job import Dtype
+from converter.job import Dtype, choose_source
 from converter.version import __version__
 from converter.weights.inspection import WeightsKind
 
@@ -183,10 +183,15 @@ def main(
             raise UsageError(f"--{given[0].replace('_', '-')} is for --push-to.")
         from converter import report
         from converter.conversion import convert
-        from converter.hub.publishing import check_login, publish
+        from converter.hub.access import Access
+        from converter.hub.publishing import check_licence, check_login, publish
 
+        access = Access.of(token, cache_dir, offline)
         if push_to and not dry_run:
-            check_login([push_to], token)
+            check_login([push_to], access)
+            entry = find(checkpoint) if checkpoint else None
+            source = choose_source(backbone, entry, "backbone") if backbone or entry else None
+            push["license_file"] = check_licence(entry, source, push["license_file"], access)
         with progress_bar(sys.stderr.isatty() and not as_json) as progress:
             conversion = convert(
                 checkpoint,
@@ -213,10 +218,8 @@ def main(
                 force=force,
                 exist_ok=push_to is not None,
                 dry_run=dry_run,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=offline,
                 progress=progress,
+                access=access,
             )
         if dry_run:
             session.show(report.plan_table(conversion.plan), conversion.to_dict())
@@ -234,8 +237,7 @@ def main(
             conversion.output,
             push_to,
             recorded=recorded,
-            token=token,
-            cache_dir=cache_dir,
+            access=access,
             **push,
         )
         session.show(report.publication(published), {**content, "published": published.to_dict()})

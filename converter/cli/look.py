@@ -40,7 +40,7 @@ def inspect_command(
         from converter.weights.inspection import inspect
         from converter.weights.tensorfiles import open_tensors
 
-        fetched = fetch(parse_source(source), Access(token, cache_dir, offline))
+        fetched = fetch(parse_source(source), Access.of(token, cache_dir, offline))
         with open_tensors(fetched.weights) as file:
             found = inspect(file)
         session.show(report.inspection(found), found.to_dict())

@@ -1,17 +1,21 @@
 """How the Hub is reached, and what to say when it does not do what it was asked."""
 
 import os
+import re
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from converter.errors import (
     AccessError,
     EomtConvertError,
     HubUnavailableError,
+    NotFoundError,
     OutputError,
     UsageError,
 )
@@ -19,7 +23,15 @@ from converter.errors import (
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
+    from converter.hub.downloads import Snapshot
+
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+
+# such as: Request error: HTTP status client error (401 Unauthorized), domain: https://...
+_STATUS_TOLD_BY_XET = re.compile(r"HTTP status \w+ error \((\d{3}) ([\w ]+)\)")
+
+# statuses of a server, or of what stands before it, that will answer later
+_DOWN = (500, 502, 503, 504)
 
 # the same weights in repositories that are not gated
 OPEN_BACKBONES = {
@@ -34,19 +46,44 @@ OPEN_BACKBONES = {
 }
 
 
+@dataclass
+class Answers:
+    """What the Hub has answered to a command, so that it is asked but once.
+
+    Attributes:
+        snapshots: what repositories have, by name and revision.
+        login: who is logged in, as `HfApi.whoami` tells; None before that was asked.
+    """
+
+    snapshots: "dict[tuple[str, str], Snapshot]" = field(default_factory=dict)
+    login: dict[str, Any] | None = None
+
+
 @dataclass(frozen=True)
 class Access:
-    """How the Hub is reached; parameters as in every function of huggingface_hub.
+    """How the Hub is reached in one command; parameters as in every function of huggingface_hub.
 
     Attributes:
         token: overrides HF_TOKEN and the login file.
         cache_dir: overrides HF_HOME and HF_HUB_CACHE.
         local_files_only: whether only the cache is used.
+        answers: what was asked already.
     """
 
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     cache_dir: Path | None = None
     local_files_only: bool = False
+    answers: Answers = field(default_factory=Answers, repr=False, compare=False)
+
+    @classmethod
+    def of(
+        cls,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> "Access":
+        """The access of a function's parameters."""
+        return cls(token, Path(cache_dir).expanduser() if cache_dir else None, local_files_only)
 
     @property
     def cache(self) -> Path:
@@ -58,9 +95,23 @@ class Access:
     @property
     def offline(self) -> bool:
         """Whether the Hub is not to be asked."""
-        from huggingface_hub import constants
+        from huggingface_hub import is_offline_mode
 
-        return self.local_files_only or constants.HF_HUB_OFFLINE
+        return self.local_files_only or is_offline_mode()
+
+    def login(self) -> dict[str, Any]:
+        """Who is logged in, as `HfApi.whoami` tells.
+
+        Raises:
+            AccessError: nobody is, or the token is not valid any more.
+            HubUnavailableError: as `explained` tells.
+        """
+        from huggingface_hub import HfApi
+
+        if self.answers.login is None:
+            with explained("this login"):
+                self.answers.login = HfApi(token=self.token).whoami()
+        return self.answers.login
 
 
 @contextmanager
@@ -68,7 +119,8 @@ def explained(repo_id: str, revision: str = "main") -> Iterator[None]:
     """Turns what huggingface_hub raises in this block into a sentence and a remedy.
 
     Raises:
-        AccessError: the repository, revision or file is not there, or not for this login.
+        AccessError: the repository, revision or file is not there, or not for this login; a
+            NotFoundError where it is repository or revision that the Hub does not show.
         HubUnavailableError: the Hub is down, out of reach, or asks to wait.
         UsageError: the name of the repository breaks the Hub's rules.
     """
@@ -77,7 +129,10 @@ def explained(repo_id: str, revision: str = "main") -> Iterator[None]:
     except EomtConvertError:
         raise
     except Exception as error:
-        raise _explanation(error, repo_id, revision) from error
+        explanation = _explanation(error, repo_id, revision)
+        if explanation is error:
+            raise
+        raise explanation from error
 
 
 def is_expired(error: Exception) -> bool:
@@ -97,12 +152,30 @@ def without_token(text: str, token: str | None = None) -> str:
     return text
 
 
-def _explanation(error: Exception, repo: str, revision: str) -> EomtConvertError:
-    from huggingface_hub import constants, errors
+def senseless_answer(repo: str, error: Exception | None = None) -> HubUnavailableError:
+    """What to say of an answer that the Hub cannot have given."""
+    said = f" ({type(error).__name__})" if error else ""
+    return HubUnavailableError(
+        f"The answer of {endpoint_name()} about {repo} makes no sense{said}.",
+        "Run again; if it stays, a proxy may be answering in the Hub's place.",
+    )
+
+
+def endpoint_name() -> str:
+    """The server that is asked: the host of HF_ENDPOINT, without a password that stands there."""
+    from huggingface_hub import constants
+
+    parts = urlsplit(constants.ENDPOINT)
+    return parts.netloc.rpartition("@")[2] or "the Hub"
+
+
+def _explanation(error: Exception, repo: str, revision: str) -> Exception:
+    """The sentence for an error; the error itself where it is none of the Hub's."""
+    from huggingface_hub import errors
 
     match error:
         case errors.LocalTokenNotFoundError():
-            return AccessError("Nobody is logged in to the Hub.", f"{LOG_IN.capitalize()}.")
+            return AccessError("Nobody is logged in to the Hub.", _sentence(LOG_IN))
         case errors.OfflineModeIsEnabled():
             return AccessError(
                 f"{repo} cannot be reached: HF_HUB_OFFLINE is set.", "Unset it for this."
@@ -116,49 +189,67 @@ def _explanation(error: Exception, repo: str, revision: str) -> EomtConvertError
         case errors.RepositoryNotFoundError() if is_expired(error):
             return _token_refused(repo)
         case errors.RepositoryNotFoundError():
-            return AccessError(
-                f"There is no repository {repo}, or it is private and this login does not see it.",
-                f"Check the name; for a private one, {LOG_IN}.",
-            )
+            return not_found(repo)
         case errors.RevisionNotFoundError():
-            return AccessError(f"{repo} has no revision {revision!r}.")
+            return NotFoundError(f"{repo} has no revision {revision!r}.")
+        case errors.LocalEntryNotFoundError(__cause__=Exception() as cause):
+            return _explanation(cause, repo, revision)
         case errors.LocalEntryNotFoundError():
             return HubUnavailableError(
                 f"{repo} at {revision} is not in the cache, and the Hub did not answer.",
                 "Check the connection and HF_ENDPOINT.",
             )
-        case errors.EntryNotFoundError():
-            return AccessError(f"A file of {repo} at {revision} is not there: {_first_line(error)}")
+        case errors.RemoteEntryNotFoundError():
+            return AccessError(f"A file of {repo} at {revision} is not there: {_words(error)}")
+        case errors.FileMetadataError():
+            return senseless_answer(repo, error)
         case errors.HFValidationError():
             return UsageError(f"{repo!r} is no valid name of a repository: {error}")
-        case errors.HfHubHTTPError():
-            return _by_status(error, repo)
-        case RuntimeError(__cause__=Exception() as cause):  # how a failed upload is told
-            return _explanation(cause, repo, revision)
+        case errors.HfHubHTTPError(response=response):
+            wait = response.headers.get("Retry-After", "")
+            return _by_status(response.status_code, repo, _words(error), wait)
+        case ConnectionError() if told := _STATUS_TOLD_BY_XET.search(str(error)):
+            return _by_status(int(told[1]), repo, told[2])
+        # how the client tells of an upload, or of a download in a file's place, that failed
+        case RuntimeError() | ValueError() if isinstance(error.__cause__, Exception):
+            return _explanation(error.__cause__, repo, revision)
         case OSError() if error.errno and not isinstance(error, ConnectionError | TimeoutError):
             return OutputError(f"{error.filename or 'The cache'} cannot be used: {error.strerror}.")
         case OSError():
-            return HubUnavailableError(
-                f"The transfer with {repo} broke off ({type(error).__name__}).",
-                "Run again: what arrived is kept. --offline uses the cache alone.",
-            )
+            return _broken_off(error, repo)
     # huggingface_hub lets errors of its HTTP library through, and has changed that library
     if type(error).__module__.startswith("http"):
         return HubUnavailableError(
-            f"The Hub at {constants.ENDPOINT} could not be reached for {repo} "
-            f"({type(error).__name__}).",
+            f"{endpoint_name()} could not be reached for {repo} ({type(error).__name__}).",
             "Check the connection and HF_ENDPOINT; --offline uses the cache alone.",
         )
-    if isinstance(error, ValueError | KeyError | TypeError):
-        return HubUnavailableError(
-            f"The Hub's answer about {repo} makes no sense ({type(error).__name__}).",
-            "Run again; if it stays, a proxy may be answering in the Hub's place.",
-        )
-    raise error
+    if not _is_the_clients(error):
+        return error
+    if isinstance(error, ValueError | KeyError | TypeError | AttributeError):
+        return senseless_answer(repo, error)
+    return _broken_off(error, repo)  # hf_xet has no classes for most of its errors
 
 
-def _by_status(error: "HfHubHTTPError", repo: str) -> EomtConvertError:
-    status, headers = error.response.status_code, error.response.headers
+def _broken_off(error: Exception, repo: str) -> HubUnavailableError:
+    from huggingface_hub import constants
+
+    words = str(error).partition("\n")[0].replace(constants.ENDPOINT, endpoint_name())
+    return HubUnavailableError(
+        f"The transfer with {repo} broke off ({type(error).__name__}{words and f': {words}'}).",
+        "Run again: files that arrived whole are kept. --offline uses the cache alone.",
+    )
+
+
+def _is_the_clients(error: Exception) -> bool:
+    """Whether an error was raised in huggingface_hub or in what it called, not in our own code."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(
+        str(frame.f_globals.get("__name__")).partition(".")[0] == "huggingface_hub"
+        for frame, _ in frames
+    )
+
+
+def _by_status(status: int, repo: str, words: str, wait: str = "") -> EomtConvertError:
     if status == 401:
         return _token_refused(repo)
     if status == 403:
@@ -168,17 +259,17 @@ def _by_status(error: "HfHubHTTPError", repo: str) -> EomtConvertError:
             f"{repo.partition('/')[0]}.",
         )
     if status == 429:
-        wait = headers.get("Retry-After", "")
         return HubUnavailableError(
             f"The Hub has had too many requests from here, the last one for {repo}.",
             f"Run again in {wait} seconds." if wait.isdecimal() else "Run again in a few minutes.",
         )
-    if status >= 500:
+    if status in _DOWN:
         return HubUnavailableError(
-            f"The Hub is down: status {status} for {repo}.",
-            "Run again later; https://status.huggingface.co tells how it is.",
+            f"{endpoint_name()} is down: status {status} for {repo}.",
+            "Run again later; https://status.huggingface.co tells how the Hub is.",
         )
-    return AccessError(f"The Hub refused {repo} with status {status}: {_first_line(error)}")
+    refusal = f"{endpoint_name()} answered {status} for {repo}: {words}"
+    return HubUnavailableError(refusal) if status >= 500 else AccessError(refusal)
 
 
 def _token_refused(repo: str) -> AccessError:
@@ -189,10 +280,22 @@ def _token_refused(repo: str) -> AccessError:
     )
 
 
-def _first_line(error: Exception) -> str:
-    """The Hub's own words, where it has any, without the request that they answer."""
-    said = getattr(error, "server_message", None) or str(error)
-    return str(said).strip().partition("\n")[0]
+def not_found(repo: str) -> NotFoundError:
+    """What to say of a repository that the Hub does not show."""
+    return NotFoundError(
+        f"There is no repository {repo}, or it is private and this login does not see it.",
+        f"Check the name; for a private one, {LOG_IN}.",
+    )
+
+
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."
+
+
+def _words(error: "HfHubHTTPError") -> str:
+    """The server's own words on a refusal, without the address that was asked."""
+    said = (error.server_message or "").strip() or error.response.reason_phrase
+    return said.partition("\n")[0]
 
 
 def _ask_for_access(repo: str) -> str:

@@ -5,7 +5,7 @@ The part between two marks is ours; the rest of a card, and metadata that we do 
 the people who edit it on the Hub.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -74,17 +74,13 @@ class ModelRecord:
 
         All are, but for the offline checkpoints: those are known by the digests of their files.
         """
-        entry = self.checkpoint
-        if entry is None or not entry.offline:
-            return True
-        known = read_json_object(fixtures() / entry.name / "recorded.json")["sha256"].values()
-        files = [
+        digests = [
             file["sha256"]
             for source in self.history["sources"].values()
             for name, file in source["files"].items()
             if not name.endswith(".json")
         ]
-        return not files or not set(files) <= set(known)
+        return is_derived(self.checkpoint, digests)
 
     @property
     def metric(self) -> Metric | None:
@@ -101,6 +97,14 @@ class ModelRecord:
             return None
         digests = [file["sha256"] for file in source["files"].values()]
         return source["repo"] or next(filter(None, map(published_repo, digests)), None)
+
+
+def is_derived(checkpoint: Checkpoint | None, digests: Collection[str]) -> bool:
+    """Whether weights are Meta's or made from those, told by the SHA-256 of their files."""
+    if checkpoint is None or not checkpoint.offline:
+        return True
+    known = read_json_object(fixtures() / checkpoint.name / "recorded.json")["sha256"].values()
+    return not digests or not set(digests) <= set(known)
 
 
 def model_card(repo_id: str, made: ModelRecord) -> "ModelCard":

@@ -1,42 +1,49 @@
-"""Files of a Hub repository in huggingface_hub's cache: fetched, gone on with, checked.
+"""Files of a Hub repository in huggingface_hub's cache: fetched by the client, checked here.
 
-The client deletes what a download brought when it breaks off, and checks sizes only. Here a large
-file goes on where it stopped, in a later run too, and a file in the cache can be held against the
-digest that the Hub gave for it, which is the name that the cache keeps it under
-(https://huggingface.co/docs/huggingface_hub/guides/manage-cache).
+The client checks sizes, and over Xet the storage's own hashes; whether a file is the one that the
+repository lists is checked here. The cache is laid out as its guide describes
+(https://huggingface.co/docs/huggingface_hub/guides/manage-cache): refs/BRANCH holds a commit, and
+snapshots/COMMIT/NAME links to a blob that is named by the file's digest. That blob may be a link in
+its turn, to a store that repositories share, where files have other names.
 """
 
 import hashlib
-import os
 import re
-from dataclasses import dataclass
-from importlib.util import find_spec
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import TypeGuard
 
-from converter.errors import UnreadableFileError
-from converter.hub.access import Access, explained
+from converter.errors import AccessError, UnreadableFileError
+from converter.hub.access import Access, explained, senseless_answer
 
-_SHA256, _GIT_BLOB_ID = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{40}")
+_SHA256, _GIT_ID = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a repository has at a revision.
+    """A repository at one commit, as the Hub or the cache tells of it.
 
     Attributes:
-        repo_id: its name today; the Hub answers to former names too.
-        commit: which a branch or tag is at.
-        names: of its files.
+        repo_id: as it was asked for.
+        revision: branch, tag or commit, as it was asked for.
+        commit: which that was at.
+        digests: of its files by name: SHA-256 of large files, git's blob ids of small ones, None
+            where the Hub gives neither. In the cache, of the files that are there.
+        private: whether only members see the repository.
+        moved_to: the repository's name today, where it is not ``repo_id`` any more.
     """
 
     repo_id: str
+    revision: str
     commit: str
-    names: tuple[str, ...]
+    digests: Mapping[str, str | None]
+    private: bool = False
+    moved_to: str | None = None
 
 
-def resolve(repo_id: str, revision: str, access: Access) -> Snapshot:
-    """Finds the commit that a branch or tag is at.
+def look_up(repo_id: str, revision: str, token: str | bool | None = None) -> Snapshot:
+    """Asks the Hub what a repository has at a branch, tag or commit.
 
     Raises:
         AccessError, HubUnavailableError: as `explained` tells.
@@ -44,132 +51,170 @@ def resolve(repo_id: str, revision: str, access: Access) -> Snapshot:
     from huggingface_hub import HfApi
 
     with explained(repo_id, revision):
-        info = HfApi(token=access.token).model_info(repo_id, revision=revision)
-        names = tuple(sibling.rfilename for sibling in info.siblings or ())
-        return Snapshot(info.id, str(info.sha), names)
+        info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
+    commit = str(info.sha)
+    if not _GIT_ID.fullmatch(commit):
+        raise senseless_answer(repo_id)
+    digests = {
+        file.rfilename: _as_digest(file.lfs.sha256 if file.lfs else file.blob_id)
+        for file in info.siblings or ()
+    }
+    moved_to = info.id if info.id != repo_id else None
+    return Snapshot(repo_id, revision, commit, digests, bool(info.private), moved_to)
 
 
-def download(repo_id: str, name: str, commit: str, access: Access) -> Path:
-    """Fetches one file into the cache, unless it is there.
+def resolve(repo_id: str, revision: str, access: Access) -> Snapshot:
+    """Finds what a repository has at a revision: asks the Hub once a command, or the cache.
+
+    Raises:
+        AccessError: it is not in the cache when only that may be used.
+        AccessError, HubUnavailableError: as `explained` tells.
+    """
+    if access.offline:
+        return _look_up_in_cache(repo_id, revision, access)
+    known = access.answers.snapshots
+    if (repo_id, revision) not in known:
+        found = look_up(repo_id, revision, access.token)
+        known[repo_id, revision] = found
+        known[repo_id, found.commit] = replace(found, revision=found.commit)
+    return known[repo_id, revision]
+
+
+def download(snapshot: Snapshot, name: str, access: Access) -> Path:
+    """Fetches one file of a repository into the cache, unless it is there.
 
     Raises:
         AccessError, HubUnavailableError: as `explained` tells.
         UnreadableFileError: a small file arrived damaged, twice. A large one is checked by whoever
             reads it.
     """
+    if access.offline:
+        return _place(snapshot.repo_id, access) / "snapshots" / snapshot.commit / name
+    path = _bring(snapshot, name, access)
+    digest = snapshot.digests.get(name)
+    if digest and not is_sha256(digest) and is_damaged(path, digest):
+        path = download_again(snapshot.repo_id, name, snapshot.commit, access)
+        if is_damaged(path, digest):
+            raise arrived_damaged(snapshot.repo_id, name, path)
+    return path
+
+
+def download_again(repo_id: str, name: str, commit: str, access: Access) -> Path:
+    """Fetches a file that is in the cache already, in place of what is there.
+
+    Raises:
+        AccessError, HubUnavailableError: as `explained` tells.
+    """
+    from huggingface_hub import hf_hub_download
+
     with explained(repo_id, commit):
-        path = _download(repo_id, name, commit, access)
-        if _GIT_BLOB_ID.fullmatch(path.resolve().name) and is_damaged(path):
-            discard(path)
-            path = _download(repo_id, name, commit, access)
-            if is_damaged(path):
-                discard(path)
-                raise arrived_damaged(name, repo_id)
-        return path
+        return Path(
+            hf_hub_download(
+                repo_id,
+                name,
+                revision=commit,
+                token=access.token,
+                cache_dir=access.cache,
+                force_download=True,
+            )
+        )
 
 
-def arrived_damaged(name: str, repo_id: str) -> UnreadableFileError:
+def is_sha256(digest: str | None) -> TypeGuard[str]:
+    """Whether a digest is SHA-256, as the Hub gives it for large files."""
+    return digest is not None and bool(_SHA256.fullmatch(digest))
+
+
+def is_damaged(path: Path, digest: str) -> bool:
+    """Whether a file is not the one of a digest, SHA-256 or git's blob id; reads all of it."""
+    with path.open("rb") as file:
+        if is_sha256(digest):
+            return hashlib.file_digest(file, "sha256").hexdigest() != digest
+        content = file.read()
+    header = b"blob %d\0" % len(content)
+    return hashlib.sha1(header + content, usedforsecurity=False).hexdigest() != digest
+
+
+def arrived_damaged(repo_id: str, name: str, path: Path) -> UnreadableFileError:
     """What to say of a file that was fetched twice and is wrong."""
     return UnreadableFileError(
         f"{name} of {repo_id} arrived damaged twice: its digest is not the one that the Hub gives.",
-        "It was deleted from the cache. Run again, over another connection or without a proxy.",
+        f"What arrived stays in the cache, as {path}; the next run fetches it again. Try another "
+        "connection, or none of your proxies.",
     )
 
 
-def remember(repo_id: str, revision: str, commit: str, access: Access) -> None:
-    """Notes in the cache which commit a branch or tag was at, for runs without a connection."""
-    if revision != commit:
-        ref = _folder(repo_id, access) / "refs" / revision
-        ref.parent.mkdir(parents=True, exist_ok=True)
-        ref.write_text(commit, encoding="utf-8")
-
-
-def hub_sha256(path: Path) -> str | None:
-    """What the Hub says that the SHA-256 of a file in the cache is; None for a small file."""
-    blob = path.resolve().name
-    return blob if _SHA256.fullmatch(blob) else None
-
-
-def is_damaged(path: Path) -> bool:
-    """Whether a file in the cache is not what the Hub said it would be; reads all of it."""
-    blob = path.resolve().name
-    if _SHA256.fullmatch(blob):
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() != blob
-    if _GIT_BLOB_ID.fullmatch(blob):
-        content = path.read_bytes()
-        header = b"blob %d\0" % len(content)
-        return hashlib.sha1(header + content, usedforsecurity=False).hexdigest() != blob
-    return False
-
-
-def discard(path: Path) -> None:
-    """Deletes a file from the cache, so that it will be fetched again."""
-    path.resolve().unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
-
-
-def _download(repo_id: str, name: str, commit: str, access: Access) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    if not (_folder(repo_id, access) / "snapshots" / commit / name).exists():
-        _download_large(repo_id, name, commit, access)
-    return Path(
-        hf_hub_download(
-            repo_id, name, revision=commit, token=access.token, cache_dir=access.cache_dir
-        )
+def not_in_cache(repo_id: str, revision: str, reason: str) -> AccessError:
+    """What to say where only the cache may be used and it has not what is needed."""
+    return AccessError(
+        f"{repo_id} at {revision} is not in the cache: {reason}.",
+        "Run once with a connection, without --offline and HF_HUB_OFFLINE.",
     )
 
 
-def _download_large(repo_id: str, name: str, commit: str, access: Access) -> None:
-    """Puts a large file's content where `hf_hub_download` looks before it downloads.
+def _bring(snapshot: Snapshot, name: str, access: Access) -> Path:
+    """Finds a file in the cache, or lets the client download it there.
 
-    Small files, and those in Xet storage where the client has the library for it, are left to it.
+    The client notes which commit a branch is at when it is asked for a file by the branch's name;
+    runs without a connection need that. So it is asked that way until the note is right.
     """
-    from filelock import FileLock
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # public, no __all__
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    url = hf_hub_url(repo_id, name, revision=commit)
-    metadata = get_hf_file_metadata(url, token=access.token, retry_on_errors=True)
-    digest, size = metadata.etag or "", metadata.size or 0
-    xet = bool(metadata.xet_file_data) and not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet")
-    if xet or not _SHA256.fullmatch(digest):
-        return
-    headers = build_hf_headers(token=access.token)
-    if urlsplit(metadata.location).netloc != urlsplit(url).netloc:
-        headers.pop("authorization", None)  # which is not for whoever stores the files
-    folder = _folder(repo_id, access)
-    blob = folder / "blobs" / digest
-    partial = blob.with_name(f"{digest}.eomt-convert.incomplete")
-    lock = access.cache / ".locks" / folder.name / f"{digest}.lock"
-    for parent in (blob.parent, lock.parent):
-        parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(lock):
-        if blob.exists():
-            return
-        with partial.open("r+b" if partial.exists() else "w+b") as file:
-            arrived = file.seek(0, os.SEEK_END)
-            if arrived > size:  # of no use
-                arrived = file.truncate(file.seek(0))
-            while arrived < size:
-                try:
-                    http_get(
-                        metadata.location,
-                        file,
-                        resume_size=arrived,
-                        headers=headers,
-                        expected_size=size,
-                    )
-                except Exception:
-                    if file.tell() <= arrived:
-                        raise
-                arrived = file.tell()
-        partial.replace(blob)
+    repo_id, revision, commit = snapshot.repo_id, snapshot.revision, snapshot.commit
+    if _noted_commit(repo_id, revision, access) == commit:
+        revision = commit
+    cached = try_to_load_from_cache(repo_id, name, cache_dir=access.cache, revision=commit)
+    if isinstance(cached, str) and revision == commit:
+        return Path(cached)
+    # a branch may have moved since it was looked up
+    for asked in dict.fromkeys((revision, commit)):
+        with explained(repo_id, asked):
+            path = Path(
+                hf_hub_download(
+                    repo_id, name, revision=asked, token=access.token, cache_dir=access.cache
+                )
+            )
+        if path.parents[name.count("/")].name == commit:
+            break
+    return path
 
 
-def _folder(repo_id: str, access: Access) -> Path:
-    from huggingface_hub.file_download import repo_folder_name
+def _look_up_in_cache(repo_id: str, revision: str, access: Access) -> Snapshot:
+    """What the cache has of a repository at a branch, tag or commit.
 
-    return access.cache / repo_folder_name(repo_id=repo_id, repo_type="model")
+    Raises:
+        AccessError: nothing.
+    """
+    place = _place(repo_id, access)
+    commit = _noted_commit(repo_id, revision, access)
+    folder = place / "snapshots" / commit
+    if not (_GIT_ID.fullmatch(commit) and folder.is_dir()):
+        found = "other revisions of it" if (place / "snapshots").is_dir() else "nothing of it"
+        raise not_in_cache(repo_id, revision, f"there is {found}")
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    digests = {path.relative_to(folder).as_posix(): _linked_digest(path) for path in files}
+    if told := access.answers.snapshots.get((repo_id, commit)):
+        digests = {name: told.digests.get(name) for name in digests}
+    return Snapshot(repo_id, revision, commit, digests)
+
+
+def _noted_commit(repo_id: str, revision: str, access: Access) -> str:
+    """The commit that a branch or tag was at when it was last asked for; a commit is itself."""
+    names = revision.split("/")
+    ref = (_place(repo_id, access) / "refs").joinpath(*names)
+    if ".." in names or not ref.is_file():
+        return revision
+    return ref.read_text(encoding="utf-8", errors="replace").strip()
+
+
+def _linked_digest(path: Path) -> str | None:
+    """What the Hub said that a file's digest is: the name of the blob that it links to."""
+    return _as_digest(path.readlink().name) if path.is_symlink() else None
+
+
+def _as_digest(text: str | None) -> str | None:
+    return text if text and (_SHA256.fullmatch(text) or _GIT_ID.fullmatch(text)) else None
+
+
+def _place(repo_id: str, access: Access) -> Path:
+    return access.cache / f"models--{repo_id.replace('/', '--')}"

@@ -1,11 +1,12 @@
 """From a converted folder to a model repository: one commit, and a look at what arrived."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from converter.catalog import Checkpoint
 from converter.checks.verdict import Verdict
 from converter.checks.verification import verify
 from converter.configs import read_json_object, read_model_config
@@ -18,29 +19,37 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
-from converter.hub.access import Access, explained
-from converter.hub.card import LICENCE_FILE, ModelRecord, model_card, updated
-from converter.hub.downloads import download
+from converter.hub.access import Access, explained, not_found
+from converter.hub.card import LICENCE_FILE, ModelRecord, is_derived, model_card, updated
+from converter.hub.downloads import Snapshot, download
 from converter.hub.remote import (
     MAIN,
     Change,
     Committed,
     Content,
-    Remote,
     check_tag,
     commit,
     compare,
     find_pull_request,
     is_there,
     read_remote,
+    unchecked,
+    wrong_files,
 )
-from converter.hub.sources import HubSource, fetch_first
+from converter.hub.sources import HubSource, LocalSource, fetch, fetch_first
+from converter.weights.backbones import published_repo
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
+_Value = TypeVar("_Value")
+
 # under these names a repository may have the text of its licence
 _LICENCE_NAMES = ("LICENSE.md", "LICENSE", "LICENSE.txt")
+
+
+_LICENCE_NEEDED = "The weights are derived from DINOv3, whose licence must go with them"
+_GIVE_IT = "Give its text with --license-file."
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,7 @@ class Publication:
         url: where people see it.
         changes: what was, or would be, done about every file.
         private: whether only members see the repository.
+        unchecked: names of files of which the Hub gives no digest.
         tag: which the commit was given, if any.
         verdict: on the model as it was downloaded again; None where that was not asked for.
     """
@@ -64,6 +74,7 @@ class Publication:
     url: str
     changes: tuple[Change, ...]
     private: bool
+    unchecked: tuple[str, ...] = ()
     tag: str | None = None
     verdict: Verdict | None = None
 
@@ -76,6 +87,7 @@ class Publication:
             "url": self.url,
             "changes": [asdict(change) for change in self.changes],
             "private": self.private,
+            "unchecked": list(self.unchecked),
             "tag": self.tag,
             "remote": self.verdict.to_dict() if self.verdict else None,
         }
@@ -97,6 +109,7 @@ def publish(
     dry_run: bool = False,
     token: str | None = None,
     cache_dir: str | Path | None = None,
+    access: Access | None = None,
 ) -> Publication:
     """Brings a model repository on the Hub to the state of a converted folder, in one commit.
 
@@ -120,6 +133,7 @@ def publish(
         dry_run: whether to stop at the list of changes.
         token: for the Hub, as everywhere in huggingface_hub; by default HF_TOKEN or the login.
         cache_dir: where the licence's download is kept; by default the Hub's cache.
+        access: in place of the two before, from a command that has asked the Hub already.
 
     Raises:
         UnreadableFileError: the folder is no converted model, or was changed since.
@@ -139,70 +153,121 @@ def publish(
             "A pull request goes to main; tag the commit when it is merged.",
         )
     made, files = _read(Path(folder).expanduser(), allow_unverified=allow_unverified)
-    access = Access(token, Path(cache_dir).expanduser() if cache_dir else None)
+    access = access or Access.of(token, cache_dir)
+    check_login([repo_id], access)
     if licence := _licence(made, license_file, access):
         files[LICENCE_FILE] = licence
 
-    api, branch = HfApi(token=token), revision or MAIN
-    if not dry_run:
-        check_login([repo_id], token)
+    api, branch = HfApi(token=access.token), revision or MAIN
     remote = _read_branch(api, repo_id, branch)
-    files["README.md"] = _card(repo_id, made, remote, token)
+    files["README.md"] = _card(repo_id, made, remote, access)
     report = Path(folder).expanduser() / REPORT
     if report.is_file() and not is_there(files, remote):
         # its figures were measured: that they are others elsewhere is no reason for a commit
         files[REPORT] = Content.of(report)
     changes = compare(files, remote)
     if tag and remote:
-        check_tag(api, repo_id, tag, remote.commit if is_there(files, remote) else None, files)
+        commit_there = None if wrong_files(files, remote) else remote.commit
+        check_tag(api, repo_id, tag, commit_there, files)
     if dry_run:
+        _check_may_write(api, repo_id, remote, access, create_pr=create_pr)
         hidden = private if private is not None else remote is None or remote.private
         url = f"{api.endpoint}/{repo_id}"
-        return Publication(repo_id, branch, None, url, changes, hidden, tag)
+        return Publication(repo_id, branch, None, url, changes, hidden, tag=tag)
 
     parent = _prepare(api, repo_id, branch, remote, private=private)
     done = _commit(
         api, repo_id, branch, parent, files, commit_message or _message(made), create_pr=create_pr
     )
-    _read_back(api, repo_id, done, files, token)
+    arrived = _read_back(api, repo_id, done, files, access)
     verdict = None
     if verify_remote:
         verdict = _verify_again(api, repo_id, done, files, made, recorded, access)
     with explained(repo_id):
         if tag and not check_tag(api, repo_id, tag, done.commit, files):
             api.create_tag(repo_id, tag=tag, revision=done.commit)
-        if private is False and parent.private:
+        if private is False and arrived.private:
             api.update_repo_settings(repo_id, private=False)
+            arrived = read_remote(api, repo_id, done.commit) or arrived
     return Publication(
         repo_id,
         done.revision,
         done.commit,
         done.url or f"{api.endpoint}/{repo_id}/tree/{done.revision}",
         changes,
-        parent.private and private is not False,
+        arrived.private,
+        unchecked(files, arrived),
         tag,
         verdict,
     )
 
 
-def check_login(repo_ids: Sequence[str], token: str | None = None) -> None:
+def check_login(repo_ids: Sequence[str], access: Access) -> None:
     """Checks that somebody is logged in, before work is done that is to be published.
 
     Raises:
-        AccessError: nobody is, or the token is not valid any more.
+        AccessError: nobody is, or with a token that is not valid any more or may only read.
         HubUnavailableError: the Hub is down, out of reach, or asks to wait.
         UsageError: there can be no repository of one of these names.
     """
-    from huggingface_hub import HfApi
     from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but in no __all__
         validate_repo_id,
     )
 
     for repo_id in repo_ids:
+        if "/" not in repo_id:
+            raise UsageError(
+                f"{repo_id!r} does not say whose repository it is.",
+                f"Give owner/name, such as me/{repo_id}.",
+            )
         with explained(repo_id):
             validate_repo_id(repo_id)
-    with explained(repo_ids[0]):
-        HfApi(token=token).whoami()
+    token = access.login().get("auth", {}).get("accessToken", {})
+    if token.get("role") == "read":
+        raise AccessError(
+            f"The token that is logged in may only read, which is not enough for {repo_ids[0]}.",
+            "Make one that may write at https://huggingface.co/settings/tokens.",
+        )
+
+
+def check_licence(
+    checkpoint: Checkpoint | None,
+    backbone: LocalSource | HubSource | None,
+    given: str | Path | None,
+    access: Access,
+) -> Path | None:
+    """Finds the licence that goes with a model of Meta's weights, before the model is made.
+
+    Args:
+        checkpoint: the catalogue's entry that is to be converted, if one was named.
+        backbone: where its backbone comes from; None where none was named.
+        given: a file with the licence's text, which comes first.
+        access: how the Hub is reached.
+
+    Returns:
+        The file with its text; None where the weights need no copy of it.
+
+    Raises:
+        UsageError: it is needed, and nothing tells where it is.
+        UnreadableFileError: the backbone, or the file that was given, cannot be read.
+        AccessError, HubUnavailableError: the backbone's repository cannot be reached.
+    """
+    if given:
+        path = Path(given).expanduser()
+        _licence_text(path)
+        return path
+    if isinstance(backbone, LocalSource):
+        found = fetch(backbone, access)
+        digests = [Content.of(path).sha256 for path in found.shards or (found.weights,)]
+        if not is_derived(checkpoint, digests):
+            return None
+        repo_id = next(filter(None, map(published_repo, digests)), None)
+        backbone = HubSource(repo_id) if repo_id else None
+    if backbone is None:
+        raise UsageError(
+            f"{_LICENCE_NEEDED}; the backbone names no repository to take it from.", _GIVE_IT
+        )
+    return _fetch_licence(backbone, access)
 
 
 # what is published -----------------------------------------------------------------------------
@@ -256,18 +321,30 @@ def _licence(made: ModelRecord, given: str | Path | None, access: Access) -> Con
         return _licence_text(Path(given).expanduser())
     if not made.derived:
         return None
-    needed = "The weights are derived from DINOv3, whose licence must go with them"
-    remedy = "Give its text with --license-file."
     if made.backbone is None:
-        raise UsageError(f"{needed}; conversion.json names no repository to take it from.", remedy)
+        raise UsageError(
+            f"{_LICENCE_NEEDED}; conversion.json names no repository to take it from.", _GIVE_IT
+        )
     revision = made.history["sources"]["backbone"]["revision"] or MAIN
+    return _licence_text(_fetch_licence(HubSource(made.backbone, revision), access))
+
+
+def _fetch_licence(source: HubSource, access: Access) -> Path:
+    """The text of DINOv3's licence in a backbone's repository.
+
+    Raises:
+        UsageError: it has none.
+        AccessError, HubUnavailableError: it cannot be reached.
+    """
     try:
-        found = fetch_first(HubSource(made.backbone, revision), _LICENCE_NAMES, access)
+        found = fetch_first(source, _LICENCE_NAMES, access)
     except AccessError as error:
-        raise AccessError(f"{needed}. {error.message}", f"{error.remedy}\n{remedy}") from error
+        raise AccessError(
+            f"{_LICENCE_NEEDED}. {error.message}", f"{error.remedy}\n{_GIVE_IT}"
+        ) from error
     if found is None:
-        raise UsageError(f"{needed}; {made.backbone} has no copy of it.", remedy)
-    return _licence_text(found)
+        raise UsageError(f"{_LICENCE_NEEDED}; {source.repo_id} has no copy of it.", _GIVE_IT)
+    return found
 
 
 def _licence_text(path: Path) -> Content:
@@ -282,13 +359,11 @@ def _licence_text(path: Path) -> Content:
     return Content.of(content)
 
 
-def _card(repo_id: str, made: ModelRecord, remote: Remote | None, token: str | None) -> Content:
+def _card(repo_id: str, made: ModelRecord, remote: Snapshot | None, access: Access) -> Content:
     card = model_card(repo_id, made)
     if remote is None or "README.md" not in remote.digests:
         return Content.of(str(card).encode())
-    with TemporaryDirectory() as cache:
-        path = download(repo_id, "README.md", remote.commit, Access(token, Path(cache)))
-        theirs = path.read_bytes().decode()
+    theirs = _read_fresh(remote, "README.md", access, lambda path: path.read_bytes().decode())
     return Content.of(updated(theirs, card).encode())
 
 
@@ -300,19 +375,19 @@ def _message(made: ModelRecord) -> str:
 # the Hub ---------------------------------------------------------------------------------------
 
 
-def _read_branch(api: "HfApi", repo_id: str, branch: str) -> Remote | None:
+def _read_branch(api: "HfApi", repo_id: str, branch: str) -> Snapshot | None:
     """A branch; one that does not exist starts where main is."""
     main = read_remote(api, repo_id, MAIN)
-    if main and main.repo_id != repo_id:
-        raise UsageError(f"{repo_id} is called {main.repo_id} now.", "Push to that name.")
+    if main and main.moved_to:
+        raise UsageError(f"{repo_id} is called {main.moved_to} now.", "Push to that name.")
     if main is None or branch == MAIN:
         return main
     return read_remote(api, repo_id, branch) or main
 
 
 def _prepare(
-    api: "HfApi", repo_id: str, branch: str, remote: Remote | None, *, private: bool | None
-) -> Remote:
+    api: "HfApi", repo_id: str, branch: str, remote: Snapshot | None, *, private: bool | None
+) -> Snapshot:
     """Makes repository and branch where they are missing; returns what the commit goes on top of.
 
     That is the state which the card was brought up to date from, so that no edit is lost.
@@ -335,7 +410,7 @@ def _commit(
     api: "HfApi",
     repo_id: str,
     branch: str,
-    parent: Remote,
+    parent: Snapshot,
     files: Mapping[str, Content],
     message: str,
     *,
@@ -348,19 +423,47 @@ def _commit(
     return commit(api, repo_id, branch, parent, files, message=message, create_pr=create_pr)
 
 
-def _read_back(
-    api: "HfApi", repo_id: str, done: Committed, files: Mapping[str, Content], token: str | None
+def _check_may_write(
+    api: "HfApi", repo_id: str, remote: Snapshot | None, access: Access, *, create_pr: bool
 ) -> None:
+    """Checks that this login may push to a repository, or create it where the Hub shows none.
+
+    Raises:
+        AccessError: it may not.
+        HubUnavailableError: as `explained` tells.
+    """
+    if remote is None:
+        login = access.login()
+        owners = [login["name"], *(org["name"] for org in login.get("orgs") or ())]
+        if repo_id.partition("/")[0].lower() not in map(str.lower, owners):
+            raise not_found(repo_id)
+    elif not create_pr:  # which anybody may open
+        with explained(repo_id):
+            api.auth_check(repo_id, write=True)
+
+
+def _read_back(
+    api: "HfApi", repo_id: str, done: Committed, files: Mapping[str, Content], access: Access
+) -> Snapshot:
     """Checks that the commit has the files as they were sent, and that its config can be read."""
     remote = read_remote(api, repo_id, done.commit)
-    wrong = [change.name for change in compare(files, remote) if change.action != "keep"]
-    if wrong:
+    if remote is None:
+        raise EomtConvertError(f"{repo_id} has no commit {done.commit}, which was made.")
+    if wrong := wrong_files(files, remote):
         raise EomtConvertError(
             f"{repo_id} at {done.commit} is not what was sent: {', '.join(wrong)}.", "Run again."
         )
+    _read_fresh(remote, "config.json", access, read_model_config)
+    return remote
+
+
+def _read_fresh(
+    remote: Snapshot, name: str, access: Access, read: Callable[[Path], _Value]
+) -> _Value:
+    """Downloads a file of a commit, whatever the cache has, and reads it."""
     with TemporaryDirectory() as cache:
-        access = Access(token, Path(cache))
-        read_model_config(download(repo_id, "config.json", done.commit, access))
+        at_commit = replace(remote, revision=remote.commit)
+        return read(download(at_commit, name, replace(access, cache_dir=Path(cache))))
 
 
 def _verify_again(

@@ -9,8 +9,8 @@ from converter.catalog import CATALOG, Checkpoint, find
 from converter.configs import read_json_object, write_json
 from converter.conversion import Progress, convert
 from converter.errors import EomtConvertError, UnreadableFileError, UsageError
-from converter.hub.access import without_token
-from converter.hub.publishing import check_login, publish
+from converter.hub.access import Access, without_token
+from converter.hub.publishing import check_licence, check_login, publish
 from converter.job import Dtype
 from converter.version import __version__
 
@@ -155,6 +155,8 @@ def release(
     def to_folder(step: Step) -> Step:
         if step.verdict and (folder / step.checkpoint).is_dir():
             return step  # an earlier run has converted it
+        entry = find(step.checkpoint)
+        check_licence(entry, entry.source("backbone"), license_file, access)
         conversion = convert(
             step.checkpoint,
             folder / step.checkpoint,
@@ -162,9 +164,8 @@ def release(
             max_shard_size=max_shard_size,
             force=force,
             exist_ok=True,
-            token=token,
-            cache_dir=cache_dir,
             progress=progress,
+            access=access,
         )
         return replace(step, status="converted", verdict=conversion.verdict.verdict)
 
@@ -173,8 +174,7 @@ def release(
             folder / step.checkpoint,
             step.repo_id,
             license_file=license_file,
-            token=token,
-            cache_dir=cache_dir,
+            access=access,
             **push,
         )
         return replace(
@@ -183,7 +183,8 @@ def release(
 
     if dry_run:
         return done()
-    check_login([step.repo_id for step in asked.values()], token)
+    access = Access.of(token, cache_dir)
+    check_login([step.repo_id for step in asked.values()], access)
     folder.mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(asked, 1):
         if steps[name].status == "published":

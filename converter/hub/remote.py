@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from converter.errors import EomtConvertError
-from converter.hub.access import explained, is_expired
+from converter.errors import EomtConvertError, NotFoundError
+from converter.hub.access import explained
+from converter.hub.downloads import Snapshot, look_up
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -63,27 +64,6 @@ def _pieces(source: Path | bytes) -> Iterator[bytes]:
 
 
 @dataclass(frozen=True)
-class Remote:
-    """A revision of a repository.
-
-    Attributes:
-        repo_id: the repository's name today; the Hub answers to former names too.
-        commit: which the revision is at.
-        digests: of its files by name: SHA-256 of large files, git's blob ids of small ones.
-        private: whether only members see the repository.
-    """
-
-    repo_id: str
-    commit: str
-    digests: Mapping[str, str]
-    private: bool
-
-    def has(self, name: str, content: Content) -> bool:
-        """Whether a file is there, with this content."""
-        return self.digests.get(name) in (content.sha256, content.blob_id)
-
-
-@dataclass(frozen=True)
 class Change:
     """What a push does about one file.
 
@@ -113,36 +93,22 @@ class Committed:
     url: str | None = None
 
 
-def read_remote(api: "HfApi", repo_id: str, revision: str) -> Remote | None:
-    """Looks up what a repository has at a revision; None if there is no such place.
+def read_remote(api: "HfApi", repo_id: str, revision: str) -> Snapshot | None:
+    """Looks up what a repository has at a revision; None if the Hub shows no such place.
 
     Raises:
         AccessError, HubUnavailableError: as `explained` tells.
     """
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    with explained(repo_id, revision):
-        try:
-            info = api.model_info(repo_id, revision=revision, files_metadata=True)
-        except GatedRepoError:
-            raise
-        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-            if is_expired(error):
-                raise
-            return None
-        digests = {
-            file.rfilename: file.lfs.sha256 if file.lfs else str(file.blob_id)
-            for file in info.siblings or ()
-        }
-        return Remote(info.id, str(info.sha), digests, private=bool(info.private))
+    try:
+        return look_up(repo_id, revision, api.token)
+    except NotFoundError:
+        return None
 
 
-def compare(files: Mapping[str, Content], remote: Remote | None) -> tuple[Change, ...]:
+def compare(files: Mapping[str, Content], remote: Snapshot | None) -> tuple[Change, ...]:
     """What a repository lacks to hold these files, and no weights but theirs; sorted by name.
+
+    A file of which the Hub gives no digest is one to change.
 
     Args:
         files: by name.
@@ -152,7 +118,7 @@ def compare(files: Mapping[str, Content], remote: Remote | None) -> tuple[Change
     for name, content in files.items():
         if remote is None or name not in remote.digests:
             changes.append(Change(name, "add", content.size))
-        elif remote.has(name, content):
+        elif remote.digests[name] in (content.sha256, content.blob_id):
             changes.append(Change(name, "keep", content.size))
         else:
             changes.append(Change(name, "change", content.size))
@@ -162,16 +128,28 @@ def compare(files: Mapping[str, Content], remote: Remote | None) -> tuple[Change
     return tuple(sorted(changes, key=lambda change: change.name))
 
 
-def is_there(files: Mapping[str, Content], remote: Remote | None) -> bool:
-    """Whether a repository holds just these files, as far as `compare` looks."""
+def is_there(files: Mapping[str, Content], remote: Snapshot | None) -> bool:
+    """Whether a repository is known to hold just these files, as far as `compare` looks."""
     return all(change.action == "keep" for change in compare(files, remote))
+
+
+def unchecked(files: Mapping[str, Content], remote: Snapshot) -> tuple[str, ...]:
+    """Names of files that a repository has, and of which the Hub gives no digest."""
+    return tuple(sorted(name for name in files if remote.digests.get(name, "") is None))
+
+
+def wrong_files(files: Mapping[str, Content], remote: Snapshot) -> tuple[str, ...]:
+    """Names of files that are known not to be in a repository as they should."""
+    left_out = unchecked(files, remote)
+    changes = compare(files, remote)
+    return tuple(c.name for c in changes if c.action != "keep" and c.name not in left_out)
 
 
 def commit(
     api: "HfApi",
     repo_id: str,
     branch: str,
-    parent: Remote,
+    parent: Snapshot,
     files: Mapping[str, Content],
     *,
     message: str,
@@ -224,23 +202,27 @@ def _landed(
     if create_pr:
         return find_pull_request(api, repo_id, files)
     remote = read_remote(api, repo_id, branch)
-    return Committed(branch, remote.commit) if remote and is_there(files, remote) else None
+    return Committed(branch, remote.commit) if remote and not wrong_files(files, remote) else None
 
 
 def find_pull_request(api: "HfApi", repo_id: str, files: Mapping[str, Content]) -> Committed | None:
-    """The latest pull request that would bring a repository to these files, if there is one.
+    """The latest open pull request that would bring a repository to these files, if there is one.
 
     Raises:
         AccessError, HubUnavailableError: as `explained` tells.
     """
     with explained(repo_id):
-        refs = api.list_repo_refs(repo_id, include_pull_requests=True).pull_requests or []
-    for ref in sorted(refs, key=lambda ref: int(ref.ref.rpartition("/")[2]), reverse=True):
-        remote = read_remote(api, repo_id, ref.ref)
+        opened = list(
+            api.get_repo_discussions(
+                repo_id, discussion_type="pull_request", discussion_status="open"
+            )
+        )
+    for request in sorted(opened, key=lambda request: request.num, reverse=True):
+        ref = f"refs/pr/{request.num}"
+        remote = read_remote(api, repo_id, ref)
         if remote and is_there(files, remote):
-            number = ref.ref.rpartition("/")[2]
-            url = f"{api.endpoint}/{repo_id}/discussions/{number}"
-            return Committed(ref.ref, remote.commit, url)
+            url = f"{api.endpoint}/{repo_id}/discussions/{request.num}"
+            return Committed(ref, remote.commit, url)
     return None
 
 
@@ -259,7 +241,8 @@ def check_tag(
         tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
     if tag not in tags or tags[tag] == commit:
         return tag in tags
-    if commit is None or not is_there(files, read_remote(api, repo_id, tags[tag])):
+    tagged = read_remote(api, repo_id, tags[tag])
+    if commit is None or tagged is None or wrong_files(files, tagged):
         raise EomtConvertError(
             f"{repo_id} has a tag {tag} already, on commit {tags[tag]}.", "Choose another tag."
         )

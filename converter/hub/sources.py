@@ -1,12 +1,19 @@
 """From what a user names - a file, a folder, a Hub repository - to files on this machine."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from converter.errors import AccessError, UnreadableFileError, UsageError
 from converter.hub.access import Access
-from converter.hub.downloads import discard, download, hub_sha256, is_damaged, remember, resolve
+from converter.hub.downloads import (
+    Snapshot,
+    download,
+    download_again,
+    is_damaged,
+    not_in_cache,
+    resolve,
+)
 from converter.weights.tensorfiles import WEIGHT_SUFFIXES, WEIGHTS, WEIGHTS_INDEX, shard_names
 
 # the file names that weights are published under, the safer format first
@@ -43,7 +50,8 @@ class Fetched:
         repo_id: the repository they come from; None for local files.
         revision: its commit; None for local files.
         shards: the files that ``weights`` is the index of, if it is one.
-        digests: SHA-256 of its large files, where the Hub told it.
+        digests: of its files by name, where the Hub told them: SHA-256 of large files, git's blob
+            ids of small ones.
         moved_to: the repository's name today, where it is not ``repo_id`` any more.
     """
 
@@ -59,6 +67,15 @@ class Fetched:
     def size(self) -> int:
         """Size of the weights in bytes."""
         return sum(path.stat().st_size for path in self.shards or (self.weights,))
+
+    def damaged(self) -> list[str]:
+        """Names of its files that are not what the Hub lists; reads all of them."""
+        files = filter(None, (self.config, self.weights, *self.shards))
+        return [
+            file.name
+            for file in files
+            if file.name in self.digests and is_damaged(file, self.digests[file.name])
+        ]
 
     @property
     def title(self) -> str:
@@ -133,12 +150,30 @@ def fetch_first(source: HubSource, names: Sequence[str], access: Access) -> Path
     Raises:
         AccessError, HubUnavailableError: as `explained` tells.
     """
-    if access.offline:
-        _, paths = _cached_files(source, access)
-        return next((paths[name] for name in names if name in paths), None)
     found = resolve(source.repo_id, source.revision, access)
-    name = next((name for name in names if name in found.names), None)
-    return download(source.repo_id, name, found.commit, access) if name else None
+    name = next((name for name in names if name in found.digests), None)
+    return download(found, name, access) if name else None
+
+
+def fetched_already(source: LocalSource | HubSource | None, access: Access) -> Fetched | None:
+    """What the cache has of a repository; None for local files, and where it lacks any."""
+    if not isinstance(source, HubSource):
+        return None
+    try:
+        return fetch(source, replace(access, local_files_only=True))
+    except AccessError:
+        return None
+
+
+def fetch_again(found: Fetched, names: Sequence[str], access: Access) -> None:
+    """Downloads files of a repository in place of those that are in the cache.
+
+    Raises:
+        AccessError, HubUnavailableError: as `explained` tells.
+    """
+    if found.repo_id and found.revision:
+        for name in names:
+            download_again(found.repo_id, name, found.revision, access)
 
 
 def _find(path: Path) -> Fetched:
@@ -186,99 +221,49 @@ def _no_weights(place: str, names: Sequence[str]) -> str:
 
 
 def _download(source: HubSource, access: Access, beside: Sequence[str]) -> Fetched:
-    if access.offline:
-        return _find_in_cache(source, access)
     found = resolve(source.repo_id, source.revision, access)
-    name = _choose_weights(found.names)
+    name = _choose_weights(sorted(found.digests))
     if name is None:
-        raise AccessError(_no_weights(f"{source.repo_id} at {source.revision}", found.names))
+        raise _without_weights(found, access)
 
-    def bring(name: str) -> Path:
-        return download(source.repo_id, name, found.commit, access)
-
+    # small files first, so that what goes wrong does before gigabytes are fetched
     for other in beside:
-        if other in found.names:
-            bring(other)
-    weights = bring(name)
-    config = bring("config.json") if "config.json" in found.names else None
-    shards = tuple(bring(shard) for shard in _named_shards(weights))
-    remember(source.repo_id, source.revision, found.commit, access)
-    moved_to = found.repo_id if found.repo_id != source.repo_id else None
-    return _fetched(source, found.commit, weights, config, shards, moved_to)
-
-
-def _find_in_cache(source: HubSource, access: Access) -> Fetched:
-    commit, paths = _cached_files(source, access)
-    name = _choose_weights(sorted(paths))
-    if name is None:
-        raise _not_in_cache(source, "of its files only " + ", ".join(sorted(paths)))
-    weights = paths[name]
-    missing = [shard for shard in _named_shards(weights) if shard not in paths]
-    if missing:
-        raise _not_in_cache(source, f"all but {', '.join(missing)}")
-    shards = tuple(paths[shard] for shard in _named_shards(weights))
-    return _fetched(source, commit, weights, paths.get("config.json"), shards)
-
-
-def _cached_files(source: HubSource, access: Access) -> tuple[str, dict[str, Path]]:
-    """The commit of a revision, and its files, as far as they are in the cache.
-
-    Raises:
-        AccessError: nothing of it is.
-    """
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    try:
-        repositories = scan_cache_dir(access.cache).repos
-    except CacheNotFound:
-        repositories = frozenset()
-    found = [
-        repository
-        for repository in repositories
-        if (repository.repo_type, repository.repo_id) == ("model", source.repo_id)
-    ]
-    for repository in found:
-        for revision in repository.revisions:
-            if source.revision in {revision.commit_hash, *revision.refs}:
-                paths = {file.file_name: file.file_path for file in revision.files}
-                return revision.commit_hash, paths
-    raise _not_in_cache(source, "other revisions of it" if found else "nothing of it")
-
-
-def _not_in_cache(source: HubSource, cached: str) -> AccessError:
-    return AccessError(
-        f"{source.repo_id} at {source.revision} is not in the cache: there is {cached}.",
-        "Run once with a connection, without --offline and HF_HUB_OFFLINE.",
+        if other in found.digests:
+            download(found, other, access)
+    config = download(found, "config.json", access) if "config.json" in found.digests else None
+    weights = download(found, name, access)
+    shards = _named_shards(weights)
+    if missing := [shard for shard in shards if shard not in found.digests]:
+        raise _without(found, ", ".join(missing), access)
+    digests = {
+        file: digest
+        for file in ("config.json", name, *shards)
+        if (digest := found.digests.get(file))
+    }
+    return Fetched(
+        weights,
+        config,
+        source.repo_id,
+        found.commit,
+        tuple(download(found, shard, access) for shard in shards),
+        digests,
+        found.moved_to,
     )
 
 
-def _fetched(
-    source: HubSource,
-    commit: str,
-    weights: Path,
-    config: Path | None,
-    shards: tuple[Path, ...],
-    moved_to: str | None = None,
-) -> Fetched:
-    digests = {path.name: hub_sha256(path) for path in (weights, *shards)}
-    known = {name: digest for name, digest in digests.items() if digest}
-    return Fetched(weights, config, source.repo_id, commit, shards, known, moved_to)
+def _without_weights(found: Snapshot, access: Access) -> AccessError:
+    """What to say of a repository in which no file of weights can be chosen."""
+    names = sorted(found.digests)
+    if access.offline and not any(name.endswith(WEIGHT_SUFFIXES) for name in names):
+        return _without(found, " or ".join(_WEIGHT_FILES), access)
+    return AccessError(_no_weights(f"{found.repo_id} at {found.revision}", names))
 
 
-def discard_damaged(source: LocalSource | HubSource | None, access: Access) -> list[str]:
-    """Deletes files of a repository from the cache that are not what the Hub says they are.
-
-    Returns:
-        Their names; empty for local files, and where nothing is in the cache.
-    """
-    if not isinstance(source, HubSource):
-        return []
-    try:
-        _, paths = _cached_files(source, access)
-    except AccessError:
-        return []
-    damaged = [name for name, path in sorted(paths.items()) if is_damaged(path)]
-    for name in damaged:
-        discard(paths[name])
-    return damaged
+def _without(found: Snapshot, missing: str, access: Access) -> AccessError:
+    """What to say of a repository, or of what the cache has of it, that lacks a file."""
+    if not access.offline:
+        return AccessError(f"{found.repo_id} at {found.revision} lacks {missing}.")
+    there = ", ".join(sorted(found.digests)) or "none"
+    return not_in_cache(
+        found.repo_id, found.revision, f"{missing} is missing (files that are there: {there})"
+    )

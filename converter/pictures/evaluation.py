@@ -136,7 +136,7 @@ def evaluate(
     """
     if dataset not in DATASETS:
         raise UsageError(f"There is no dataset {dataset!r}.", f"There are {', '.join(DATASETS)}.")
-    folder = fetch_model(model, Access(token, cache_dir, local_files_only))
+    folder = fetch_model(model, Access.of(token, cache_dir, local_files_only))
     place = _choose_device(device)
     with (
         open_dataset(dataset, Path(data).expanduser()) as examples,

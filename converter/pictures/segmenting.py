@@ -167,7 +167,7 @@ def segment(
     output = Path(output).expanduser()
     places = [output / name for name in _distinct_names(paths)]
     _check_output(output, places, force=force)
-    access = Access(token, Path(cache_dir).expanduser() if cache_dir else None, local_files_only)
+    access = Access.of(token, cache_dir, local_files_only)
     folder = fetch_model(model, access)
     task = task or find_task(model, folder)
     if task == "semantic" and threshold is not None:
