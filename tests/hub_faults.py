@@ -216,9 +216,13 @@ class Truncated(Fault):
 
 @dataclass(frozen=True)
 class Status(Fault):
-    """Answered with a server's error in place of being carried out."""
+    """Answered with a server's error in place of being carried out.
+
+    With ``words`` it is an answer of the Hub; else, but for 500, of what stands before it.
+    """
 
     code: int
+    words: str = ""
 
     @property
     def name(self) -> str:
@@ -226,10 +230,10 @@ class Status(Fault):
 
     async def happen(self, exchange: Exchange) -> None:
         exchange.mark(self)
-        if self.code == 500:
-            await exchange.respond(JSONResponse({"error": "Internal Error"}, self.code))
+        if self.words or self.code == 500:
+            error = {"error": self.words or "Internal Error"}
+            await exchange.respond(JSONResponse(error, self.code))
         else:
-            # Not from the Hub itself, but from what stands before it.
             await exchange.respond(HTMLResponse(f"<html>{self.code}</html>", self.code))
 
 

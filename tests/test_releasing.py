@@ -203,6 +203,24 @@ def test_a_shared_backbone_is_fetched_once(
     release(output, *names)
 
     assert hub.served.count("facebook/dinov3-vitl16-pretrain-lvd1689m/model.safetensors") == 1
+    asked = "GET /api/models/facebook/dinov3-vitl16-pretrain-lvd1689m/revision/main"
+    assert hub.request_lines.count(asked) == 1
+
+
+def test_who_is_logged_in_is_asked_once_for_all_checkpoints(hub: Hub, output: Path) -> None:
+    release(output, *NAMES)
+
+    assert hub.request_lines.count("GET /api/whoami-v2") == 1
+
+
+def test_the_licence_is_looked_for_before_anything_is_converted(hub: Hub, output: Path) -> None:
+    name = "coco_panoptic_small_640"
+    hub.create_repo(find(name).backbone, {"config.json": b"{}", "model.safetensors": b""})
+    hub.create_repo(find(name).delta, {"pytorch_model.bin": b""})
+    released = release(output, name)
+
+    assert "has no copy of it" in str(released.steps[0].error)
+    assert not any("pytorch_model.bin" in request.path for request in hub.requests)
 
 
 # the command -----------------------------------------------------------------------------------

@@ -1,0 +1,158 @@
+"""What is said when the Hub does not do what it was asked."""
+
+import json
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from conftest import over_xet
+from hub_faults import ExpiredToken, Fault, Status, WrongBytes
+from hub_server import Hub, shorten_client_waits
+from huggingface_hub import HfApi
+
+from converter.errors import AccessError, EomtConvertError, HubUnavailableError, UsageError
+from converter.hub.access import Access, endpoint_name, explained
+from converter.hub.downloads import download, resolve
+
+REPO = "owner/name"
+
+
+@pytest.fixture
+def commit(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> str:
+    shorten_client_waits(monkeypatch)
+    return hub.create_repo(REPO, {"config.json": b"{}", "model.safetensors": b"weights"})
+
+
+def error_of(fault: Fault, hub: Hub) -> EomtConvertError:
+    """What is said of a repository that is asked for while a fault lasts."""
+    hub.break_request(fault, times=None)
+    with pytest.raises(EomtConvertError) as caught:
+        resolve(REPO, "main", Access())
+    return caught.value
+
+
+@pytest.mark.parametrize("code", [500, 502, 503, 504])
+def test_a_server_that_is_down_is_named(hub: Hub, commit: str, code: int) -> None:
+    error = error_of(Status(code), hub)
+
+    assert isinstance(error, HubUnavailableError)
+    assert error.message == f"{hub.address} is down: status {code} for {REPO}."
+
+
+@pytest.mark.parametrize(("code", "words"), [(501, "Not here"), (520, "Web server error")])
+def test_a_server_with_another_answer_is_not_called_down(
+    hub: Hub, commit: str, code: int, words: str
+) -> None:
+    error = error_of(Status(code, words), hub)
+
+    assert isinstance(error, HubUnavailableError)
+    assert error.message == f"{hub.address} answered {code} for {REPO}: {words}"
+
+
+@pytest.mark.parametrize(("code", "words"), [(400, "Bad things"), (418, "I'm a teapot")])
+def test_a_refusal_has_the_servers_words(hub: Hub, commit: str, code: int, words: str) -> None:
+    error = error_of(Status(code, words), hub)
+
+    assert isinstance(error, AccessError)
+    assert error.message == f"{hub.address} answered {code} for {REPO}: {words}"
+
+
+def test_an_answer_without_words_is_named_by_its_status(hub: Hub, commit: str) -> None:
+    assert error_of(Status(501), hub).message.endswith(f"answered 501 for {REPO}: Not Implemented")
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "name"),
+    [
+        ("https://huggingface.co", "huggingface.co"),
+        ("http://ann:pass@mirror:8080/hf", "mirror:8080"),
+    ],
+)
+def test_the_server_is_named_without_a_password(
+    monkeypatch: pytest.MonkeyPatch, endpoint: str, name: str
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+
+    assert endpoint_name() == name
+
+
+def test_bytes_that_are_no_answer_make_no_sense(hub: Hub, commit: str) -> None:
+    assert "makes no sense (UnicodeDecodeError)" in error_of(WrongBytes(), hub).message
+
+
+@pytest.mark.parametrize("answer", [[], {"siblings": 3}, {"id": REPO, "siblings": [{}]}])
+def test_an_answer_of_another_form_makes_no_sense(
+    hub: Hub, commit: str, monkeypatch: pytest.MonkeyPatch, answer: object
+) -> None:
+    monkeypatch.setattr("httpx2.Response.json", lambda _: json.loads(json.dumps(answer)))
+
+    with pytest.raises(HubUnavailableError, match="makes no sense"):
+        resolve(REPO, "main", Access())
+
+
+@pytest.mark.parametrize("fault", [ValueError("ours"), KeyError("ours"), TypeError("ours")])
+def test_a_fault_of_our_own_is_not_taken_for_the_hubs(fault: Exception) -> None:
+    with pytest.raises(type(fault)) as caught, explained(REPO):
+        raise fault
+
+    assert caught.value is fault
+    assert caught.value.__cause__ is None
+
+
+def test_a_call_of_ours_that_the_client_does_not_have_is_our_fault() -> None:
+    with pytest.raises(AttributeError), explained(REPO):
+        HfApi().no_such_method()
+
+
+def test_the_remedy_names_the_variable_as_it_is_written(hub: Hub) -> None:
+    with pytest.raises(AccessError) as caught:
+        Access().login()
+
+    assert caught.value.remedy == "Log in with `hf auth login`, or set HF_TOKEN."
+
+
+def test_who_is_logged_in_is_asked_once(hub: Hub, me: str) -> None:
+    access = Access()
+
+    assert [access.login()["name"] for _ in range(2)] == ["me", "me"]
+    assert hub.request_lines == ["GET /api/whoami-v2"]
+
+
+def test_a_name_with_two_slashes_is_wrong_usage(hub: Hub) -> None:
+    with pytest.raises(UsageError, match="'a/b/c' is no valid name"):
+        resolve("a/b/c", "main", Access())
+
+
+# over Xet --------------------------------------------------------------------------------------
+
+
+@over_xet
+def test_a_storage_that_is_not_there_is_told(hub: Hub, commit: str, tmp_path: Path) -> None:
+    access = Access()
+    found = resolve(REPO, "main", access)
+    (tmp_path / "file").write_bytes(b"")
+    hub.xet.offer = lambda _: f"local://{tmp_path / 'file'}"  # type: ignore[method-assign]
+
+    with pytest.raises(HubUnavailableError, match=f"The transfer with {REPO} broke off"):
+        download(found, "model.safetensors", access)
+
+
+@over_xet
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (ExpiredToken(), "The Hub does not accept the token for me/new"),
+        (Status(403), "This login may not do that with me/new"),
+        (Status(500), "is down: status 500 for me/new"),
+    ],
+)
+def test_a_refused_upload_is_told_as_everywhere(
+    hub: Hub, me: str, model: Path, fault: Fault, said: str
+) -> None:
+    import converter
+
+    hub.break_request(fault, path="/xet-write-token/", times=None)
+
+    with pytest.raises(EomtConvertError, match=said):
+        converter.publish(model, "me/new")
+    assert hub.broken

@@ -1,0 +1,100 @@
+"""Every command with repositories in place of files, in every way in which large files move."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+from conftest import FIXTURES, in_every_way
+from hub_server import Hub, client_environment
+
+from converter.catalog import find
+
+Command = Callable[..., Result]
+
+SHAPES = FIXTURES / "shapes_panoptic_128"
+DELTA, BACKBONE, MODEL = "tue-mps/delta", "facebook/backbone", "me/model"
+CONVERT = ("--checkpoint", "shapes_panoptic_128", "--delta", DELTA, "--backbone", BACKBONE)
+
+# A client that was told not to use Xet follows a redirect for each of two large files.
+REQUESTS = {"xet": 8, "xet-unshared": 8, "xet-off": 10, "lfs": 8}
+
+
+@pytest.fixture
+def sources(hub: Hub) -> None:
+    """Delta and backbone in repositories of three files."""
+    hub.create_repo(DELTA, {"pytorch_model.bin": SHAPES / "delta" / "pytorch_model.bin"})
+    backbone = {name: SHAPES / "backbone" / name for name in ("config.json", "model.safetensors")}
+    hub.create_repo(BACKBONE, backbone)
+
+
+@in_every_way
+def test_a_conversion_asks_the_hub_for_little(
+    command: Command, hub: Hub, sources: None, transfer: str
+) -> None:
+    fresh = command(*CONVERT, "--output", "fresh", "--no-verify")
+    assert fresh.exit_code == 0, fresh.output
+    assert len(hub.requests) <= REQUESTS[transfer], hub.request_lines
+    hub.requests.clear()
+
+    again = command(*CONVERT, "--output", "again", "--no-verify")
+    assert again.exit_code == 0, again.output
+    assert hub.request_lines == [
+        f"GET /api/models/{repo_id}/revision/main" for repo_id in (DELTA, BACKBONE)
+    ]
+    hub.requests.clear()
+
+    offline = command(*CONVERT, "--output", "offline", "--no-verify", "--offline")
+    assert offline.exit_code == 0, offline.output
+    assert hub.requests == []
+    models = {
+        Path(name, "model.safetensors").read_bytes() for name in ("fresh", "again", "offline")
+    }
+    assert len(models) == 1
+    histories = {Path(name, "conversion.json").read_text() for name in ("fresh", "offline")}
+    assert len(histories) == 1
+    checks = [check["check"] for check in json.loads(histories.pop())["pair"]]
+    assert checks.count("hub-digest") == 2
+
+
+@in_every_way
+def test_every_command_takes_repositories(
+    command: Command, hub: Hub, me: str, sources: None
+) -> None:
+    def run(*arguments: str | Path) -> str:
+        result = command(*arguments)
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    assert "verdict   passed" in run(*CONVERT, "--output", "model")
+    assert "weights     delta" in run("inspect", DELTA)
+    assert "read back: 6 files" in run("push", "model", MODEL, "--verify-remote")
+    assert "keep  model.safetensors" in run("push", "model", MODEL, "--dry-run")
+    assert "arithmetic passed" in run("verify", MODEL)
+    assert "arithmetic passed" in run("verify", MODEL, "--delta", DELTA, "--backbone", BACKBONE)
+    assert "circle" in run("segment", MODEL, SHAPES / "images" / "3.png")
+    arguments = ("--dataset", "coco-panoptic", "--data", SHAPES / "val", "--limit", "2")
+    assert "PQ" in run("evaluate", MODEL, *arguments)
+    assert "recorded" in run("record", MODEL, "--random", "1", "--output", "recording")
+    released = run("release", "--namespace", "me", "--checkpoint", "tiny_panoptic_48x80")
+    assert f"me/{'eomt-dinov3-' + find('tiny_panoptic_48x80').slug}" in released
+
+
+@in_every_way
+def test_a_process_with_the_clients_own_settings_converts(
+    hub: Hub, sources: None, tmp_path: Path
+) -> None:
+    """The settings of this process's client are replaced; those of a child come from outside."""
+    program = [sys.executable, "-c", "from converter.cli import main; main()"]
+    printed = subprocess.run(
+        [*program, *CONVERT, "--output", tmp_path / "model", "--no-verify", "--json"],
+        env=client_environment(hub, tmp_path / "child"),
+        capture_output=True,
+        check=True,
+    ).stdout
+
+    checks = [check["check"] for check in json.loads(printed)["pair"]]
+    assert checks.count("hub-digest") == 2
