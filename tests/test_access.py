@@ -127,11 +127,13 @@ def test_a_name_with_two_slashes_is_wrong_usage(hub: Hub) -> None:
 
 
 @over_xet
-def test_a_storage_that_is_not_there_is_told(hub: Hub, commit: str, tmp_path: Path) -> None:
+def test_a_storage_that_is_not_there_is_told(
+    hub: Hub, commit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     access = Access()
     found = resolve(REPO, "main", access)
     (tmp_path / "file").write_bytes(b"")
-    hub.xet.offer = lambda _: f"local://{tmp_path / 'file'}"  # type: ignore[method-assign]
+    monkeypatch.setattr(hub.xet, "offer", lambda _: f"local://{tmp_path / 'file'}")
 
     with pytest.raises(HubUnavailableError, match=f"The transfer with {REPO} broke off"):
         download(found, "model.safetensors", access)
