@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -99,9 +100,11 @@ def test_a_fault_of_our_own_is_not_taken_for_the_hubs(fault: Exception) -> None:
     assert caught.value.__cause__ is None
 
 
-def test_a_call_of_ours_that_the_client_does_not_have_is_our_fault() -> None:
-    with pytest.raises(AttributeError), explained(REPO):
-        HfApi().no_such_method()
+def test_a_call_of_ours_that_the_client_does_not_take_is_our_fault() -> None:
+    options: dict[str, Any] = {"no_such_option": True}
+
+    with pytest.raises(TypeError, match="no_such_option"), explained(REPO):
+        HfApi().model_info(REPO, **options)
 
 
 def test_the_remedy_names_the_variable_as_it_is_written(hub: Hub) -> None:

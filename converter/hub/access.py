@@ -241,12 +241,14 @@ def _broken_off(error: Exception, repo: str) -> HubUnavailableError:
 
 
 def _is_the_clients(error: Exception) -> bool:
-    """Whether an error was raised in huggingface_hub or in what it called, not in our own code."""
+    """Whether an error was raised in huggingface_hub or in what it called, not in our own code.
+
+    A call with wrong arguments, which is refused where the client's functions check them, is ours.
+    """
     frames = traceback.walk_tb(error.__traceback__)
-    return any(
-        str(frame.f_globals.get("__name__")).partition(".")[0] == "huggingface_hub"
-        for frame, _ in frames
-    )
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in frames]
+    clients = any(module.partition(".")[0] == "huggingface_hub" for module in modules)
+    return clients and modules[-1] != "huggingface_hub.utils._validators"
 
 
 def _by_status(status: int, repo: str, words: str, wait: str = "") -> EomtConvertError:
