@@ -235,15 +235,12 @@ def convert(
 
     try:
         return carry_out()
-    except _SIGNS_OF_DAMAGE as error:
+    except _SIGNS_OF_DAMAGE:
         # a file that arrived damaged may look like anything; one more download tells
         damaged = _damaged(job, access)
         if not damaged:
             raise
-        if access.offline:
-            raise _damaged_in_cache(*damaged[0]) from error
-    for source, name in damaged:
-        fetch_again(source, [name], access)
+        fetch_again(damaged, access)
     try:
         return carry_out()
     except _SIGNS_OF_DAMAGE as error:
@@ -347,14 +344,6 @@ def _damaged(job: Job, access: Access) -> list[tuple[Fetched, str]]:
     """Files that are not what the Hub lists, by source and name; reads all that were fetched."""
     fetched = [fetched_already(source, access) for source in (job.eomt, job.backbone)]
     return [(source, name) for source in fetched if source for name in source.damaged()]
-
-
-def _damaged_in_cache(source: Fetched, name: str) -> UnreadableFileError:
-    return UnreadableFileError(
-        f"{name} of {source.title} is damaged in the cache: its digest is not the one that the Hub "
-        "gave.",
-        "Run once with a connection, to fetch it again.",
-    )
 
 
 def _path(given: str | Path | None) -> Path | None:

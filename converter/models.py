@@ -9,7 +9,14 @@ from converter.checks.provenance import find_named, read_history
 from converter.configs import read_json_object
 from converter.errors import UnreadableFileError, UsageError
 from converter.hub.access import Access
-from converter.hub.sources import HubSource, LocalSource, fetch, fetch_first, parse_source
+from converter.hub.downloads import not_in_cache
+from converter.hub.sources import (
+    HubSource,
+    LocalSource,
+    fetch_checked,
+    fetch_first,
+    parse_source,
+)
 
 if TYPE_CHECKING:
     from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor
@@ -25,7 +32,7 @@ def fetch_model(model: str | Path, access: Access) -> Path:
         access: how the Hub is reached.
 
     Raises:
-        UnreadableFileError: it is no converted model.
+        UnreadableFileError: it is no converted model, or a file arrived damaged, twice.
         AccessError, HubUnavailableError: the repository cannot be reached.
     """
     source = _source(model)
@@ -35,6 +42,9 @@ def fetch_model(model: str | Path, access: Access) -> Path:
         is_model = (source.path / _PREPROCESSOR).is_file()
     else:  # asked before gigabytes are fetched
         is_model = fetch_first(source, (_PREPROCESSOR,), access) is not None
+        if access.offline and not is_model:
+            reason = f"{_PREPROCESSOR} is missing"
+            raise not_in_cache(source.repo_id, source.revision, reason)
     if not is_model:
         raise UnreadableFileError(
             f"{model} has no {_PREPROCESSOR}: it is not a converted model.",
@@ -42,7 +52,7 @@ def fetch_model(model: str | Path, access: Access) -> Path:
         )
     if isinstance(source, LocalSource):
         return source.path
-    return fetch(source, access, beside=(_PREPROCESSOR, "conversion.json")).weights.parent
+    return fetch_checked(source, access, beside=(_PREPROCESSOR, "conversion.json")).weights.parent
 
 
 def repository_of(model: str | Path) -> str | None:

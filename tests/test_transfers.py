@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from click.testing import Result
 from conftest import FIXTURES, in_every_way
@@ -29,6 +30,14 @@ def sources(hub: Hub) -> None:
     hub.create_repo(DELTA, {"pytorch_model.bin": SHAPES / "delta" / "pytorch_model.bin"})
     backbone = {name: SHAPES / "backbone" / name for name in ("config.json", "model.safetensors")}
     hub.create_repo(BACKBONE, backbone)
+
+
+def damage(path: Path) -> None:
+    """Changes a value in the middle of a file in the cache."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.resolve().chmod(0o644)  # files of the store that repositories share are read-only
+    path.write_bytes(content)
 
 
 @in_every_way
@@ -81,6 +90,50 @@ def test_every_command_takes_repositories(
     assert "recorded" in run("record", MODEL, "--random", "1", "--output", "recording")
     released = run("release", "--namespace", "me", "--checkpoint", "tiny_panoptic_48x80")
     assert f"me/{'eomt-dinov3-' + find('tiny_panoptic_48x80').slug}" in released
+
+
+@in_every_way
+def test_a_model_that_is_damaged_in_the_cache_is_not_taken_for_a_wrong_one(
+    command: Command, hub: Hub, converted: Callable[[str], Path]
+) -> None:
+    model = converted("tiny_panoptic_64")
+    hub.create_repo(MODEL, {path.name: path for path in model.iterdir()})
+    assert command("verify", MODEL, "--level", "1").exit_code == 0
+    cached = Path(huggingface_hub.hf_hub_download(MODEL, "model.safetensors"))
+    damage(cached)
+
+    offline = command("verify", MODEL, "--offline")
+    assert offline.exit_code == 1
+    assert f"model.safetensors of {MODEL} is damaged in the cache" in offline.stderr
+    online = command("verify", MODEL)
+    assert online.exit_code == 0, online.output
+    assert "verdict   passed" in online.stdout
+    assert cached.read_bytes() == (model / "model.safetensors").read_bytes()
+
+
+def test_offline_a_part_of_a_model_is_not_called_no_model(
+    command: Command, hub: Hub, converted: Callable[[str], Path]
+) -> None:
+    model = converted("tiny_panoptic_64")
+    hub.create_repo(MODEL, {path.name: path for path in model.iterdir()})
+    huggingface_hub.hf_hub_download(MODEL, "config.json")
+
+    result = command("verify", MODEL, "--offline")
+    assert result.exit_code == 4
+    assert "is not in the cache: preprocessor_config.json is missing" in result.stderr
+
+
+@in_every_way
+def test_a_source_that_is_damaged_in_the_cache_proves_nothing(
+    command: Command, hub: Hub, sources: None
+) -> None:
+    command(*CONVERT, "--output", "model", "--no-verify")
+    damage(Path(huggingface_hub.hf_hub_download(DELTA, "pytorch_model.bin")))
+
+    result = command("verify", "model", "--level", "2", "--json")
+    arithmetic = json.loads(result.stdout)["levels"][1]
+    assert arithmetic["status"] == "passed"  # against the digests of conversion.json
+    assert json.loads(result.stdout)["verdict"] == "unverified"
 
 
 @in_every_way

@@ -144,6 +144,14 @@ def arrived_damaged(repo_id: str, name: str, path: Path) -> UnreadableFileError:
     )
 
 
+def damaged_in_cache(repo_id: str, name: str) -> UnreadableFileError:
+    """What to say of a file that is wrong where only the cache may be used."""
+    return UnreadableFileError(
+        f"{name} of {repo_id} is damaged in the cache: its digest is not what the Hub told.",
+        "Run once with a connection, to fetch it again.",
+    )
+
+
 def not_in_cache(repo_id: str, revision: str, reason: str) -> AccessError:
     """What to say where only the cache may be used and it has not what is needed."""
     return AccessError(

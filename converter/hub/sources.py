@@ -8,6 +8,8 @@ from converter.errors import AccessError, UnreadableFileError, UsageError
 from converter.hub.access import Access
 from converter.hub.downloads import (
     Snapshot,
+    arrived_damaged,
+    damaged_in_cache,
     download,
     download_again,
     is_damaged,
@@ -130,6 +132,24 @@ def fetch(
     )
 
 
+def fetch_checked(
+    source: LocalSource | HubSource, access: Access, *, beside: Sequence[str] = ()
+) -> Fetched:
+    """Like `fetch`, for files that nobody digests later: reads all of a repository's.
+
+    Raises:
+        UnreadableFileError: a file is not what the Hub lists, and one more download is no better;
+            or as `fetch`.
+        AccessError, HubUnavailableError: as `fetch`.
+    """
+    found = fetch(source, access, beside=beside)
+    if damaged := found.damaged():
+        fetch_again([(found, name) for name in damaged], access)
+        for name in found.damaged():
+            raise arrived_damaged(found.title, name, found.weights.with_name(name))
+    return found
+
+
 def fetch_config(source: LocalSource | HubSource, access: Access) -> Path | None:
     """Finds a source's config.json, without its weights; None if it has none.
 
@@ -165,15 +185,21 @@ def fetched_already(source: LocalSource | HubSource | None, access: Access) -> F
         return None
 
 
-def fetch_again(found: Fetched, names: Sequence[str], access: Access) -> None:
-    """Downloads files of a repository in place of those that are in the cache.
+def fetch_again(files: Sequence[tuple[Fetched, str]], access: Access) -> None:
+    """Downloads damaged files of repositories in place of those that are in the cache.
+
+    Args:
+        files: by source and name.
+        access: how the Hub is reached.
 
     Raises:
+        UnreadableFileError: only the cache may be used.
         AccessError, HubUnavailableError: as `explained` tells.
     """
-    if found.repo_id and found.revision:
-        for name in names:
-            download_again(found.repo_id, name, found.revision, access)
+    for found, name in files:
+        if access.offline:
+            raise damaged_in_cache(found.title, name)
+        download_again(found.title, name, str(found.revision), access)
 
 
 def _find(path: Path) -> Fetched:
