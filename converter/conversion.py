@@ -10,7 +10,7 @@ from typing import Any, Literal
 from converter.catalog import Checkpoint, Task, find
 from converter.checks.provenance import Provenance
 from converter.checks.published import PUBLISHED
-from converter.checks.recorded import find_recorded
+from converter.checks.recorded import find_recorded, in_words
 from converter.checks.verdict import Verdict, unverified
 from converter.checks.verification import Evidence, Findings, Options, check, write_page
 from converter.class_names import ClassNames
@@ -295,11 +295,8 @@ def _carry_out(
             else:
                 findings = Findings(unverified("Verification was switched off (--no-verify)."))
             verdict = findings.verdict
-            if required and verdict.verdict == "unverified":
-                raise NotVerifiedError(
-                    f"A check was required, and the model is unverified: {verdict.reason}",
-                    "Give recorded outputs with --recorded, or convert without --require-verified.",
-                )
+            if required and verdict.verdict != "failed":
+                _refuse_unproven(verdict)
             files = _write_history(job, inputs, plan, pair, merged, verdict, stage.folder)
             pages = [stage.folder / REPORT] if job.verify else []
             asked_for = [report] if report else []
@@ -320,6 +317,24 @@ def _carry_out(
                 verdict,
                 Conversion(job, inputs, plan, pair, rejected, files, verdict),
             )
+
+
+def _refuse_unproven(verdict: Verdict) -> None:
+    """Refuses a model that was not shown to be right, where that was required.
+
+    Raises:
+        NotVerifiedError: it was held against nothing, or against the reference model.
+    """
+    if verdict.proven:
+        return
+    reason = f"the model is unverified: {verdict.reason}"
+    if verdict.basis:
+        reason = f"it was held against {in_words(verdict.basis, verdict.recorded_sha256)}."
+    raise NotVerifiedError(
+        f"A check was required, and {reason}",
+        "Give outputs recorded from the original with --recorded, or convert without "
+        "--require-verified.",
+    )
 
 
 def _published(job: Job) -> Checkpoint | None:

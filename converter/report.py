@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.catalog import CATALOG
+from converter.checks.recorded import in_words
 from converter.checks.verdict import Level, Verdict
 from converter.conversion import Conversion
 from converter.hub.publishing import Publication
@@ -90,6 +91,10 @@ def _tensors(plan: Plan) -> list[str]:
 def verdict(found: Verdict) -> list[str]:
     """A line per check with its largest differences, then what is known of why it failed."""
     lines = _wrapped(f"verdict   {found.verdict}" + (f": {found.reason}" if found.reason else ""))
+    if found.basis:
+        lines += _wrapped(
+            f"basis     {found.basis}: held against {in_words(found.basis, found.recorded_sha256)}"
+        )
     for level in found.levels:
         said = _finding(level)
         if level.reason and (level.reason != found.reason or level.status == "not checked"):

@@ -1,9 +1,14 @@
 """Recorded outputs: what the original implementation computed, to hold a model against."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from converter.catalog import CATALOG
+from converter.checks.verdict import BASES, Basis
+from converter.configs import read_json_object
 from converter.errors import UnreadableFileError
 from converter.weights.tensorfiles import TensorFile
 
@@ -11,6 +16,36 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FILE = "recorded.safetensors"
+PROVENANCE_FILE = "recorded.json"
+
+# what recorded.json calls the original implementation
+ORIGINAL = "github.com/tue-mps/eomt"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Who computed recorded outputs, by the recorded.json beside them.
+
+    Attributes:
+        implementation: that computed them; None where nothing tells.
+        basis: what the verdict on the recorded model rested on when it was recorded; None where it
+            rested on nothing, or nothing tells.
+        tensors: SHA-256 of the recorded model's tensors by name; empty where nothing tells.
+    """
+
+    implementation: str | None = None
+    basis: Basis | None = None
+    tensors: Mapping[str, str] = field(default_factory=dict)
+
+    def basis_for(self, tensors: Mapping[str, str]) -> Basis:
+        """What a verdict rests on for which a model was held against these outputs.
+
+        Args:
+            tensors: SHA-256 of the model's tensors, by name.
+        """
+        if self.implementation == ORIGINAL:
+            return "original"
+        return self.basis if self.basis and self.tensors == tensors else "reference"
 
 
 @dataclass(frozen=True)
@@ -20,11 +55,13 @@ class Recorded:
     Attributes:
         path: its recorded.safetensors.
         sha256: digest of that file.
+        origin: who computed it.
         tensors: everything in it, by name; README describes them.
     """
 
     path: Path
     sha256: str
+    origin: Origin
     tensors: "dict[str, Tensor]"
 
     @property
@@ -59,7 +96,8 @@ def read_recorded(path: Path) -> Recorded:
     """Reads recorded outputs: the input and everything computed from it, not the pictures.
 
     Raises:
-        UnreadableFileError: the file cannot be read, or lacks the input or the logits.
+        UnreadableFileError: the file cannot be read, lacks the input or the logits, or holds NaN or
+            infinity; or the recorded.json beside it cannot be read, or is of another file.
     """
     import torch
 
@@ -77,6 +115,68 @@ def read_recorded(path: Path) -> Recorded:
     for name, tensor in tensors.items():
         if tensor.numel() == 0:
             raise UnreadableFileError(f"{name} in {file} is empty.")
+        if not torch.isfinite(tensor).all():
+            raise UnreadableFileError(
+                f"{name} in {file} holds NaN or infinity, beside which anything would pass.",
+                "Take the recording as it was published, or record a model that is right.",
+            )
     if tensors["pixels"].dtype != torch.uint8:
         raise UnreadableFileError(f"The pixels in {file} are not uint8.")
-    return Recorded(file, digest, tensors)
+    return Recorded(file, digest, _read_origin(file, digest), tensors)
+
+
+def _read_origin(file: Path, sha256: str) -> Origin:
+    """What the recorded.json beside a recorded.safetensors says of who computed it.
+
+    Raises:
+        UnreadableFileError: it cannot be read, or is of another file.
+    """
+    path = file.with_name(PROVENANCE_FILE)
+    if not path.is_file():
+        return Origin()
+    content = read_json_object(path)
+    if _member(content, "sha256").get(FILE) != sha256:
+        raise UnreadableFileError(
+            f"{path} is not of the {FILE} beside it: it names another SHA-256.",
+            "Keep the two files of a recording together.",
+        )
+    model = _member(content, "model")
+    basis = model.get("basis")
+    return Origin(
+        _member(content, "provenance").get("implementation"),
+        basis if basis in BASES else None,
+        _member(model, "tensors"),
+    )
+
+
+def _member(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = content.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def in_words(basis: Basis, recorded_sha256: str | None) -> str:
+    """What a verdict rests on, to go on with "it was held against".
+
+    Args:
+        basis: of the verdict.
+        recorded_sha256: digest of the recording that the model was held against, if it was.
+    """
+    if basis == "published":
+        return (
+            "its sources, from which every tensor was proven, and a spot check of the published "
+            "numbers"
+        )
+    if basis == "reference":
+        return (
+            "outputs of the reference model: nothing has changed since they were recorded, which "
+            "does not show that it was right then"
+        )
+    stated = "" if recorded_sha256 in known_recordings() else ", as recorded.json states"
+    return f"outputs recorded from the original implementation{stated}"
+
+
+@cache
+def known_recordings() -> frozenset[str]:
+    """SHA-256 of the recorded.safetensors that come with the package, all of the original."""
+    files = [entry.recorded / PROVENANCE_FILE for entry in CATALOG if entry.recorded]
+    return frozenset(read_json_object(file)["sha256"][FILE] for file in files)

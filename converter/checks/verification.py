@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +19,7 @@ from converter.checks.provenance import (
     read_history,
 )
 from converter.checks.recorded import Recorded, find_recorded, read_recorded
-from converter.checks.verdict import LEVELS, NOT_ASKED, Level, Verdict
+from converter.checks.verdict import LEVELS, NOT_ASKED, Cause, Level, Verdict
 from converter.configs import (
     BackboneConfig,
     find_backbone_config,
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from converter.checks.comparison import Tolerance
     from converter.checks.numbers import Numbers
+    from converter.weights.tensorfiles import Array
     from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 
 # what an unverified verdict says of a model that there are no outputs of
@@ -291,6 +292,7 @@ class _Model:
         digests: their SHA-256.
         nonfinite: names of those that hold NaN or infinity.
         misfits: in sentences, why no model can be built of them.
+        drawn: in a sentence, why its outputs are random; empty if they are not.
     """
 
     folder: Path
@@ -302,6 +304,7 @@ class _Model:
     digests: Mapping[str, str]
     nonfinite: tuple[str, ...]
     misfits: tuple[str, ...]
+    drawn: str
 
 
 def _read_model(folder: Path, *, keep: bool) -> _Model:
@@ -317,7 +320,7 @@ def _read_model(folder: Path, *, keep: bool) -> _Model:
     except (ValueError, TypeError, KeyError) as error:
         raise UnreadableFileError(f"{folder / 'config.json'}: {error}") from error
     normalisation = read_normalisation(folder / "preprocessor_config.json", config.num_channels)
-    weights, digests, nonfinite = {}, {}, []
+    weights, digests, nonfinite, drawn = {}, {}, [], ""
     with open_tensors(path) as file:
         tensors = dict(file.tensors)
         for name, info in tensors.items():
@@ -327,6 +330,8 @@ def _read_model(folder: Path, *, keep: bool) -> _Model:
             digests[name] = hashlib.sha256(np.ascontiguousarray(bits).data).hexdigest()
             if stored.dtype.kind == "f" and not np.isfinite(stored).all():
                 nonfinite.append(name)
+            if name == "attn_mask_probs":
+                drawn = _chance(stored)
             if keep:
                 weights[name] = torch.from_numpy(stored).float()
     with torch.device("meta"):
@@ -342,6 +347,21 @@ def _read_model(folder: Path, *, keep: bool) -> _Model:
         digests,
         tuple(nonfinite),
         tuple(_misfits(tensors, shapes)),
+        drawn,
+    )
+
+
+def _chance(probabilities: "Array") -> str:
+    """Why outputs are random with these probabilities of masked attention; empty if they are not.
+
+    A mask is applied where a number drawn from 0 to 1 is below them (reference_model/model.py).
+    """
+    between = probabilities[(probabilities > 0) & (probabilities < 1)]
+    if not between.size:
+        return ""
+    return (
+        f"attn_mask_probs holds {between[0]:g}: between 0 and 1 it is drawn at random whether "
+        "masks are applied, and so are the outputs."
     )
 
 
@@ -393,6 +413,7 @@ def _check_structure(found: _Model, evidence: Evidence, options: Options) -> Lev
     problems = list(found.misfits)
     if not options.allow_nonfinite:
         problems += [f"{name} holds NaN or infinity." for name in found.nonfinite]
+    problems += [found.drawn] if found.drawn else []
     problems += _disagreements(found, evidence)
     figures = {
         "tensors": len(found.tensors),
@@ -402,6 +423,7 @@ def _check_structure(found: _Model, evidence: Evidence, options: Options) -> Lev
             if name not in ("attn_mask_probs", "criterion.empty_weight")
         ),
         "dtypes": sorted({info.dtype for info in found.tensors.values()}),
+        "digests": dict(found.digests),
         "problems": problems,
     }
     if problems:
@@ -480,7 +502,6 @@ def _check_arithmetic(found: _Model, evidence: Evidence) -> Level:
         "against": "sources" if recipes is not None else "conversion.json",
         "different": different,
         "different_files": files,
-        "digests": dict(found.digests),
         "sources": {
             role: {"repo": source.repo_id, "revision": source.revision}
             for role, source in (history.sources if history else {}).items()
@@ -530,7 +551,12 @@ def _check_numbers(
     backbone = None
     if evidence.run_backbone and isinstance(evidence.sources, Provenance):
         backbone = bare_backbone(evidence.sources).to(model.device)
-    return check_numbers(model, found.normalisation, recorded, _tolerance(found), backbone)
+    numbers = check_numbers(model, found.normalisation, recorded, _tolerance(found), backbone)
+    figures = {**numbers.level.figures, "basis": recorded.origin.basis_for(found.digests)}
+    level = replace(numbers.level, figures=figures)
+    if found.drawn and level.status == "passed":  # by chance
+        level = replace(level, status="failed", reason=found.drawn)
+    return replace(numbers, level=level)
 
 
 def _tolerance(found: _Model) -> "Tolerance":
@@ -581,8 +607,10 @@ def _with_diagnosis(
     numbers: "Numbers | None",
 ) -> Verdict:
     failed = {level.level for level in levels if level.status == "failed"}
-    if found.misfits or not failed & {"arithmetic", "numbers"}:
-        return Verdict(levels)
+    unexplained = failed & {"arithmetic", "numbers"} or found.drawn
+    if found.misfits or not unexplained or not found.weights:
+        known = Cause("masked-attention-on", ("attn_mask_probs",), None, found.drawn)
+        return Verdict(levels, cause=known if found.drawn else None)
     from converter.checks.by_value import Reference
     from converter.checks.diagnosis import diagnose, not_tried
     from converter.checks.numbers import first_difference

@@ -97,5 +97,5 @@ def verify_command(
         session.show("\n".join(verdict(found)), found.to_dict())
         if found.verdict == "failed":
             sys.exit(OutputsDifferError.exit_code)
-        if found.verdict == "unverified" and require_verified:
+        if require_verified and not found.proven:
             sys.exit(NotVerifiedError.exit_code)

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from converter.catalog import Checkpoint, Metric, fixtures
 from converter.checks.provenance import find_named
+from converter.checks.recorded import in_words, known_recordings
+from converter.checks.verdict import BASES, Basis
 from converter.configs import read_json_object
 from converter.errors import EomtConvertError
+from converter.hub.downloads import is_sha256
 from converter.weights.backbones import published_repo
 
 if TYPE_CHECKING:
@@ -67,6 +70,26 @@ class ModelRecord:
     def verdict(self) -> str:
         """What was found when it was checked: passed, failed or unverified."""
         return str(self.history["verdict"]["verdict"])
+
+    @property
+    def basis(self) -> Basis | None:
+        """What a passed verdict rests on; None for any other.
+
+        conversion.json of eomt-convert 0.1 does not say it: then it is the recording whose digest
+        stands there, if that came with the package.
+        """
+        verdict = self.history["verdict"]
+        if verdict["verdict"] != "passed":
+            return None
+        if "basis" in verdict:
+            return verdict["basis"] if verdict["basis"] in BASES else None
+        return "original" if self.recorded_sha256 in known_recordings() else "reference"
+
+    @property
+    def recorded_sha256(self) -> str | None:
+        """Digest of the recording that the model was held against; None where there was none."""
+        figures = [level["figures"] for level in self.history["verdict"]["levels"]]
+        return next((f["recorded_sha256"] for f in figures if "recorded_sha256" in f), None)
 
     @property
     def derived(self) -> bool:
@@ -132,7 +155,8 @@ def model_card(repo_id: str, made: ModelRecord) -> "ModelCard":
         queries=config["num_queries"],
         classes=len(config["id2label"]),
         weights=history["weights"],
-        verdict=history["verdict"]["verdict"],
+        basis=made.basis,
+        held_against=in_words(made.basis, made.recorded_sha256) if made.basis else None,
         levels=[
             {**level, "figures": _figures(level["figures"])}
             for level in history["verdict"]["levels"]
@@ -227,7 +251,7 @@ def _figures(figures: Mapping[str, Any]) -> str:
     shown = []
     for name, value in figures.items():
         if isinstance(value, str):
-            value = value[:12]  # digests
+            value = value[:12] if is_sha256(value) else value
         elif isinstance(value, int | float):
             value = f"{value:,}" if isinstance(value, int) else f"{value:g}"
         else:

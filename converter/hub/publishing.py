@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from converter.catalog import Checkpoint
+from converter.checks.recorded import in_words
 from converter.checks.verdict import Verdict
 from converter.checks.verification import verify
 from converter.configs import read_json_object, read_model_config
@@ -306,13 +307,20 @@ def _read(folder: Path, *, allow_unverified: bool) -> tuple[ModelRecord, dict[st
 
 
 def _check_verdict(made: ModelRecord, folder: Path, *, allow_unverified: bool) -> None:
-    if made.verdict == "unverified" and not allow_unverified:
-        raise NotVerifiedError(
-            f"{folder} was not verified: no recorded outputs were held against it.",
-            "Convert with --recorded, or push with --allow-unverified; the model card will say so.",
-        )
     if made.verdict not in ("passed", "unverified"):
         raise NotVerifiedError(f"{folder} is not right: its verdict is {made.verdict!r}.")
+    if made.basis in ("original", "published") or allow_unverified:
+        return
+    if made.basis:
+        against = in_words(made.basis, made.recorded_sha256)
+        reason = f"{folder} was not verified against the original: it was held against {against}."
+    else:
+        reason = f"{folder} was not verified: no recorded outputs were held against it."
+    raise NotVerifiedError(
+        reason,
+        "Convert with outputs recorded from the original (--recorded), or push with "
+        "--allow-unverified; the model card will say so.",
+    )
 
 
 def _licence(made: ModelRecord, given: str | Path | None, access: Access) -> Content | None:
