@@ -98,7 +98,10 @@ def verdict(found: Verdict) -> list[str]:
     for level in found.levels:
         said = _finding(level)
         if level.reason and (level.reason != found.reason or level.status == "not checked"):
-            said = f"{level.reason} {said}".strip()
+            parts = [level.reason, said]
+            if level.level == "pictures":  # what was found, then what could not be
+                parts = [f"{said}." if said else "", level.reason]
+            said = " ".join(filter(None, parts))
         line = f"  {level.level:<10} {level.status}" + (f": {said}" if said else "")
         lines += _wrapped(line)
     return [*lines, *_diagnosis(found)]
@@ -123,6 +126,8 @@ def _finding(level: Level) -> str:
             return f"{len(figures['different'])} of {figures['tensors']} tensors are other ones"
         case "numbers" | "peers" | "published", _ if figures:
             return _differences(figures)
+        case "pictures", _ if "compared" in figures:
+            return f"{figures['pictures']} pictures, {_differences(figures)}{_results(figures)}"
     return ""
 
 
@@ -130,7 +135,7 @@ def _differences(figures: Mapping[str, Any]) -> str:
     """The largest difference of each kind of tensor, such as hidden_states for all its layers."""
     largest: dict[str, float] = {}
     for name, compared in figures["compared"].items():
-        kind = name.rstrip("0123456789").rstrip(".")
+        kind = name.rstrip("0123456789").rstrip(".").removeprefix("pipeline.")
         if compared["max_abs"] is not None:  # None where shapes differ, or a value is no number
             largest[kind] = max(compared["max_abs"], largest.get(kind, 0.0))
     if not largest:
@@ -149,6 +154,15 @@ def _agreement(figures: Mapping[str, Any]) -> str:
     return (
         f"; same best class {figures['best_class']:.1%}, mask IoU {figures['mask_iou']:.3f}, same "
         f"segment {figures['same_segment']:.1%}"
+    )
+
+
+def _results(figures: Mapping[str, Any]) -> str:
+    if "equal_pixels" not in figures:
+        return ""
+    return (
+        f"; results equal in {figures['equal_pixels']:.1%} of the pixels (at least "
+        f"{figures['least_equal_pixels']:.1%})"
     )
 
 

@@ -17,6 +17,9 @@ FLOAT32_TOLERANCE = 1e-5
 # Weights that were rounded move the outputs by a share of their range, for each element type.
 ROUNDED_TOLERANCES = {"BF16": 0.04, "F16": 0.005}
 
+# Of the pixels of a picture, so many have the recorded result, for each element type.
+EQUAL_PIXELS = {"F32": 0.99, "BF16": 0.9, "F16": 0.98}
+
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -26,10 +29,12 @@ class Tolerance:
         absolute: the one that holds whatever the range.
         relative: the other, as a share of the recorded range, for weights that were rounded; with
             0 it is `FLOAT32_TOLERANCE` of the range.
+        equal_pixels: the least share of a picture's pixels that has the recorded result.
     """
 
     absolute: float = TOLERANCE
     relative: float = 0.0
+    equal_pixels: float = EQUAL_PIXELS["F32"]
 
     @property
     def share(self) -> float:
@@ -43,7 +48,9 @@ class Tolerance:
 
 def tolerance_for(dtypes: Set[str]) -> Tolerance:
     """The tolerance for weights of these element types, by safetensors' names."""
-    return Tolerance(relative=max((ROUNDED_TOLERANCES.get(d, 0.0) for d in dtypes), default=0.0))
+    relative = max((ROUNDED_TOLERANCES.get(dtype, 0.0) for dtype in dtypes), default=0.0)
+    equal_pixels = (EQUAL_PIXELS[dtype] for dtype in dtypes if dtype in EQUAL_PIXELS)
+    return Tolerance(relative=relative, equal_pixels=min(equal_pixels, default=EQUAL_PIXELS["F32"]))
 
 
 @dataclass(frozen=True)
@@ -160,3 +167,55 @@ def segments(masks: Tensor, classes: Tensor) -> Tensor:
     """
     scores = classes.softmax(-1)[..., :-1].amax(-1)
     return (scores[..., None, None] * masks.sigmoid()).argmax(1)
+
+
+def equal_pixels(ours: Tensor, theirs: Tensor) -> float:
+    """The share of pixels with the recorded class, and segment where there is one, from 0 to 1.
+
+    Segments are numbered in an order that one segment more or less moves. So they are matched by
+    their pixels: two are the same if neither shares more pixels with another.
+
+    Args:
+        ours: class ids (height, width), or class and segment ids (height, width, 2), int64.
+        theirs: the same, as recorded; where shapes differ, nothing is equal.
+    """
+    if ours.shape != theirs.shape:
+        return 0.0
+    if ours.ndim == 2:
+        return float((ours == theirs).double().mean())
+    same_class = ours[..., 0] == theirs[..., 0]
+    pairs = torch.stack((ours[..., 1], theirs[..., 1]), dim=-1)[same_class]
+    unique, times = pairs.unique(dim=0, return_counts=True)
+    found: list[list[int]] = unique.tolist()
+    counts: list[int] = times.tolist()
+    most: dict[tuple[int, int], int] = {}  # pixels shared with another segment, by side and id
+    for pair, count in zip(found, counts, strict=True):
+        for segment in enumerate(pair):
+            most[segment] = max(count, most.get(segment, 0))
+    matched = (
+        count
+        for pair, count in zip(found, counts, strict=True)
+        if all(count == most[segment] for segment in enumerate(pair))
+    )
+    return sum(matched) / same_class.numel()
+
+
+def equal_areas(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
+    """The share of the instances' areas that is as recorded, from 0 to 1.
+
+    Args:
+        ours: ``labels``, ``queries`` and ``areas`` in pixels, each (instances,), in any order.
+        theirs: the same, as recorded. An instance that only one has is of no area in the other.
+    """
+    mine, recorded = (
+        {
+            (query, label): area
+            for query, label, area in zip(
+                *(result[key].tolist() for key in ("queries", "labels", "areas")), strict=True
+            )
+        }
+        for result in (ours, theirs)
+    )
+    areas = [(mine.get(pair, 0), recorded.get(pair, 0)) for pair in {*mine, *recorded}]
+    larger = sum(map(max, areas))
+    return sum(map(min, areas)) / larger if larger else 1.0

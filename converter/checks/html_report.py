@@ -21,7 +21,7 @@ from torch import Tensor
 
 from converter.checks.comparison import Tolerance, segments
 from converter.checks.recorded import Recorded, in_words
-from converter.checks.verdict import LEVELS, Level, Verdict
+from converter.checks.verdict import NUMBERED, Level, Verdict
 from converter.configs import read_json_object
 from converter.errors import OutputError, UnreadableFileError
 from converter.pictures.drawing import Colour, class_colour
@@ -513,9 +513,7 @@ def render(data: ReportData) -> str:
     )
     return _template().render(
         data=data,
-        levels=[
-            (LEVELS.index(level.level) + 1, level, _figures(level)) for level in data.verdict.levels
-        ],
+        levels=[(_number(level), level, _figures(level)) for level in data.verdict.levels],
         tried=sorted(
             (trial for trial in data.verdict.tried if trial.status != "not tried"),
             key=lambda trial: _OUTCOMES.index(trial.status),
@@ -530,6 +528,11 @@ def render(data: ReportData) -> str:
         style_digest=_csp_digest(style),
         script_digest=_csp_digest(script),
     )
+
+
+def _number(level: Level) -> int | None:
+    """What `--level` calls a level; None of pictures, which have no number."""
+    return NUMBERED.index(level.level) + 1 if level.level in NUMBERED else None
 
 
 def _csp_digest(text: str) -> str:
@@ -548,12 +551,16 @@ def _figures(level: Level) -> list[tuple[str, str]]:
         "against": ("held against", _against),
         "different": ("other than expected", _count),
         "different_files": ("files changed since", _count),
+        "pictures": ("pictures", "{:,}".format),
+        "task": ("task", str),
         "max_abs": ("largest difference", _figure),
         "tolerance": ("tolerance", "{:g}".format),
         "relative_tolerance": ("or, of the range", "{:g}".format),
         "best_class": ("same best class", _share),
         "mask_iou": ("mask IoU", "{:.4f}".format),
         "same_segment": ("pixels in the same segment", _share),
+        "equal_pixels": ("pixels with the recorded result", _share),
+        "least_equal_pixels": ("at least", _share),
         "recorded_sha256": ("SHA-256 of the recording", str),
     }
     shown = [

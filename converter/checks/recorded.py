@@ -1,18 +1,21 @@
 """Recorded outputs: what the original implementation computed, to hold a model against."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from converter.catalog import CATALOG
+from converter.catalog import CATALOG, Task
 from converter.checks.verdict import BASES, Basis
 from converter.configs import read_json_object
 from converter.errors import UnreadableFileError
 from converter.weights.tensorfiles import TensorFile
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
 FILE = "recorded.safetensors"
@@ -20,6 +23,9 @@ PROVENANCE_FILE = "recorded.json"
 
 # what recorded.json calls the original implementation
 ORIGINAL = "github.com/tue-mps/eomt"
+
+# of a picture's file
+_MAX_BYTES = 2**28
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,29 @@ class Recorded:
         return found
 
 
+@dataclass(frozen=True)
+class RecordedPictures:
+    """The pictures of a recording, and what was made of them.
+
+    Attributes:
+        images: in RGB.
+        task: panoptic, instance or semantic; None where recorded.json does not say.
+        stuff_classes: ids of classes without instances; None where recorded.json does not say.
+        tensors: the tensors ``pipeline.*``, by name.
+    """
+
+    images: "tuple[Image, ...]"
+    task: Task | None
+    stuff_classes: tuple[int, ...] | None
+    tensors: "dict[str, Tensor]"
+
+    @property
+    def pixels(self) -> "Tensor":
+        """What the network takes of the pictures, (inputs, 3, height, width) uint8."""
+        windows = self.tensors.get("pipeline.crops")
+        return self.tensors["pipeline.pixels"] if windows is None else windows
+
+
 def find_recorded(path: Path) -> Path:
     """The recorded.safetensors of a folder, or the file itself.
 
@@ -123,6 +152,101 @@ def read_recorded(path: Path) -> Recorded:
     if tensors["pixels"].dtype != torch.uint8:
         raise UnreadableFileError(f"The pixels in {file} are not uint8.")
     return Recorded(file, digest, _read_origin(file, digest), tensors)
+
+
+def read_pictures(recorded: Recorded) -> RecordedPictures | str:
+    """Reads the pictures of a recording and what was made of them.
+
+    Returns:
+        A sentence, where the recording has none, or not all that is needed to use them.
+
+    Raises:
+        UnreadableFileError: a picture is not the one that recorded.json tells of, or cannot be
+            read; or tensors do not go together, or hold NaN or infinity.
+    """
+    import torch
+
+    with TensorFile(recorded.path) as stored:
+        names = [name for name in stored.tensors if name.startswith("pipeline.")]
+        tensors = {name: torch.from_numpy(stored.read(name)) for name in names}
+    if not tensors:
+        return "The recording has no pictures."
+    _check_pipeline(recorded.path, tensors)
+    path = recorded.path.with_name(PROVENANCE_FILE)
+    if not path.is_file():
+        return f"There is no {PROVENANCE_FILE}, which tells of the recorded pictures."
+    content = read_json_object(path)
+    count = len(tensors.get("pipeline.pixels", ()))
+    if "pipeline.origins" in tensors:
+        count = 1 + int(tensors["pipeline.origins"][:, 0].max())
+    images = []
+    for index in range(count):
+        name = f"images/{index}.png"
+        digest = _member(content, "sha256").get(name)
+        if digest is None:
+            return f"{PROVENANCE_FILE} of the recording does not tell of {name}."
+        if not (recorded.path.parent / name).is_file():
+            return f"{name} of the recording is missing."
+        images.append(_read_image(recorded.path.parent / name, digest))
+    task, stuff = content.get("task"), content.get("stuff_classes")
+    if not isinstance(stuff, list) or not all(isinstance(i, int) for i in stuff):
+        stuff = None
+    return RecordedPictures(
+        tuple(images),
+        task if task in get_args(Task) else None,
+        None if stuff is None else tuple(stuff),
+        tensors,
+    )
+
+
+def _check_pipeline(file: Path, tensors: "Mapping[str, Tensor]") -> None:
+    """Checks that what was recorded of pictures goes together.
+
+    Raises:
+        UnreadableFileError: it does not.
+    """
+    import torch
+
+    inputs = "pipeline.crops" if "pipeline.crops" in tensors else "pipeline.pixels"
+    ranks = {inputs: 4, "pipeline.mask_logits": 4, "pipeline.class_logits": 3}
+    if inputs == "pipeline.crops":
+        ranks["pipeline.origins"] = 2
+    for name, rank in ranks.items():
+        if name not in tensors or tensors[name].ndim != rank or not tensors[name].numel():
+            raise UnreadableFileError(f"{file} has no {name} of {rank} dimensions.")
+        if len(tensors[name]) != len(tensors[inputs]):
+            raise UnreadableFileError(f"{name} in {file} is not as long as {inputs}.")
+    if tensors[inputs].dtype != torch.uint8:
+        raise UnreadableFileError(f"{inputs} in {file} is not uint8.")
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UnreadableFileError(f"{name} in {file} holds NaN or infinity.")
+        stem, _, kind = name.rpartition("_")
+        if kind == "areas":
+            parts = [tensors.get(f"{stem}_{part}") for part in ("queries", "labels")]
+            if any(part is None or part.shape != (tensor.numel(),) for part in parts):
+                raise UnreadableFileError(f"{name} in {file} has not a query and a label each.")
+
+
+def _read_image(path: Path, sha256: str) -> "Image":
+    """A recorded picture in RGB.
+
+    Raises:
+        UnreadableFileError: it has another digest, or cannot be read.
+    """
+    from reference_model.pictures import read_picture
+
+    with path.open("rb") as file:
+        content = file.read(_MAX_BYTES)
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise UnreadableFileError(
+            f"{path} is not the recorded picture: {PROVENANCE_FILE} names another SHA-256.",
+            "Keep the files of a recording together.",
+        )
+    try:
+        return read_picture(BytesIO(content))
+    except Exception as error:  # on hostile files, decoders raise whatever comes up
+        raise UnreadableFileError(f"{path} is no picture that can be read: {error}.") from error
 
 
 def _read_origin(file: Path, sha256: str) -> Origin:

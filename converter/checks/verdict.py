@@ -4,7 +4,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-LEVELS = ("structure", "arithmetic", "numbers", "peers", "published")
+LEVELS = ("structure", "arithmetic", "numbers", "pictures", "peers", "published")
+
+# The levels that `--level` counts, from 1. Pictures have no number: they are checked where a later
+# level than numbers is asked for.
+NUMBERED = ("structure", "arithmetic", "numbers", "peers", "published")
 
 # how the reason of a level begins that was left out
 NOT_ASKED = "Only levels up to"
@@ -26,6 +30,9 @@ _KEPT = (
     "basis",
     "tolerance",
     "relative_tolerance",
+    "pictures",
+    "task",
+    "least_equal_pixels",
 )
 
 

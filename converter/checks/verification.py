@@ -19,7 +19,7 @@ from converter.checks.provenance import (
     read_history,
 )
 from converter.checks.recorded import Recorded, find_recorded, read_recorded
-from converter.checks.verdict import LEVELS, NOT_ASKED, Cause, Level, Verdict
+from converter.checks.verdict import LEVELS, NOT_ASKED, NUMBERED, Cause, Level, Verdict
 from converter.configs import (
     BackboneConfig,
     find_backbone_config,
@@ -98,7 +98,7 @@ class Options:
     """How a model is checked.
 
     Attributes:
-        level: the last of the five levels that is checked.
+        level: the last of the five numbered levels that is checked.
         against: a peer to compare with, if any.
         image: the picture that published outputs were recorded on; None to download it.
         device: where the model runs, as torch names it.
@@ -107,7 +107,7 @@ class Options:
         access: how the Hub is reached.
     """
 
-    level: int = len(LEVELS)
+    level: int = len(NUMBERED)
     against: Literal["transformers"] | None = None
     image: Path | None = None
     device: str = "cpu"
@@ -139,7 +139,7 @@ def verify(
     delta: str | None = None,
     backbone: str | None = None,
     against: Literal["transformers"] | None = None,
-    level: int = len(LEVELS),
+    level: int = len(NUMBERED),
     image: str | Path | None = None,
     device: str = "cpu",
     threads: int | None = None,
@@ -162,7 +162,7 @@ def verify(
         backbone: likewise.
         against: ``transformers`` to compare with its model, layer by layer.
         level: the last level that is checked: 1 structure, 2 arithmetic, 3 numbers, 4 peers,
-            5 published.
+            5 published. Pictures, which have no number, are checked from 4 on.
         image: the picture that published outputs were recorded on; by default it is downloaded.
         device: where the model runs, such as ``cuda``.
         threads: of torch on the CPU; by default as many as it takes.
@@ -179,8 +179,8 @@ def verify(
         UsageError: a level, a device or a peer that there is not.
         OutputError: the report cannot be written.
     """
-    if level not in range(1, len(LEVELS) + 1):
-        raise UsageError(f"There is no level {level}: {LEVELS[0]} is 1, {LEVELS[-1]} is 5.")
+    if level not in range(1, len(NUMBERED) + 1):
+        raise UsageError(f"There is no level {level}: {NUMBERED[0]} is 1, {NUMBERED[-1]} is 5.")
     access = Access.of(token, cache_dir, local_files_only)
     options = Options(
         level, against, Path(image).expanduser() if image else None, device, threads, access=access
@@ -251,24 +251,33 @@ def _check(found: "_Model", evidence: Evidence, options: Options) -> Findings:
     if evidence.recorded and options.level >= _number("numbers"):
         recorded = read_recorded(evidence.recorded)
     if found.misfits:
-        for name in LEVELS[_number("arithmetic") : options.level]:
-            levels[name] = Level(name, "not checked", "The model cannot be built.")
+        for name in LEVELS[LEVELS.index("numbers") :]:
+            if _is_asked(name, options):
+                levels[name] = Level(name, "not checked", "The model cannot be built.")
     elif options.level >= _number("numbers"):
         model = _build(found, options.device)
         numbers = _check_numbers(model, found, evidence, recorded)
         levels["numbers"] = numbers.level
+        if _is_asked("pictures", options):
+            levels["pictures"] = _check_pictures(model, found, evidence, recorded)
         if options.level >= _number("peers"):
             levels["peers"] = _check_peers(model, found, options, recorded, numbers)
         if options.level >= _number("published"):
             levels["published"] = _check_published(model, found, evidence, options)
-    for name in LEVELS[options.level :]:
-        levels[name] = Level(name, "not checked", _not_asked(options))
+    for name in LEVELS:
+        if name not in levels:
+            levels[name] = Level(name, "not checked", _not_asked(options))
     verdict = _with_diagnosis(tuple(levels.values()), found, evidence, recorded, numbers)
     return Findings(verdict, recorded, numbers.outputs if numbers else {})
 
 
 def _number(level: str) -> int:
-    return LEVELS.index(level) + 1
+    return NUMBERED.index(level) + 1
+
+
+def _is_asked(level: str, options: Options) -> bool:
+    """Whether a level is to be checked; pictures are where any level after numbers is."""
+    return options.level >= _number("peers" if level == "pictures" else level)
 
 
 def _not_asked(options: Options) -> str:
@@ -565,6 +574,21 @@ def _tolerance(found: _Model) -> "Tolerance":
 
     declared = DTYPES.get(_dtype_in(found.values))
     return tolerance_for({declared} if declared else {i.dtype for i in found.tensors.values()})
+
+
+def _check_pictures(
+    model: "EomtDinov3ForUniversalSegmentation",
+    found: _Model,
+    evidence: Evidence,
+    recorded: Recorded | None,
+) -> Level:
+    from converter.checks.pictures import check_pictures
+
+    if recorded is None:
+        return Level("pictures", "not checked", NOTHING_RECORDED)
+    source = evidence.history or evidence.published
+    task = source.task if source else None
+    return check_pictures(model, found.folder, task, recorded, _tolerance(found))
 
 
 def _check_peers(

@@ -34,7 +34,8 @@ from converter.errors import NotVerifiedError, OutputsDifferError
     type=click.IntRange(1, 5),
     default=5,
     show_default=True,
-    help="Check up to this level: 1 structure, 2 arithmetic, 3 numbers, 4 peers, 5 published.",
+    help="Check up to this level: 1 structure, 2 arithmetic, 3 numbers, 4 peers, 5 published; from "
+    "4 on also the recorded pictures.",
 )
 @click.option(
     "--image",

@@ -1,0 +1,282 @@
+"""Recorded pictures taken through a model's preprocessing, network and post-processing."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from converter.catalog import Task
+from converter.checks.comparison import (
+    Tolerance,
+    compare,
+    equal_areas,
+    equal_pixels,
+    largest_difference,
+)
+from converter.checks.pipeline import Inputs, compute_logits, prepare, segment
+from converter.checks.recorded import Recorded, RecordedPictures, read_pictures
+from converter.checks.verdict import Level
+from converter.class_names import unnamed
+from converter.configs import preprocessor_config, read_json_object
+from reference_model import (
+    EomtDinov3Config,
+    EomtDinov3ForUniversalSegmentation,
+    EomtImageProcessor,
+)
+
+# what may be wrong in a model whose recorded pictures all come out right
+NOT_SHOWN = ("names of classes, and their order, in id2label",)
+
+_PREPROCESSOR = "preprocessor_config.json"
+
+# what decides how a picture becomes pixels; what becomes of them then shows in the logits
+_PREPARATION = ("do_split_image", "do_resize", "size", "do_pad", "resample")
+
+
+def check_pictures(
+    model: EomtDinov3ForUniversalSegmentation,
+    folder: Path,
+    task: str | None,
+    recorded: Recorded,
+    tolerance: Tolerance,
+) -> Level:
+    """Takes the recorded pictures through the processor, the network and the post-processing.
+
+    Args:
+        model: on the device where it is to run.
+        folder: with its config.json and preprocessor_config.json.
+        task: what conversion.json or the catalogue says that it segments, if they do.
+        recorded: what to hold it against.
+        tolerance: how far apart logits, and how many pixels of the results, may be.
+
+    Raises:
+        UnreadableFileError: the pictures of the recording are not those that it was made from.
+    """
+    if model.config.num_channels != 3:
+        return Level("pictures", "not checked", "Pictures have three channels, not the model's.")
+    pictures = read_pictures(recorded)
+    if isinstance(pictures, str):
+        return Level("pictures", "not checked", pictures)
+    problems, unchecked = _check_labels(model.config, folder, task, pictures)
+    figures: dict[str, Any] = {}
+    inputs = _prepare(folder, {}, pictures)
+    if isinstance(inputs, str) or _difference(inputs, pictures):
+        problems += _blame_preparation(folder, model.config.input_size, pictures)
+    else:
+        found, figures = _check_outputs(model, folder, inputs, pictures, tolerance)
+        problems += found
+        unchecked += _unchecked_results(pictures, figures.get("results", {}))
+    figures |= {
+        "pictures": len(pictures.images),
+        "task": pictures.task,
+        "not_checked": unchecked,
+        "not_shown": list(NOT_SHOWN),
+    }
+    if problems:
+        return Level("pictures", "failed", " ".join(problems), figures)
+    notes = [f"Not checked: {'; '.join(unchecked)}."] if unchecked else []
+    notes.append(f"Not shown by any recording: {'; '.join(NOT_SHOWN)}.")
+    return Level("pictures", "passed", " ".join(notes), figures)
+
+
+# what the model is for --------------------------------------------------------------------------
+
+
+def _check_labels(
+    config: EomtDinov3Config, folder: Path, task: str | None, pictures: RecordedPictures
+) -> tuple[list[str], list[str]]:
+    """What is wrong with task and stuff classes, and what of them cannot be told."""
+    problems, unchecked = [], []
+    if pictures.task is None:
+        unchecked.append("the task, which recorded.json does not say")
+    elif task is None:
+        unchecked.append("the task, which no conversion.json says")
+    elif task != pictures.task:
+        problems.append(f"task in conversion.json is {task}, recorded.json says {pictures.task}.")
+    if pictures.stuff_classes is None:
+        return problems, [*unchecked, "stuff_classes, which recorded.json does not say"]
+    names = tuple(config.id2label[i] for i in range(len(config.id2label)))
+    if not config.stuff_classes and pictures.stuff_classes and names == unnamed(len(names)).names:
+        unchecked.append(
+            "stuff_classes, of which config.json has none, nor names of classes; those of "
+            "recorded.json were used"
+        )
+    else:
+        problems += _differing_stuff("config.json", list(config.stuff_classes or ()), pictures)
+    # transformers has no such key, but the reference model's processor prefers it
+    stuff = read_json_object(folder / _PREPROCESSOR).get("stuff_classes")
+    if stuff is not None:
+        problems += _differing_stuff(_PREPROCESSOR, stuff, pictures)
+    return problems, unchecked
+
+
+def _differing_stuff(file: str, found: Any, pictures: RecordedPictures) -> Iterator[str]:
+    recorded = list(pictures.stuff_classes or ())
+    if not isinstance(found, list) or sorted(map(str, found)) != sorted(map(str, recorded)):
+        yield f"stuff_classes in {file} is {found}, recorded.json says {recorded}."
+
+
+# preprocessing ----------------------------------------------------------------------------------
+
+
+def _prepare(folder: Path, settings: Mapping[str, Any], pictures: RecordedPictures) -> Inputs | str:
+    """The recorded pictures as a model's processor makes them fit, or why it cannot.
+
+    Args:
+        folder: of the model.
+        settings: to be other than in its preprocessor_config.json.
+        pictures: to make fit.
+    """
+    try:
+        processor = EomtImageProcessor.from_pretrained(folder, **settings)
+        return prepare(processor, pictures.images)
+    except (ValueError, TypeError) as error:
+        return str(error)
+
+
+def _difference(inputs: Inputs, pictures: RecordedPictures) -> str:
+    """How inputs differ from the recorded ones; empty if they are equal."""
+    ours, theirs = inputs.pixels, pictures.pixels
+    if ours.shape != theirs.shape:
+        return f"they have the shape {list(ours.shape)}, recorded is the shape {list(theirs.shape)}"
+    if different := int((ours != theirs).any(1).sum()):
+        return f"{different:,} of {theirs[:, 0].numel():,} pixels differ"
+    windows, recorded = inputs.origins, pictures.tensors.get("pipeline.origins")
+    if windows is None or recorded is None:
+        return "" if windows is recorded else "only one of the two is cut into windows"
+    return "" if torch.equal(windows, recorded) else "windows are cut elsewhere"
+
+
+def _blame_preparation(
+    folder: Path, input_size: tuple[int, int], pictures: RecordedPictures
+) -> list[str]:
+    """What in the model's files keeps the pictures from becoming the recorded pixels.
+
+    It is the value of preprocessor_config.json without which they would, or else all values
+    together that are not those of the recording's conversion.
+
+    Args:
+        folder: of the model.
+        input_size: (height, width) by its config.json.
+        pictures: that do not become the recorded pixels.
+    """
+    found = read_json_object(folder / _PREPROCESSOR)
+    height, width = pictures.pixels.shape[-2:]
+    task: Task = "semantic" if "pipeline.crops" in pictures.tensors else "panoptic"
+    right = preprocessor_config(task, (height, width))
+    differing = {key: right[key] for key in _PREPARATION if found.get(key) != right[key]}
+    problems = []
+    for settings in (*({key: value} for key, value in differing.items()), differing):
+        inputs = _prepare(folder, settings, pictures)
+        if not isinstance(inputs, str) and not _difference(inputs, pictures):
+            problems = [
+                f"{key} in {_PREPROCESSOR} is {json.dumps(found.get(key))}, the recorded pictures "
+                f"were prepared with {json.dumps(value)}."
+                for key, value in settings.items()
+            ]
+            break
+    else:
+        inputs = _prepare(folder, {}, pictures)
+        reason = inputs if isinstance(inputs, str) else _difference(inputs, pictures)
+        problems = [f"By {_PREPROCESSOR} the recorded pictures become other pixels: {reason}."]
+    if input_size != (height, width):
+        problems.append(
+            f"image_size in config.json is {list(input_size)}, that of the recorded pictures is "
+            f"{[height, width]}."
+        )
+    return problems
+
+
+# network and post-processing --------------------------------------------------------------------
+
+
+def _check_outputs(
+    model: EomtDinov3ForUniversalSegmentation,
+    folder: Path,
+    inputs: Inputs,
+    pictures: RecordedPictures,
+    tolerance: Tolerance,
+) -> tuple[list[str], dict[str, Any]]:
+    """What is wrong with logits and results, and the figures."""
+    try:
+        logits = compute_logits(model, inputs)
+    except ValueError as error:
+        return [f"The recorded pictures do not suit the model: {error}."], {}
+    compared = {
+        name: compare(name, ours, pictures.tensors[name], tolerance)
+        for name, ours in logits.items()
+    }
+    problems = [comparison.failure for comparison in compared.values() if comparison.failure]
+    figures: dict[str, Any] = {
+        "tolerance": tolerance.absolute,
+        "relative_tolerance": tolerance.share,
+        "max_abs": largest_difference(compared),
+        "compared": {name: comparison.to_dict() for name, comparison in compared.items()},
+    }
+    if not all(comparison.same_shape for comparison in compared.values()):
+        return problems, figures
+    # Which queries become segments is decided at a threshold, to either side of which a right
+    # model's rounding may fall: on class logits as recorded, now that the model's own are compared.
+    decided = logits | {"pipeline.class_logits": pictures.tensors["pipeline.class_logits"]}
+    results = _equal_results(folder, decided, inputs, pictures)
+    if results:
+        least = min(results, key=lambda name: results[name])
+        figures |= {
+            "results": results,
+            "equal_pixels": results[least],
+            "least_equal_pixels": tolerance.equal_pixels,
+        }
+        if results[least] < tolerance.equal_pixels:
+            problems.append(
+                f"{results[least]:.2%} of the pixels of {least} are as recorded, less than "
+                f"{tolerance.equal_pixels:.1%}."
+            )
+    return problems, figures
+
+
+def _equal_results(
+    folder: Path, logits: Mapping[str, Tensor], inputs: Inputs, pictures: RecordedPictures
+) -> dict[str, float]:
+    """The share of every recorded result that comes out again, by the result's name.
+
+    It is of pixels; of instances, which overlap, it is of the areas of their masks.
+    """
+    if pictures.task is None:
+        return {}
+    recorded = pictures.tensors
+    found = segment(
+        EomtImageProcessor.from_pretrained(folder),
+        pictures.task,
+        logits,
+        inputs,
+        stuff_classes=pictures.stuff_classes,
+        top_k=max((len(areas) for name, areas in recorded.items() if _is_area(name)), default=0),
+    )
+    shares = {}
+    for name in recorded.keys() & found.keys():
+        if _is_area(name):
+            stem = name.removesuffix("areas")
+            ours, theirs = (
+                {key: results[stem + key] for key in ("queries", "labels", "areas")}
+                for results in (found, recorded)
+            )
+            shares[name] = equal_areas(ours, theirs)
+        elif ".instance_" not in name:
+            shares[name] = equal_pixels(found[name], recorded[name])
+    return dict(sorted(shares.items()))
+
+
+def _is_area(name: str) -> bool:
+    return name.endswith(".instance_areas")
+
+
+def _unchecked_results(pictures: RecordedPictures, shares: Mapping[str, float]) -> list[str]:
+    """What was recorded of the results and held against nothing."""
+    if not shares:
+        return ["results, of which the recording has none for its task"]
+    maps = (n for n in pictures.tensors if n.endswith(".semantic") or ".panoptic@" in n)
+    left = [name for name in maps if name not in shares]
+    return [f"{len(left)} results such as {left[0]}"] if left else []
