@@ -287,6 +287,7 @@ def _carry_out(
                     Evidence(
                         recorded=job.recorded,
                         published=_published(job),
+                        task=job.task,
                         sources=Provenance(inputs.files, plan),
                         recipes=merged.tensors,
                     ),

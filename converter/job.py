@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -294,4 +294,9 @@ def choose_class_names(job: Job, inputs: Inputs, count: int) -> ClassNames:
             f"{origin} has {len(classes.names)} class names, the weights have {count} classes.",
             "--labels takes a file with as many names, in the order of the class ids.",
         )
+    if job.labels and job.checkpoint and not classes.stuff:
+        # names alone do not tell which classes are stuff; of a checkpoint that is known
+        known = job.checkpoint.class_names(count)
+        if len(known.names) == count:
+            classes = replace(classes, stuff=known.stuff)
     return classes

@@ -1,5 +1,6 @@
 """What tests share: the offline checkpoints, converted once, and the command line."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -104,9 +105,14 @@ def derived(hub: Hub, me: str, tmp_path: Path) -> Path:
         {**backbone, "LICENSE.md": b"DINOv3 License\n"},
     )
     labels = tmp_path / "labels.json"
-    labels.write_text('["a", "b", "c", "d", "e", "f", "g"]')
+    categories = [{"id": i, "name": name, "isthing": i < 4} for i, name in enumerate("abcdefg")]
+    labels.write_text(json.dumps({"categories": categories}))
     converter.convert(
-        "coco_panoptic_small_640", tmp_path / "derived", labels=labels, recorded=source
+        "coco_panoptic_small_640",
+        tmp_path / "derived",
+        image_size=64,
+        labels=labels,
+        recorded=source,
     )
     hub.requests.clear()
     return tmp_path / "derived"

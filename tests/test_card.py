@@ -73,7 +73,10 @@ def test_the_text_tells_verdict_command_sources_and_use(
 
     assert "**Verified.**" in text
     assert "| structure | passed | tensors " in text
-    assert "eomt-convert --checkpoint coco_panoptic_small_640 --labels labels.json" in text
+    command = (
+        "eomt-convert --checkpoint coco_panoptic_small_640 --image-size 64x64 --labels labels.json"
+    )
+    assert command in text
     assert f"| delta | {delta['repo']} | {delta['revision']} | pytorch_model.bin |" in text
     assert f'EomtDinov3ForUniversalSegmentation.from_pretrained("{REPO}")' in text
     assert "from transformers import AutoImageProcessor" in text

@@ -169,6 +169,7 @@ def test_labels_name_the_classes(tmp_path: Path) -> None:
 
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["id2label"] == {str(i): name for i, name in enumerate("abcdefg")}
+    assert config["stuff_classes"] == [4, 5, 6]  # which names alone do not tell
 
 
 def test_labels_of_another_number_are_refused(tmp_path: Path) -> None:
@@ -237,6 +238,7 @@ def test_what_has_no_recording_is_unverified_not_passed(tmp_path: Path) -> None:
         "structure": "passed",
         "arithmetic": "passed",
         "numbers": "not checked",
+        "pictures": "not checked",
         "peers": "not checked",
         "published": "not checked",
     }

@@ -12,11 +12,13 @@ import torch
 from click.testing import Result
 from conftest import FIXTURES
 from hub_server import Hub
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import converter
 from converter.checks.comparison import TOLERANCE
 from converter.checks.recording import Recording, record
+from converter.checks.verdict import LEVELS
 from converter.errors import (
     EomtConvertError,
     OutputError,
@@ -96,6 +98,122 @@ def test_pictures_are_recorded_as_the_original_prepares_them(
     for logits in LOGITS:
         difference = (ours[logits] - original[f"pipeline.{logits}"]).abs().max()
         assert difference <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tiny_panoptic_64", "shapes_panoptic_128", "tiny_semantic_48", "tiny_instance_64_gated"],
+)
+def test_pictures_and_their_segments_are_recorded_as_those_of_the_original(
+    name: str, converted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pictures = sorted((FIXTURES / name / "images").iterdir())
+
+    record(converted(name), tmp_path / "recorded", images=pictures)
+
+    ours, original = read_recorded(tmp_path / "recorded"), read_recorded(FIXTURES / name)
+    pipeline = {tensor for tensor in original if tensor.startswith("pipeline.")}
+    scores = {tensor for tensor in pipeline if tensor.endswith("semantic_scores")}
+    assert {tensor for tensor in ours if tensor.startswith("pipeline.")} == pipeline - scores
+    for tensor in pipeline:
+        if tensor.endswith((".semantic", "@0.8", "@0.3")):
+            assert torch.equal(ours[tensor], original[tensor])
+    for index, picture in enumerate(pictures):
+        kept = tmp_path / "recorded" / "images" / f"{index}.png"
+        with Image.open(kept) as found, Image.open(picture) as expected:
+            assert found.tobytes() == expected.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("name", ["tiny_panoptic_64", "tiny_semantic_48", "tiny_instance_64_gated"])
+def test_other_preprocessing_fails_against_a_recording_of_pictures(
+    name: str, converted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pictures = sorted((FIXTURES / name / "images").iterdir())
+    record(converted(name), tmp_path / "recorded", images=pictures)
+    model = Path(shutil.copytree(converted(name), tmp_path / "model"))
+    (model / "conversion.json").unlink()
+
+    right = converter.verify(model, recorded=tmp_path / "recorded")
+    preprocessor = json.loads((model / "preprocessor_config.json").read_text())
+    (model / "preprocessor_config.json").write_text(json.dumps(preprocessor | {"resample": 3}))
+    wrong = converter.verify(model, recorded=tmp_path / "recorded")
+
+    level = right.levels[LEVELS.index("pictures")]
+    assert (right.verdict, level.status) == ("passed", "passed")
+    assert (level.figures["max_abs"], level.figures["equal_pixels"]) == (0, 1)
+    assert wrong.verdict == "failed"
+    assert wrong.reason.startswith("resample in preprocessor_config.json is 3")
+
+
+def test_a_picture_is_kept_without_what_its_file_says_besides(model: Path, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn clockwise shows it upright
+    exif[0x010E] = "taken at home"
+    picture = tmp_path / "me & you <b>.jpg"
+    with Image.open(FIXTURES / "tiny_panoptic_64/images/0.png") as image:
+        image.save(picture, exif=exif, comment=b"secret", icc_profile=b"profile")
+
+    record(model, tmp_path / "recorded", images=[picture])
+
+    (kept,) = (tmp_path / "recorded/images").iterdir()
+    with Image.open(kept) as found:
+        assert (found.size, found.info) == ((70, 90), {})
+    assert kept.name == "0.png"
+    assert converter.verify(model, recorded=tmp_path / "recorded").verdict == "passed"
+
+
+@pytest.mark.parametrize("given", [{"random": 1}, {"images": True, "image_size": (32, 48)}])
+def test_inputs_that_no_picture_becomes_are_recorded_without_pictures(
+    given: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    if "images" in given:
+        given = given | {"images": sorted((FIXTURES / "tiny_panoptic_64/images").iterdir())}
+
+    record(model, tmp_path / "recorded", **given)
+
+    assert not (tmp_path / "recorded/images").exists()
+    level = converter.verify(model, recorded=tmp_path / "recorded").levels[LEVELS.index("pictures")]
+    assert (level.status, level.reason) == ("not checked", "Nothing is recorded of pictures.")
+
+
+def test_a_model_that_nothing_tells_the_task_of_is_recorded_without_segments(
+    model: Path, tmp_path: Path
+) -> None:
+    (model / "conversion.json").unlink()
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"stuff_classes": []}))
+
+    record(model, tmp_path / "recorded", images=[FIXTURES / "tiny_panoptic_64/images/0.png"])
+
+    assert read_provenance(tmp_path / "recorded")["task"] is None
+    level = converter.verify(model, recorded=tmp_path / "recorded").levels[LEVELS.index("pictures")]
+    assert level.status == "passed"
+    assert "results, of which the recording has none" in level.reason
+
+
+def test_a_model_whose_pictures_fail_is_not_recorded(
+    converted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(converted("tiny_semantic_48"), tmp_path / "model"))
+    preprocessor = json.loads((model / "preprocessor_config.json").read_text())
+    (model / "preprocessor_config.json").write_text(json.dumps(preprocessor | {"resample": 3}))
+    history = json.loads((model / "conversion.json").read_text())
+    del history["files"]["preprocessor_config.json"]
+    (model / "conversion.json").write_text(json.dumps(history))
+
+    with pytest.raises(OutputsDifferError) as refused:
+        record(model, tmp_path / "recorded", random=1)
+
+    assert "resample in preprocessor_config.json is 3" in refused.value.verdict.reason
+
+
+def test_recording_pictures_again_gives_the_same_bytes(model: Path, tmp_path: Path) -> None:
+    picture = FIXTURES / "tiny_panoptic_64/images/1.png"
+    for place in ("one", "two"):
+        record(model, tmp_path / place, images=[picture])
+
+    for file in ("recorded.safetensors", "recorded.json", "images/0.png"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
 def test_recording_again_gives_the_same_bytes(
@@ -180,14 +298,21 @@ def test_recorded_json_tells_of_what_and_how_it_was_made(model: Path, tmp_path: 
 
     found = read_provenance(tmp_path / "recorded")
     assert found["sha256"] == {
-        "recorded.safetensors": sha256(tmp_path / "recorded/recorded.safetensors")
+        name: sha256(tmp_path / "recorded" / name)
+        for name in ("recorded.safetensors", "images/0.png")
     }
+    assert (found["task"], found["stuff_classes"]) == ("panoptic", [4, 5, 6])
     assert found["input"] == {"images": [{"name": "1.png", "sha256": sha256(picture)}]}
     assert found["model"] == {
         "repo": None,
         "checkpoint": "tiny_panoptic_64",
         "dtypes": ["F32"],
-        "verified": {"structure": "passed", "arithmetic": "passed", "numbers": "passed"},
+        "verified": {
+            "structure": "passed",
+            "arithmetic": "passed",
+            "numbers": "passed",
+            "pictures": "passed",
+        },
         "verdict": "passed",
         "basis": "original",
         "tensors": tensor_digests(model),
@@ -223,6 +348,7 @@ def test_a_model_that_nothing_vouches_for_is_recorded_as_such(model: Path, tmp_p
         "structure": "passed",
         "arithmetic": "not checked",
         "numbers": "not checked",
+        "pictures": "not checked",
     }
 
 
@@ -305,6 +431,39 @@ def test_force_does_not_replace_what_is_more_than_a_recording(model: Path, tmp_p
         record(model, model, random=1, force=True)
 
     assert (model / "model.safetensors").exists()
+
+
+def test_a_recording_of_pictures_is_replaced_with_force(model: Path, tmp_path: Path) -> None:
+    pictures = sorted((FIXTURES / "tiny_panoptic_64/images").iterdir())
+    record(model, tmp_path / "recorded", images=pictures)
+
+    record(model, tmp_path / "recorded", images=pictures[:1], force=True)
+
+    assert [path.name for path in (tmp_path / "recorded/images").iterdir()] == ["0.png"]
+
+
+@pytest.mark.parametrize("stray", ["images/holiday.png", "images/0.png/deep.txt"])
+def test_force_does_not_replace_pictures_of_somebody_else(
+    model: Path, tmp_path: Path, stray: str
+) -> None:
+    recorded = tmp_path / "recorded"
+    record(model, recorded, random=1)
+    (recorded / stray).parent.mkdir(parents=True)
+    (recorded / stray).write_bytes(b"")
+
+    with pytest.raises(OutputError, match="does not replace"):
+        record(model, recorded, random=1, force=True)
+
+    assert (recorded / stray).exists()
+
+
+def test_force_does_not_replace_a_folder_of_pictures(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "tiny_panoptic_64/images", tmp_path / "album/images")
+
+    with pytest.raises(OutputError, match="does not replace"):
+        record(model, tmp_path / "album", random=1, force=True)
+
+    assert (tmp_path / "album/images/1.png").exists()
 
 
 def test_the_command_tells_what_it_recorded(command: Callable[..., Result], model: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import converter
 from converter.checks.comparison import TOLERANCE
-from converter.checks.verdict import LEVELS, Level, Verdict
+from converter.checks.verdict import LEVELS, NUMBERED, Level, Verdict
 from converter.errors import UnreadableFileError, UsageError
 from converter.testing import assert_matches_recorded
 from reference_model import EomtDinov3ForUniversalSegmentation
@@ -36,7 +36,7 @@ def change_json(path: Path, **changes: Any) -> None:
 
 
 def statuses(verdict: Verdict) -> dict[str, str]:
-    """Of the levels that need nothing but the folder."""
+    """Of the levels up to numbers."""
     return {level.level: level.status for level in verdict.levels[:3]}
 
 
@@ -404,7 +404,8 @@ def test_levels_are_checked_up_to_the_one_asked_for(level: int, model: Path) -> 
 
     assert [entry.level for entry in found.levels] == list(LEVELS)
     checked = {entry.level for entry in found.levels if entry.status != "not checked"}
-    assert checked == set(LEVELS[: min(level, 3)])
+    expected = {"structure", "arithmetic", "numbers", "pictures"}
+    assert checked == (expected if level > 3 else set(NUMBERED[:level]))
     assert found.verdict == ("passed" if level >= 3 else "unverified")
 
 
@@ -424,6 +425,12 @@ def test_threads_are_set_for_the_check_alone(model: Path, monkeypatch: pytest.Mo
     assert asked == [3, before]
 
 
+def test_pictures_have_no_number() -> None:
+    assert NUMBERED == ("structure", "arithmetic", "numbers", "peers", "published")
+    assert [level for level in LEVELS if level not in NUMBERED] == ["pictures"]
+    assert LEVELS.index("pictures") == LEVELS.index("numbers") + 1
+
+
 def test_a_right_model_is_run_once_for_each_recorded_set(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -437,7 +444,7 @@ def test_a_right_model_is_run_once_for_each_recorded_set(
     monkeypatch.setattr(EomtDinov3ForUniversalSegmentation, "forward", counted)
 
     assert converter.verify(model, recorded=TINY).verdict == "passed"
-    assert runs == ["unmasked", "masked"]
+    assert runs == ["unmasked", "masked", "unmasked"]  # the last one for the pictures
 
 
 def test_a_model_on_the_hub_is_checked(model: Path, hub: Hub) -> None:

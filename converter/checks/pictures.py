@@ -48,7 +48,7 @@ def check_pictures(
     Args:
         model: on the device where it is to run.
         folder: with its config.json and preprocessor_config.json.
-        task: what conversion.json or the catalogue says that it segments, if they do.
+        task: what it was converted to segment, where that is known.
         recorded: what to hold it against.
         tolerance: how far apart logits, and how many pixels of the results, may be.
 
@@ -93,7 +93,7 @@ def _check_labels(
     if pictures.task is None:
         unchecked.append("the task, which recorded.json does not say")
     elif task is None:
-        unchecked.append("the task, which no conversion.json says")
+        unchecked.append("the task, which no conversion.json says of the model")
     elif task != pictures.task:
         problems.append(f"task in conversion.json is {task}, recorded.json says {pictures.task}.")
     if pictures.stuff_classes is None:

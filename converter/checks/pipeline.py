@@ -41,6 +41,12 @@ class Inputs:
     origins: Tensor | None
     sizes: tuple[tuple[int, int], ...]
 
+    def named(self) -> dict[str, Tensor]:
+        """The inputs by the names of recorded tensors."""
+        if self.origins is None:
+            return {"pipeline.pixels": self.pixels}
+        return {"pipeline.crops": self.pixels, "pipeline.origins": self.origins}
+
 
 def prepare(processor: EomtImageProcessor, images: Sequence[Image.Image]) -> Inputs:
     """Makes the network's inputs of pictures in RGB.

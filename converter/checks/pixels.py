@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from converter.configs import read_json_object
 from converter.errors import UnreadableFileError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
 
@@ -69,6 +70,27 @@ def _per_channel(values: Any, channels: int) -> tuple[float, ...]:
     if len(values) != channels:
         raise ValueError(f"{len(values)} values for {channels} channels")
     return tuple(float(value) for value in values)
+
+
+def open_picture(path: Path, file: BinaryIO | None = None) -> "Image":
+    """A picture in RGB, upright, and nothing that its file says besides.
+
+    Args:
+        path: of its file.
+        file: with the content, if that was read already.
+
+    Raises:
+        UnreadableFileError: it is none that can be read.
+    """
+    import numpy as np
+    from PIL import Image
+
+    from reference_model.pictures import read_picture
+
+    try:
+        return Image.fromarray(np.asarray(read_picture(file or path)))
+    except Exception as error:  # on hostile files, decoders raise whatever comes up
+        raise UnreadableFileError(f"{path} is no picture that can be read: {error}.") from error
 
 
 def read_picture(path: Path) -> "Tensor":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from converter.catalog import CATALOG, Task
+from converter.checks.pixels import open_picture
 from converter.checks.verdict import BASES, Basis
 from converter.configs import read_json_object
 from converter.errors import UnreadableFileError
@@ -23,6 +24,9 @@ PROVENANCE_FILE = "recorded.json"
 
 # what recorded.json calls the original implementation
 ORIGINAL = "github.com/tue-mps/eomt"
+
+# where the pictures of a recording lie beside it, as 0.png, 1.png and so on
+IMAGES = "images"
 
 # of a picture's file
 _MAX_BYTES = 2**28
@@ -170,7 +174,7 @@ def read_pictures(recorded: Recorded) -> RecordedPictures | str:
         names = [name for name in stored.tensors if name.startswith("pipeline.")]
         tensors = {name: torch.from_numpy(stored.read(name)) for name in names}
     if not tensors:
-        return "The recording has no pictures."
+        return "Nothing is recorded of pictures."
     _check_pipeline(recorded.path, tensors)
     path = recorded.path.with_name(PROVENANCE_FILE)
     if not path.is_file():
@@ -181,7 +185,7 @@ def read_pictures(recorded: Recorded) -> RecordedPictures | str:
         count = 1 + int(tensors["pipeline.origins"][:, 0].max())
     images = []
     for index in range(count):
-        name = f"images/{index}.png"
+        name = f"{IMAGES}/{index}.png"
         digest = _member(content, "sha256").get(name)
         if digest is None:
             return f"{PROVENANCE_FILE} of the recording does not tell of {name}."
@@ -234,8 +238,6 @@ def _read_image(path: Path, sha256: str) -> "Image":
     Raises:
         UnreadableFileError: it has another digest, or cannot be read.
     """
-    from reference_model.pictures import read_picture
-
     with path.open("rb") as file:
         content = file.read(_MAX_BYTES)
     if hashlib.sha256(content).hexdigest() != sha256:
@@ -243,10 +245,7 @@ def _read_image(path: Path, sha256: str) -> "Image":
             f"{path} is not the recorded picture: {PROVENANCE_FILE} names another SHA-256.",
             "Keep the files of a recording together.",
         )
-    try:
-        return read_picture(BytesIO(content))
-    except Exception as error:  # on hostile files, decoders raise whatever comes up
-        raise UnreadableFileError(f"{path} is no picture that can be read: {error}.") from error
+    return open_picture(path, BytesIO(content))
 
 
 def _read_origin(file: Path, sha256: str) -> Origin:

@@ -1,15 +1,16 @@
 """Records what a model computes today, so that tomorrow's can be held against it."""
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converter.checks.pixels import read_normalisation
+from converter.checks.pixels import open_picture, read_normalisation
 from converter.checks.provenance import read_history
-from converter.checks.recorded import FILE, PROVENANCE_FILE
-from converter.checks.verdict import LEVELS, Verdict
+from converter.checks.recorded import FILE, IMAGES, PROVENANCE_FILE
+from converter.checks.verdict import LEVELS, NUMBERED, Verdict
 from converter.checks.verification import verify
 from converter.configs import write_json
 from converter.errors import (
@@ -20,23 +21,25 @@ from converter.errors import (
     UsageError,
 )
 from converter.hub.access import Access
-from converter.models import fetch_model, repository_of, torch_device
+from converter.models import fetch_model, find_task, repository_of, torch_device
 from converter.staging import check_place, staged
 from converter.version import __version__
 from converter.weights.writing import SafetensorsWriter, TensorSpecs
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
-    from reference_model import EomtDinov3ForUniversalSegmentation
+    from converter.checks.pipeline import Inputs
+    from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor
 
 # what a model must not fail for its outputs to be worth recording
-_CHECKED = LEVELS[: LEVELS.index("numbers") + 1]
+_CHECKED = LEVELS[: LEVELS.index("pictures") + 1]
 
 _LOGITS = ("mask_logits", "class_logits")
 
 # numpy's names of what is recorded, as safetensors has them
-_DTYPES = {"float32": "F32", "uint8": "U8"}
+_DTYPES = {"float32": "F32", "uint8": "U8", "int16": "I16", "int64": "I64"}
 
 
 @dataclass(frozen=True)
@@ -94,15 +97,16 @@ def record(
 
     Args:
         model: its folder, or a Hub repository as owner/name or owner/name@revision.
-        output: the folder to write: recorded.safetensors, and recorded.json, which tells of what
-            and how it was made.
+        output: the folder to write: recorded.safetensors; recorded.json, which tells of what and
+            how it was made; and the pictures.
         images: pictures, resized and padded or cut into windows by the model's image processor.
+            They are kept, as PNG without what else their files hold, and so are their segments.
         random: instead of pictures, so many inputs of random pixels.
         seed: of the random pixels.
         layers: also record what every layer puts out for the first input, and every block's
             predictions with masked attention.
         image_size: of the input, (height, width) in pixels; by default the model's own. A smaller
-            one makes a smaller recording.
+            one makes a smaller recording, without segments.
         force: replace a recording that exists.
         device: where the model runs, such as ``cuda``.
         threads: of torch on the CPU; by default as many as it takes.
@@ -128,7 +132,7 @@ def record(
     folder, repo_id = fetch_model(model, access), repository_of(model)
     verdict = verify(
         folder,
-        level=len(_CHECKED),
+        level=NUMBERED.index("peers") + 1,
         device=device,
         threads=threads,
         token=token,
@@ -142,27 +146,47 @@ def record(
             verdict,
         )
     files = [Path(image).expanduser() for image in images]
+    pictures = [open_picture(file) for file in files]
+    task = _task_of(model, folder)
     with torch_device(device, threads):
         network = _load(folder, device)
+        processor = _load_processor(folder)
         if random:
             pixels = _random_pixels(network, random, seed, image_size)
         else:
-            pixels = _read_pictures(files, folder, image_size)
-        inputs = read_normalisation(folder / "preprocessor_config.json", pixels.shape[1])(pixels)
-        tensors = {**_compute(network, inputs, layers=layers), "pixels": pixels}
+            inputs = _prepare(processor, pictures, image_size)
+            pixels = inputs.pixels
+        values = read_normalisation(folder / "preprocessor_config.json", pixels.shape[1])(pixels)
+        tensors = {**_compute(network, values, layers=layers), "pixels": pixels}
+        if random or image_size not in (None, processor.image_size):
+            pictures = []  # of other inputs than pictures become
+        else:
+            tensors |= _segment(processor, task, tensors, inputs)
         description = {
             "model": _describe(folder, repo_id, verdict),
+            "task": task,
+            "stuff_classes": list(network.config.stuff_classes or ()),
             "input": {"random": random, "seed": seed} if random else {"images": _digests(files)},
             "provenance": _provenance(device),
         }
-    return _write(place, tensors, description, verdict)
+    return _write(place, tensors, pictures, description, verdict)
 
 
 def _check_place(place: Path, *, force: bool) -> None:
     """Checks that a recording may go to a place; only another recording is ever replaced."""
     if not (force and place.is_dir()):
         check_place(place, force=False)
-    elif others := {entry.name for entry in place.iterdir()} - {FILE, PROVENANCE_FILE}:
+        return
+    names = {entry.name for entry in place.iterdir()}
+    others = names - {FILE, PROVENANCE_FILE} if FILE in names else names
+    if (place / IMAGES).is_dir() and FILE in names:
+        others -= {IMAGES}
+        others |= {
+            f"{IMAGES}/{entry.name}"
+            for entry in (place / IMAGES).iterdir()
+            if not (re.fullmatch(r"\d+\.png", entry.name) and entry.is_file())
+        }
+    if others:
         raise OutputError(
             f"{place} has more in it than a recording ({', '.join(sorted(others)[:3])}); "
             "--force does not replace that.",
@@ -195,23 +219,38 @@ def _load(folder: Path, device: str) -> "EomtDinov3ForUniversalSegmentation":
 # the input --------------------------------------------------------------------------------------
 
 
-def _read_pictures(
-    files: Sequence[Path], folder: Path, image_size: tuple[int, int] | None
-) -> "Tensor":
-    """Pictures as a model's image processor makes them fit, (batch, 3, height, width) uint8."""
-    import torch
-
+def _load_processor(folder: Path) -> "EomtImageProcessor":
     from reference_model import EomtImageProcessor
 
     try:
-        processor = EomtImageProcessor.from_pretrained(folder, do_rescale=False, do_normalize=False)
-        size = processor.size
-        if image_size:
-            size = dict(zip(("height", "width"), image_size, strict=True))
-        inputs: Tensor = processor(files, size=size).pixel_values
+        return EomtImageProcessor.from_pretrained(folder)
     except (OSError, ValueError) as error:
+        raise UnreadableFileError(f"{folder} has no usable image processor: {error}") from error
+
+
+def _prepare(
+    processor: "EomtImageProcessor",
+    pictures: "Sequence[Image]",
+    image_size: tuple[int, int] | None,
+) -> "Inputs":
+    """Pictures as a model's image processor makes them fit."""
+    from converter.checks.pipeline import prepare
+
+    if image_size:
+        size = dict(zip(("height", "width"), image_size, strict=True))
+        processor = replace(processor, size=size)
+    try:
+        return prepare(processor, pictures)
+    except ValueError as error:
         raise UnreadableFileError(f"The pictures cannot be used: {error}") from error
-    return inputs.to(torch.uint8)
+
+
+def _task_of(model: str | Path, folder: Path) -> str | None:
+    """What a model segments; None where nothing tells."""
+    try:
+        return find_task(model, folder)
+    except UsageError:
+        return None
 
 
 def _random_pixels(
@@ -261,6 +300,27 @@ def _compute(
         if not torch.isfinite(output).all():
             raise EomtConvertError(f"The model puts out NaN or infinity: {name}.")
     return outputs
+
+
+def _segment(
+    processor: "EomtImageProcessor",
+    task: str | None,
+    outputs: "Mapping[str, Tensor]",
+    inputs: "Inputs",
+) -> "dict[str, Tensor]":
+    """What is recorded of pictures: inputs, logits, and results where it is known of which task."""
+    import torch
+
+    from converter.checks.pipeline import segment
+
+    logits = {f"pipeline.{name}": outputs[name] for name in _LOGITS}
+    results = segment(processor, task, logits, inputs) if task else {}
+    return {
+        **inputs.named(),
+        **logits,
+        # ids are small, and maps as large as the pictures
+        **{n: r.to(torch.int16) if r.ndim > 1 else r for n, r in results.items()},
+    }
 
 
 def _rope(model: "EomtDinov3ForUniversalSegmentation", inputs: "Tensor") -> "dict[str, Tensor]":
@@ -331,17 +391,28 @@ def _digests(files: Iterable[Path]) -> list[dict[str, str]]:
 
 
 def _write(
-    place: Path, tensors: "Mapping[str, Tensor]", description: Mapping[str, Any], verdict: Verdict
+    place: Path,
+    tensors: "Mapping[str, Tensor]",
+    pictures: "Sequence[Image]",
+    description: Mapping[str, Any],
+    verdict: Verdict,
 ) -> Recording:
     arrays = {name: tensor.contiguous().numpy() for name, tensor in tensors.items()}
     specs = {name: (_DTYPES[array.dtype.name], array.shape) for name, array in arrays.items()}
-    with staged(place, size=sum(array.nbytes for array in arrays.values())) as stage:
+    size = sum(array.nbytes for array in arrays.values())
+    size += sum(3 * picture.width * picture.height for picture in pictures)
+    with staged(place, size=size) as stage:
         with SafetensorsWriter(stage.folder / FILE, specs) as file:
             for array in arrays.values():
                 file.write(array)
         recording = Recording(place, specs, file.size, file.sha256(), verdict)
-        write_json(
-            stage.folder / PROVENANCE_FILE, {**description, "sha256": {FILE: recording.sha256}}
-        )
+        digests = {FILE: recording.sha256}
+        if pictures:
+            (stage.folder / IMAGES).mkdir()
+        for index, picture in enumerate(pictures):
+            path = stage.folder / IMAGES / f"{index}.png"
+            picture.save(path, "PNG")
+            digests[f"{IMAGES}/{path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        write_json(stage.folder / PROVENANCE_FILE, {**description, "sha256": digests})
         stage.publish(place)
     return recording

@@ -77,6 +77,7 @@ class Evidence:
     Attributes:
         recorded: its recorded.safetensors, if there is one.
         published: the catalogue's entry whose weights it has, if any.
+        task: what it was converted to segment, where that is known.
         history: what its conversion.json says, if there is one.
         sources: the files it was made from; or, in a sentence, why they are not at hand.
         recipes: SHA-256 of every tensor as its recipe makes it; None without the sources.
@@ -86,6 +87,7 @@ class Evidence:
 
     recorded: Path | None = None
     published: Checkpoint | None = None
+    task: str | None = None
     history: History | None = None
     sources: Provenance | str = "The sources are not at hand."
     recipes: Mapping[str, str] | None = None
@@ -204,6 +206,7 @@ def verify(
         evidence = Evidence(
             recorded=find_recorded(place) if place else None,
             published=checkpoint if has_weights_of(checkpoint, history) else None,
+            task=history.task if history else (checkpoint.task if checkpoint else None),
             history=history,
             sources=sources,
             recipes=sources.digests() if isinstance(sources, Provenance) else None,
@@ -586,9 +589,7 @@ def _check_pictures(
 
     if recorded is None:
         return Level("pictures", "not checked", NOTHING_RECORDED)
-    source = evidence.history or evidence.published
-    task = source.task if source else None
-    return check_pictures(model, found.folder, task, recorded, _tolerance(found))
+    return check_pictures(model, found.folder, evidence.task, recorded, _tolerance(found))
 
 
 def _check_peers(
