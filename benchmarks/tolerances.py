@@ -4,7 +4,9 @@
 
 Runs the offline checkpoints and a model of ViT-S's sizes in every way that leaves a model right,
 and prints the largest differences beside the tolerances, as a table in Markdown. The ViT-S has
-random weights, so wide that its logits reach 60, as those of the published models do.
+random weights, so wide that its logits reach 60, as those of the published models do. Results are
+segments by every task that the inputs allow, from the masks of one way and the classes of the usual
+one, as verification makes them; their difference is the share of a picture's pixels.
 """
 
 import argparse
@@ -22,15 +24,22 @@ from typing import TypeAlias
 
 import torch
 from forward import config_of
+from PIL import Image
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import converter
 from converter.catalog import CATALOG
-from converter.checks.comparison import ROUNDED_TOLERANCES, TOLERANCE
-from converter.checks.numbers import masked_predictions, run
+from converter.checks.comparison import (
+    EQUAL_PIXELS,
+    ROUNDED_TOLERANCES,
+    TOLERANCE,
+    equal_results,
+)
+from converter.checks.numbers import LOGITS, masked_predictions, run
+from converter.checks.pipeline import Inputs, prepare, segment
 from converter.checks.pixels import read_normalisation
-from converter.checks.recorded import read_recorded
+from converter.checks.recorded import read_pictures, read_recorded
 from reference_model import EomtDinov3ForUniversalSegmentation as Model
 from reference_model import EomtImageProcessor
 
@@ -51,6 +60,7 @@ KINDS = {
     "hidden states": ("patch_embeddings", "hidden_states.", "last_hidden_state"),
     "masked logits": ("masked.",),
 }
+RESULTS = "results"
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,7 @@ class Subject:
         folder: of the model.
         inputs: (batch, channels, height, width), normalised.
         recorded: what the original computed on another machine; empty if nothing was recorded.
+        pictures: that the input was made of; None if it was not.
         masked: whether it is run with masked attention too.
         slow: whether 16-bit arithmetic takes a CPU minutes.
     """
@@ -68,6 +79,7 @@ class Subject:
     folder: Path
     inputs: Tensor
     recorded: Outputs
+    pictures: Inputs | None = None
     masked: bool = True
     slow: bool = False
 
@@ -79,6 +91,20 @@ class Subject:
         outputs = run(model, inputs)
         return outputs | masked_predictions(model, inputs) if self.masked else outputs
 
+    def segment(self, outputs: Outputs, expected: Outputs) -> Outputs:
+        """Results by every task, with the classes that are expected."""
+        if self.pictures is None:
+            return {}
+        processor = EomtImageProcessor.from_pretrained(self.folder)
+        logits = {f"pipeline.{name}": outputs[name].float() for name in LOGITS}
+        logits["pipeline.class_logits"] = expected["class_logits"]
+        windows = self.pictures.origins is not None
+        tasks = ("semantic",) if windows else ("panoptic", "instance", "semantic")
+        results: dict[str, Tensor] = {}
+        for task in tasks:
+            results |= segment(processor, task, logits, self.pictures)
+        return results
+
 
 def offline_subject(name: str, recorded: Path, place: Path) -> Subject:
     converter.convert(name, place, verify=False)
@@ -86,14 +112,28 @@ def offline_subject(name: str, recorded: Path, place: Path) -> Subject:
     return Subject(place, _normalised(found.pixels, place), found.tensors)
 
 
+def offline_pictures(recorded: Path, place: Path) -> Subject:
+    """The pictures of an offline checkpoint that was converted before."""
+    pictures = read_pictures(read_recorded(recorded))
+    if isinstance(pictures, str):
+        raise TypeError(pictures)
+    inputs = prepare(EomtImageProcessor.from_pretrained(place), pictures.images)
+    theirs = {name: pictures.tensors[f"pipeline.{name}"] for name in LOGITS}
+    return Subject(place, inputs.values, theirs, inputs, masked=False)
+
+
 def random_subject(place: Path, image_size: int) -> Subject:
     config = replace(config_of("small", image_size), initializer_range=WEIGHT_STD)
     model = Model(config)
     model.attn_mask_probs.zero_()  # as in a converted model
     model.save_pretrained(place)
-    EomtImageProcessor().save_pretrained(place)
+    processor = EomtImageProcessor(do_pad=True)
+    processor.save_pretrained(place)
     pixels = torch.randint(256, (2, 3, image_size, image_size), dtype=torch.uint8)
-    return Subject(place, _normalised(pixels, place), {}, masked=False, slow=True)
+    inputs = prepare(
+        processor, [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pixels]
+    )
+    return Subject(place, inputs.values, {}, inputs, masked=False, slow=True)
 
 
 def _normalised(pixels: Tensor, folder: Path) -> Tensor:
@@ -185,36 +225,55 @@ class Row:
     def measure(self, subject: Subject, expected: Outputs) -> dict[str, float]:
         """The largest difference in each kind of outputs; NaN where there are none."""
         outputs = self.compute(subject)
-        found = dict.fromkeys(KINDS, math.nan)
+        found = dict.fromkeys((*KINDS, RESULTS), math.nan)
+        if outputs and subject.pictures:
+            shares = equal_results(*(subject.segment(o, expected) for o in (outputs, expected)))
+            found[RESULTS] = 1 - min(shares.values())
         for kind, prefixes in KINDS.items():
             for name in expected:
                 if name.startswith(prefixes) and name in outputs and self._is_compared(name):
                     largest = difference(outputs[name], expected[name], of_range=self.of_range)
-                    found[kind] = max(largest, found[kind], key=_or_zero)
+                    found[kind] = max(largest, found[kind], key=_or_least)
         return found
 
-    def cells(self, measured: list[float]) -> list[str]:
-        """The differences as they are printed, then the tolerance and how often they fit in it."""
+    def cells(self, measured: list[float], results: list[float]) -> list[str]:
+        """The differences as they are printed, then the tolerance and how often they fit in it.
+
+        Args:
+            measured: of each kind of outputs.
+            results: shares of pixels.
+        """
         tolerance = ROUNDED_TOLERANCES[self.dtype] if self.of_range else TOLERANCE
-        largest = max(measured, key=_or_zero)
-        margin = f"{tolerance / largest:.1f}" if largest else "exact"
-        end = [self._shown(tolerance), margin] if self.checked else ["none", ""]
-        return [self.title, *map(self._shown, measured), *end]
+        return [
+            self.title,
+            *(_shown(value, of_range=self.of_range) for value in measured),
+            *self._limit(measured, tolerance, of_range=self.of_range),
+            *(_shown(value, of_range=True) for value in results),
+            *self._limit(results, 1 - EQUAL_PIXELS[self.dtype], of_range=True),
+        ]
+
+    def _limit(self, measured: list[float], tolerance: float, *, of_range: bool) -> list[str]:
+        if not self.checked:
+            return ["none", ""]
+        largest = max(measured, key=_or_least)
+        margin = f"{tolerance / largest:.1f}" if largest > 0 else "exact"
+        return [_shown(tolerance, of_range=of_range), margin]
 
     def _is_compared(self, name: str) -> bool:
         # masks are cut off at 0, so that rounded weights move all that masks have reached
         return not (self.of_range and name.startswith("masked.") and not name.endswith(".0"))
 
-    def _shown(self, value: float) -> str:
-        if math.isnan(value):
-            return "–"
-        if value == 0:
-            return "0"
-        return f"{value:.2%}" if self.of_range else f"{value:.1e}"
+
+def _shown(value: float, *, of_range: bool) -> str:
+    if math.isnan(value):
+        return "–"
+    if value == 0:
+        return "0"
+    return f"{value:.3%}" if of_range else f"{value:.1e}"
 
 
-def _or_zero(value: float) -> float:
-    return 0.0 if math.isnan(value) else value
+def _or_least(value: float) -> float:
+    return -1.0 if math.isnan(value) else value
 
 
 def difference(ours: Tensor, expected: Tensor, *, of_range: bool) -> float:
@@ -252,24 +311,29 @@ def main() -> None:
         process_without_avx(arguments.threads) as pool,
     ):
         place = Path(folder)
-        groups = [
-            [
-                offline_subject(entry.name, entry.recorded, place / entry.name)
-                for entry in CATALOG
-                if entry.recorded
-            ],
-            [random_subject(place / "small", arguments.image_size)],
+        offline = [
+            subject
+            for entry in CATALOG
+            if entry.recorded
+            for subject in (
+                offline_subject(entry.name, entry.recorded, place / entry.name),
+                offline_pictures(entry.recorded, place / entry.name),
+            )
         ]
+        groups = [offline, [random_subject(place / "small", arguments.image_size)]]
         expected = [[usual(subject) for subject in group] for group in groups]
         kinds = [f"{title}: {kind}" for title in ("offline", "ViT-S") for kind in KINDS]
-        header = ["", *kinds[:-1], "tolerance", "margin"]  # the ViT-S runs without masks
+        results = [f"{title}: {RESULTS}" for title in ("offline", "ViT-S")]
+        limit = ["tolerance", "margin"]
+        header = ["", *kinds[:-1], *limit, *results, *limit]  # the ViT-S runs without masks
         print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}")
         for row in rows(pool, arguments.threads):
-            measured = []
+            measured, shares = [], []
             for group, outputs in zip(groups, expected, strict=True):
                 found = list(map(row.measure, group, outputs))
-                measured += [max((f[kind] for f in found), key=_or_zero) for kind in KINDS]
-            print(f"| {' | '.join(row.cells(measured[:-1]))} |", flush=True)
+                measured += [max((f[kind] for f in found), key=_or_least) for kind in KINDS]
+                shares.append(max((f[RESULTS] for f in found), key=_or_least))
+            print(f"| {' | '.join(row.cells(measured[:-1], shares))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ from converter.catalog import Task
 from converter.checks.comparison import (
     Tolerance,
     compare,
-    equal_areas,
-    equal_pixels,
+    equal_results,
     largest_difference,
 )
 from converter.checks.pipeline import Inputs, compute_logits, prepare, segment
@@ -240,37 +239,19 @@ def _check_outputs(
 def _equal_results(
     folder: Path, logits: Mapping[str, Tensor], inputs: Inputs, pictures: RecordedPictures
 ) -> dict[str, float]:
-    """The share of every recorded result that comes out again, by the result's name.
-
-    It is of pixels; of instances, which overlap, it is of the areas of their masks.
-    """
+    """The share of every recorded result that comes out again, by the result's name."""
     if pictures.task is None:
         return {}
-    recorded = pictures.tensors
+    areas = (t for name, t in pictures.tensors.items() if name.endswith(".instance_areas"))
     found = segment(
         EomtImageProcessor.from_pretrained(folder),
         pictures.task,
         logits,
         inputs,
         stuff_classes=pictures.stuff_classes,
-        top_k=max((len(areas) for name, areas in recorded.items() if _is_area(name)), default=0),
+        top_k=max(map(len, areas), default=0),
     )
-    shares = {}
-    for name in recorded.keys() & found.keys():
-        if _is_area(name):
-            stem = name.removesuffix("areas")
-            ours, theirs = (
-                {key: results[stem + key] for key in ("queries", "labels", "areas")}
-                for results in (found, recorded)
-            )
-            shares[name] = equal_areas(ours, theirs)
-        elif ".instance_" not in name:
-            shares[name] = equal_pixels(found[name], recorded[name])
-    return dict(sorted(shares.items()))
-
-
-def _is_area(name: str) -> bool:
-    return name.endswith(".instance_areas")
+    return equal_results(found, pictures.tensors)
 
 
 def _unchecked_results(pictures: RecordedPictures, shares: Mapping[str, float]) -> list[str]:
