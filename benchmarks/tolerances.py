@@ -249,7 +249,7 @@ class Row:
             *(_shown(value, of_range=self.of_range) for value in measured),
             *self._limit(measured, tolerance, of_range=self.of_range),
             *(_shown(value, of_range=True) for value in results),
-            *self._limit(results, 1 - EQUAL_PIXELS[self.dtype], of_range=True),
+            *self._limit(results, round(1 - EQUAL_PIXELS[self.dtype], 9), of_range=True),
         ]
 
     def _limit(self, measured: list[float], tolerance: float, *, of_range: bool) -> list[str]:
@@ -269,7 +269,7 @@ def _shown(value: float, *, of_range: bool) -> str:
         return "–"
     if value == 0:
         return "0"
-    return f"{value:.3%}" if of_range else f"{value:.1e}"
+    return f"{100 * value:.2g}%" if of_range else f"{value:.1e}"
 
 
 def _or_least(value: float) -> float:

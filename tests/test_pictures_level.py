@@ -96,7 +96,7 @@ def test_a_right_model_passes_with_figures(name: str, converted: Callable[[str],
     assert set(figures["results"]) == {n for n in recorded if n.endswith(kinds)}
     assert set(figures["compared"]) == {"pipeline.mask_logits", "pipeline.class_logits"}
     assert figures["max_abs"] <= TOLERANCE
-    assert figures["equal_pixels"] > 0.9999
+    assert figures["equal_pixels"] > 0.999
     assert figures["not_checked"] == []
     assert figures["task"] == read_json(FIXTURES / name / "recorded.json")["task"]
     assert figures["pictures"] == len(list((FIXTURES / name / "images").iterdir()))
@@ -112,7 +112,7 @@ def test_rounded_weights_pass_within_their_own_tolerance(
     level = pictures_of(conversion.verdict)
     assert level.status == "passed"
     assert level.figures["max_abs"] > TOLERANCE
-    assert level.figures["least_equal_pixels"] < 0.999
+    assert level.figures["least_equal_pixels"] < 0.995
 
 
 @pytest.mark.parametrize("name", ["tiny_panoptic_64", "tiny_instance_64_gated"])
@@ -290,7 +290,7 @@ def test_without_names_missing_stuff_classes_are_not_checked_and_the_recorded_on
     (unchecked,) = (said for said in level.figures["not_checked"] if "stuff" in said)
     assert "those of recorded.json were used" in unchecked
     assert unchecked in level.reason
-    assert level.figures["equal_pixels"] > 0.9999
+    assert level.figures["equal_pixels"] > 0.999
 
 
 @pytest.mark.parametrize("name", ["shapes_panoptic_128", SEMANTIC])
@@ -384,7 +384,7 @@ def test_results_that_differ_in_a_twentieth_of_a_picture_fail(
     level = checked(converted(name), recording(name, edit))
 
     assert level.status == "failed"
-    assert f"of the pixels of {result} are as recorded, less than 99.9%" in level.reason
+    assert f"of the pixels of {result} are as recorded, less than 99.5%" in level.reason
     assert 0.9 < level.figures["equal_pixels"] < 0.99
 
 
@@ -595,7 +595,7 @@ def test_a_conversion_keeps_the_level_in_its_record_and_card(tmp_path: Path) -> 
         "task": "semantic",
         "tolerance": 2e-4,
         "relative_tolerance": 1e-5,
-        "least_equal_pixels": 0.999,
+        "least_equal_pixels": 0.995,
     }
     made = ModelRecord(read_json(folder / "conversion.json"), read_json(folder / "config.json"))
     card = model_card("me/model", made).text
@@ -609,7 +609,7 @@ def test_terminal_page_and_json_show_it(command: Command, own: Callable[[str], P
     page = Path("page.html").read_text()
 
     assert "pictures passed: 2 pictures, tolerance 0.0002" in shown
-    assert "results equal in 100.0% of the pixels (at least 99.9%)" in shown
+    assert "results equal in 100.0% of the pixels (at least 99.5%)" in shown
     assert "Not shown by any recording: names of classes" in shown
     assert '<span class="level">–</span>pictures' in page
     assert '<span class="level">4</span>peers' in page

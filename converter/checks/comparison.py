@@ -18,9 +18,9 @@ FLOAT32_TOLERANCE = 1e-5
 ROUNDED_TOLERANCES = {"BF16": 0.04, "F16": 0.005}
 
 # Of the pixels of a result, so many are as recorded, for each element type of the weights. Up to
-# 0.004%, 1.8% and 0.3% are not (benchmarks/tolerances.py); where rounding is coarse there is room
-# for a segment that stays or goes by its overlap.
-EQUAL_PIXELS = {"F32": 0.999, "BF16": 0.9, "F16": 0.98}
+# 0.004%, 1.8% and 0.3% are not (benchmarks/tolerances.py). Single pixels of a small picture are
+# more than that, and where rounding is coarse a segment may stay or go by its overlap.
+EQUAL_PIXELS = {"F32": 0.995, "BF16": 0.9, "F16": 0.98}
 
 
 @dataclass(frozen=True)
