@@ -11,15 +11,18 @@ import pytest
 import torch
 from click.testing import Result
 from conftest import FIXTURES, NAMES
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import converter
+from converter.checks import pipeline
 from converter.checks.comparison import TOLERANCE, equal_areas, equal_pixels
 from converter.checks.verdict import LEVELS, Level, Verdict
 from converter.errors import OutputsDifferError, UnreadableFileError
 from converter.hub.card import ModelRecord, model_card
 from converter.testing import assert_matches_recorded
+from reference_model import EomtImageProcessor
 
 SEMANTIC = "tiny_semantic_48"
 PANOPTIC = ("shapes_panoptic_128", "tiny_panoptic_64", "tiny_panoptic_48x80")
@@ -386,6 +389,30 @@ def test_results_that_differ_in_a_twentieth_of_a_picture_fail(
     assert level.status == "failed"
     assert f"of the pixels of {result} are as recorded, less than 99.5%" in level.reason
     assert 0.9 < level.figures["equal_pixels"] < 0.99
+
+
+@pytest.mark.parametrize(("name", "query"), [("tiny_panoptic_64", 6), ("tiny_panoptic_48x80", 7)])
+def test_a_score_that_rounding_moves_across_the_threshold_does_not_fail_a_right_model(
+    name: str,
+    query: int,
+    converted: Callable[[str], Path],
+    recording: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def put_on_the_threshold(tensors: dict[str, Tensor]) -> None:
+        classes = tensors["pipeline.class_logits"]
+        before = classes[0, query].softmax(-1).max()
+        classes[0, query, classes[0, query].argmax()] += TOLERANCE / 2
+        threshold = float((before + classes[0, query].softmax(-1).max()) / 2)
+        monkeypatch.setattr(pipeline, "PANOPTIC_THRESHOLDS", ((threshold, 0.1),))
+        processor = EomtImageProcessor.from_pretrained(converted(name))
+        images = [Image.open(path) for path in sorted((FIXTURES / name / "images").iterdir())]
+        inputs = pipeline.prepare(processor, images)
+        tensors |= pipeline.segment(processor, "panoptic", tensors, inputs)
+
+    level = checked(converted(name), recording(name, put_on_the_threshold))
+
+    assert level.status == "passed"
 
 
 @pytest.mark.parametrize("name", ["tiny_panoptic_64", SEMANTIC, "tiny_instance_64_gated"])
