@@ -191,10 +191,12 @@ def computed_in(dtype: torch.dtype, subject: Subject) -> Outputs:
 @contextmanager
 def process_without_avx(threads: int) -> Iterator[Executor]:
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        before = dict(os.environ)
         os.environ.update(WITHOUT_AVX)
         pool.submit(torch.set_num_threads, threads).result()  # starts the process
         for name in WITHOUT_AVX:  # which this process, too, would read before its first product
             del os.environ[name]
+        os.environ.update(before)
         yield pool
 
 

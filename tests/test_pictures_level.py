@@ -248,7 +248,7 @@ def test_a_model_that_was_converted_for_another_task_fails(
         converter.convert(name, tmp_path / "out", task=task, recorded=FIXTURES / name)
 
     recorded = read_json(FIXTURES / name / "recorded.json")["task"]
-    said = f"task in conversion.json is {task}, recorded.json says {recorded}."
+    said = f"by conversion.json or its published name, is {task}; recorded.json says {recorded}."
     assert said in pictures_of(refused.value.verdict).reason
 
 

@@ -94,11 +94,15 @@ def _check_labels(
     elif task is None:
         unchecked.append("the task, which no conversion.json says of the model")
     elif task != pictures.task:
-        problems.append(f"task in conversion.json is {task}, recorded.json says {pictures.task}.")
+        problems.append(
+            f"The model's task, by conversion.json or its published name, is {task}; recorded.json "
+            f"says {pictures.task}."
+        )
     if pictures.stuff_classes is None:
         return problems, [*unchecked, "stuff_classes, which recorded.json does not say"]
-    names = tuple(config.id2label[i] for i in range(len(config.id2label)))
-    if not config.stuff_classes and pictures.stuff_classes and names == unnamed(len(names)).names:
+    names = config.id2label.values()
+    placeholders = set(names) == set(unnamed(len(names)).names)
+    if pictures.stuff_classes and not config.stuff_classes and placeholders:
         unchecked.append(
             "stuff_classes, of which config.json has none, nor names of classes; those of "
             "recorded.json were used"

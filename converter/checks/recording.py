@@ -100,7 +100,8 @@ def record(
         output: the folder to write: recorded.safetensors; recorded.json, which tells of what and
             how it was made; and the pictures.
         images: pictures, resized and padded or cut into windows by the model's image processor.
-            They are kept, as PNG without what else their files hold, and so are their segments.
+            They are kept, as PNG without what else their files hold, and so are their segments
+            where it is known which task the model is for.
         random: instead of pictures, so many inputs of random pixels.
         seed: of the random pixels.
         layers: also record what every layer puts out for the first input, and every block's
@@ -150,10 +151,10 @@ def record(
     task = _task_of(model, folder)
     with torch_device(device, threads):
         network = _load(folder, device)
-        processor = _load_processor(folder)
         if random:
             pixels = _random_pixels(network, random, seed, image_size)
         else:
+            processor = _load_processor(folder)
             inputs = _prepare(processor, pictures, image_size)
             pixels = inputs.pixels
         values = read_normalisation(folder / "preprocessor_config.json", pixels.shape[1])(pixels)

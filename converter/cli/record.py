@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     "images",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="A picture as input; may be given several times.",
+    help="A picture as input, which is kept; may be given several times.",
 )
 @click.option("--random", metavar="N", type=click.IntRange(1), help="Random pixels as N inputs.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of --random.")
