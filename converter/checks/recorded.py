@@ -95,7 +95,7 @@ class RecordedPictures:
         images: in RGB.
         task: panoptic, instance or semantic; None where recorded.json does not say.
         stuff_classes: ids of classes without instances; None where recorded.json does not say.
-        tensors: the tensors ``pipeline.*``, by name.
+        tensors: the tensors ``pipeline.*`` without scores, by name.
     """
 
     images: "tuple[Image, ...]"
@@ -171,8 +171,12 @@ def read_pictures(recorded: Recorded) -> RecordedPictures | str:
     import torch
 
     with TensorFile(recorded.path) as stored:
-        names = [name for name in stored.tensors if name.startswith("pipeline.")]
-        tensors = {name: torch.from_numpy(stored.read(name)) for name in names}
+        tensors = {
+            name: torch.from_numpy(stored.read(name))
+            for name in stored.tensors
+            # scores are held against nothing, and those of a semantic picture are large
+            if name.startswith("pipeline.") and not name.endswith("_scores")
+        }
     if not tensors:
         return "Nothing is recorded of pictures."
     _check_pipeline(recorded.path, tensors)
