@@ -1,7 +1,6 @@
 """The reference model run on a recorded input, beside what was recorded."""
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -71,7 +70,7 @@ def check_numbers(
         return _no_numbers(str(error))
     compared |= _compare_masked(model, inputs, recorded, tolerance)
     if backbone and (theirs := recorded.tensors.get("backbone.last_hidden_state")) is not None:
-        with torch.inference_mode(), exact_convolutions():
+        with torch.inference_mode():
             tokens = backbone(inputs[: len(theirs)].to(model.device)).cpu()
         name = "backbone.last_hidden_state"
         compared[name] = compare(name, tokens, theirs, tolerance)
@@ -106,15 +105,9 @@ def run(model: EomtDinov3ForUniversalSegmentation, inputs: Tensor) -> dict[str, 
     Raises:
         ValueError: height or width is not a multiple of the patch size.
     """
-    with torch.inference_mode(), exact_convolutions():
+    with torch.inference_mode():
         output = model(inputs.to(model.device), output_hidden_states=True)
     return {name: tensor.cpu() for name, tensor in named_outputs(output).items()}
-
-
-def exact_convolutions() -> AbstractContextManager[None]:
-    """On CUDA, convolutions in float32 proper; cuDNN rounds their inputs to TF32 otherwise."""
-    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(allow_tf32=False)
-    return flags
 
 
 def _compare(
@@ -169,7 +162,7 @@ def masked_predictions(
         inputs: (batch, channels, height, width), rescaled and normalised.
     """
     off, model.attn_mask_probs = model.attn_mask_probs, torch.ones_like(model.attn_mask_probs)
-    with torch.inference_mode(), exact_convolutions():
+    with torch.inference_mode():
         blocks = model(inputs.to(model.device), output_block_logits=True).block_logits
     model.attn_mask_probs = off
     return {
