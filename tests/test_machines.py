@@ -7,16 +7,24 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from conftest import FIXTURES, NAMES
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
 
 import converter
+from converter.checks.numbers import masked_predictions
+from converter.checks.pixels import read_normalisation
+from converter.checks.recorded import read_recorded
 from converter.checks.recording import record
+from converter.checks.verdict import Verdict
+from reference_model import EomtDinov3ForUniversalSegmentation as Model
+from reference_model import Prediction
 
 pytestmark = pytest.mark.numbers
 
@@ -24,6 +32,177 @@ TINY = FIXTURES / "tiny_panoptic_64"
 
 # torch 2.9 and newer have one setting for every kind of operation
 HAS_NEW_WAY = hasattr(torch.backends, "fp32_precision")
+
+# a difference that rounding makes in logits: half of the tolerance
+ROUNDING = 1e-4
+
+
+def verify_numbers(model: Path, recorded: Path) -> Verdict:
+    return converter.verify(model, recorded=recorded, level=3)
+
+
+# masked attention -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def undecided(converted: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
+    """A converted model, all of whose mask logits are near 0, where masked attention branches."""
+
+    def make(name: str) -> Path:
+        shutil.copytree(converted(name), tmp_path / "model")
+        (tmp_path / "model/conversion.json").unlink()
+        state = load_file(tmp_path / "model/model.safetensors")
+        for part in ("weight", "bias"):
+            state[f"mask_head.fc3.{part}"] *= 1e-4
+        save_file(state, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
+        return tmp_path / "model"
+
+    return make
+
+
+def compute_as_on_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the model round otherwise wherever it predicts."""
+    predict = Model.predict
+
+    def rounded(self: Model, x: Tensor, grid: tuple[int, int]) -> Prediction:
+        masks, classes = predict(self, x, grid)
+        return Prediction(masks + ROUNDING, classes - ROUNDING)
+
+    monkeypatch.setattr(Model, "predict", rounded)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_right_model_passes_where_rounding_moves_the_edges_of_masks(
+    name: str, undecided: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, recorded = undecided(name), tmp_path / "recorded"
+    with monkeypatch.context() as other_machine:
+        compute_as_on_another_machine(other_machine)
+        record(model, recorded, random=1, layers=True)
+
+    assert edges_moved(model, recorded)
+    verdict = verify_numbers(model, recorded)
+
+    assert verdict.verdict == "passed", verdict.reason
+    assert verdict.levels[2].figures["max_abs"] == pytest.approx(ROUNDING, rel=0.3)
+
+
+def edges_moved(folder: Path, recorded: Path) -> bool:
+    """Whether a model's own masks lead it elsewhere than those that were recorded."""
+    found = read_recorded(recorded)
+    inputs = read_normalisation(folder / "preprocessor_config.json", 3)(found.pixels)
+    own = masked_predictions(Model.from_pretrained(folder), inputs)
+    last = f"masked.class_logits.{len(found.numbered('masked.class_logits')) - 1}"
+    return bool((own[last] - found.tensors[last]).abs().max() > 10 * ROUNDING)
+
+
+def transposed(logits: Tensor, grid: tuple[int, int]) -> Tensor:
+    return logits.mT
+
+
+def as_nearest(logits: Tensor, grid: tuple[int, int]) -> Tensor:
+    return F.interpolate(logits, grid, mode="nearest")
+
+
+def of_another_query(logits: Tensor, grid: tuple[int, int]) -> Tensor:
+    return logits.roll(1, dims=1)
+
+
+def one_patch_further(logits: Tensor, grid: tuple[int, int]) -> Tensor:
+    return logits.roll(logits.shape[-1] // grid[1], dims=-1)
+
+
+def open_everywhere(logits: Tensor, grid: tuple[int, int]) -> Tensor:
+    return torch.ones_like(logits)
+
+
+@pytest.mark.parametrize("name", ["shapes_panoptic_128", "tiny_panoptic_48x80"])
+@pytest.mark.parametrize(
+    "fault", [transposed, as_nearest, of_another_query, one_patch_further, open_everywhere]
+)
+def test_masks_that_are_applied_wrongly_fail(
+    name: str,
+    fault: Callable[[Tensor, tuple[int, int]], Tensor],
+    converted: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, attention_mask = converted(name), Model.attention_mask
+
+    def wrong(self: Model, logits: Tensor, grid: tuple[int, int], probability: float) -> Tensor:
+        return attention_mask(self, fault(logits, grid), grid, probability)
+
+    monkeypatch.setattr(Model, "attention_mask", wrong)
+
+    verdict = verify_numbers(model, FIXTURES / name)
+
+    assert verdict.verdict == "failed"
+    assert verdict.first_difference
+    assert verdict.first_difference.tensor.startswith("masked.")
+
+
+@pytest.mark.parametrize("name", ["tiny_panoptic_64", "tiny_semantic_48"])
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_every_blocks_own_mask_logits_are_compared(
+    name: str, block: int, converted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, predict, calls = converted(name), Model.predict, 0
+
+    def wrong(self: Model, x: Tensor, grid: tuple[int, int]) -> Prediction:
+        nonlocal calls
+        calls += 1
+        masks, classes = predict(self, x, grid)
+        # the first call of all is that of the pass without masks
+        return Prediction(masks + 0.01 * (calls - 2 == block), classes)
+
+    monkeypatch.setattr(Model, "predict", wrong)
+
+    verdict = verify_numbers(model, FIXTURES / name)
+
+    assert verdict.verdict == "failed"
+    assert verdict.first_difference
+    assert verdict.first_difference.tensor == f"masked.mask_logits.{block}"
+
+
+def with_one_query_less(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    masked = {name for name in tensors if name.startswith("masked.")}
+    return tensors | {name: tensors[name][:, 1:].contiguous() for name in masked}
+
+
+def with_one_block_more(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = ("masked.mask_logits", "masked.class_logits")
+    return tensors | {f"{name}.3": tensors[f"{name}.2"].clone() for name in names}
+
+
+def with_other_masks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return tensors | {"masked.mask_logits.0": -tensors["masked.mask_logits.0"]}
+
+
+@pytest.mark.parametrize("change", [with_one_query_less, with_one_block_more, with_other_masks])
+def test_recorded_masks_of_another_model_fail(
+    change: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    converted: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    tensors = load_file(TINY / "recorded.safetensors")
+    save_file(change(tensors), tmp_path / "recorded.safetensors")
+
+    verdict = verify_numbers(converted("tiny_panoptic_64"), tmp_path)
+
+    assert verdict.verdict == "failed"
+    assert verdict.reason.startswith("masked.")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_block_of_rounded_weights_is_compared(
+    name: str, dtype: Literal["bfloat16", "float16"], tmp_path: Path
+) -> None:
+    found = converter.convert(name, tmp_path / "out", dtype=dtype).verdict
+
+    assert found.verdict == "passed", found.reason
+    recorded = load_file(FIXTURES / name / "recorded.safetensors")
+    masked = {tensor for tensor in recorded if tensor.startswith("masked.")}
+    assert masked <= found.levels[2].figures["compared"].keys()
 
 
 # float32 ----------------------------------------------------------------------------------------
