@@ -138,9 +138,9 @@ def _compare_masked(
     """Compares the predictions of every block with masked attention on.
 
     A mask ends where a logit is 0, and there rounding decides: two right computations can differ by
-    thousands of tolerances two blocks later. So each block is masked by the recorded logits, and
-    the model's own are compared with them. The resized logits are means of four recorded ones,
-    which every CPU and GPU adds up in the same order.
+    hundreds of tolerances two blocks later. So each block is masked by the recorded logits, and the
+    model's own are compared with them. Resizing makes means of four recorded logits, which torch
+    adds up in one order whatever the CPU.
 
     Args:
         model: on any device.
