@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import converter
+from converter.checks.comparison import TOLERANCE
 from converter.checks.verdict import Verdict
 
 PANOPTIC, WIDE = "tiny_panoptic_64", "tiny_panoptic_48x80"
@@ -72,7 +73,7 @@ def assert_cause(found: Verdict, name: str, tensors: list[str]) -> None:
 def assert_reproduces(found: Verdict) -> None:
     assert found.cause is not None
     assert found.cause.residual is not None
-    assert found.cause.residual < 1e-4
+    assert found.cause.residual <= TOLERANCE
 
 
 # faults in the weights --------------------------------------------------------------------------
