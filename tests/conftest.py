@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from hub_server import Hub, point_client_at, running_hub
+from hypothesis import HealthCheck, settings
 from numpy.typing import ArrayLike
 
 import converter
@@ -26,6 +27,15 @@ NAMES = (
     "tiny_semantic_48",
     "tiny_instance_64_gated",
 )
+
+# How long examples take depends on the load. What cannot be repeated is of no use.
+settings.register_profile(
+    "tests", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+settings.load_profile("tests")
+
+# After so many seconds a process hangs, however slow the machine is.
+HANGS = 600
 
 # Share of a picture's pixels that may lie on the other side of an edge: where two queries or two
 # classes are as good as each other, rounding decides, and it depends on the machine.

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import HANGS
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import EomtDinov3ForUniversalSegmentation as TransformersModel
@@ -353,7 +354,7 @@ def test_processes_share_the_number_of_segments(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    ratios = [float(process.communicate(timeout=60)[0]) for process in processes]
+    ratios = [float(process.communicate(timeout=HANGS)[0]) for process in processes]
     # 1 and 3 segments, each divided by their mean 2
     assert ratios == pytest.approx([1 / 2, 3 / 2])
 

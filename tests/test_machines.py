@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from conftest import FIXTURES, NAMES
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_hook
@@ -285,7 +288,7 @@ class Settings:
 
 
 @pytest.fixture(scope="module")
-def settings() -> Mapping[tuple[str, str], Settings]:
+def around_a_block() -> Mapping[tuple[str, str], Settings]:
     """What becomes of settings, by what was set and what is set later."""
     cases = [(setting, "pass") for setting in OLD_WAY + NEW_WAY]
     cases += [(setting, "backends.fp32_precision = 'ieee'") for setting in GENERAL]
@@ -304,9 +307,9 @@ def multiplies_float32(settings: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("setting", OLD_WAY + NEW_WAY)
 def test_float32_is_multiplied_as_such_whatever_a_process_has_set(
-    setting: str, settings: Mapping[tuple[str, str], Settings]
+    setting: str, around_a_block: Mapping[tuple[str, str], Settings]
 ) -> None:
-    found = settings[setting, "pass"]
+    found = around_a_block[setting, "pass"]
 
     assert multiplies_float32(found.inside)
     assert found.inside["cudnn"] == found.before["cudnn"]
@@ -315,9 +318,9 @@ def test_float32_is_multiplied_as_such_whatever_a_process_has_set(
 
 @pytest.mark.parametrize("setting", GENERAL)
 def test_what_inherits_a_precision_goes_on_inheriting_it(
-    setting: str, settings: Mapping[tuple[str, str], Settings]
+    setting: str, around_a_block: Mapping[tuple[str, str], Settings]
 ) -> None:
-    assert multiplies_float32(settings[setting, "backends.fp32_precision = 'ieee'"].later)
+    assert multiplies_float32(around_a_block[setting, "backends.fp32_precision = 'ieee'"].later)
 
 
 @pytest.fixture
@@ -373,3 +376,15 @@ def test_a_right_model_passes_on_a_gpu_that_may_use_tf32(
     found = converter.verify(in_low_precision(name), recorded=FIXTURES / name, device="cuda")
 
     assert found.verdict == "passed", found.reason
+
+
+# load -------------------------------------------------------------------------------------------
+
+
+def test_examples_may_take_as_long_as_the_load_makes_them() -> None:
+    @settings(max_examples=2)
+    @given(st.integers())
+    def slow(_: int) -> None:
+        time.sleep(0.3)  # hypothesis allows 0.2 seconds otherwise
+
+    slow()
