@@ -17,6 +17,8 @@ import converter
 from converter.checks.comparison import TOLERANCE
 from converter.checks.verdict import Verdict
 
+pytestmark = pytest.mark.numbers
+
 PANOPTIC, WIDE = "tiny_panoptic_64", "tiny_panoptic_48x80"
 SEMANTIC, GATED, SHAPES = "tiny_semantic_48", "tiny_instance_64_gated", "shapes_panoptic_128"
 

@@ -18,6 +18,8 @@ from transformers import AutoImageProcessor, EomtImageProcessorPil
 from converter.checks.stages import STAGE_TOLERANCE
 from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor
 
+pytestmark = pytest.mark.numbers
+
 SEMANTIC = "tiny_semantic_48"
 SQUARE = EomtImageProcessor(size={"shortest_edge": 32, "longest_edge": 32}, do_pad=True)
 

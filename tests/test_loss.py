@@ -18,6 +18,8 @@ from transformers import logging as transformers_logging
 from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation, Prediction
 from reference_model.loss import SetCriterion
 
+pytestmark = pytest.mark.numbers
+
 # transformers' model takes squares only, and its masks are wrong for gated backbones
 PLAIN_AND_SQUARE = ("shapes_panoptic_128", "tiny_panoptic_64", "tiny_semantic_48")
 PARTS = {"loss_mask", "loss_dice", "loss_cross_entropy"}

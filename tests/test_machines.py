@@ -378,6 +378,24 @@ def test_a_right_model_passes_on_a_gpu_that_may_use_tf32(
     assert found.verdict == "passed", found.reason
 
 
+# instruction sets -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "instructions",
+    [
+        "ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2",
+        "ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE",
+    ],
+)
+def test_numbers_are_compared_under_smaller_instruction_sets_too(instructions: str) -> None:
+    script = (FIXTURES.parent / ".ci/run").read_text()
+    loop = script[script.index("for instructions in") :].partition("done")[0]
+
+    assert f'"{instructions}"' in loop
+    assert "env $instructions .venv-test/bin/pytest -m numbers" in loop
+
+
 # load -------------------------------------------------------------------------------------------
 
 

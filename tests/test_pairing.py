@@ -28,6 +28,8 @@ from converter.weights.pairing import PairCheck
 from converter.weights.plan import make_plan
 from converter.weights.tensorfiles import TensorFile
 
+pytestmark = pytest.mark.numbers
+
 TINY = FIXTURES / "tiny_panoptic_64"
 LAYOUTS = json.loads((FIXTURES / "layouts.json").read_text())
 

@@ -21,6 +21,8 @@ from reference_model import (
     post_processing,
 )
 
+pytestmark = pytest.mark.numbers
+
 PANOPTIC = ("shapes_panoptic_128", "tiny_panoptic_64", "tiny_panoptic_48x80")
 SEMANTIC = "tiny_semantic_48"
 INSTANCE = "tiny_instance_64_gated"

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from converter.checks.comparison import TOLERANCE
 from converter.cli import main
 
+pytestmark = pytest.mark.numbers
+
 Command = Callable[..., Result]
 
 ROOT = Path(__file__).parent.parent

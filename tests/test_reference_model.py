@@ -25,6 +25,8 @@ from transformers import EomtDinov3ForUniversalSegmentation as TransformersModel
 
 from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 
+pytestmark = pytest.mark.numbers
+
 PLAIN_AND_SQUARE = ("shapes_panoptic_128", "tiny_panoptic_64", "tiny_semantic_48")
 
 

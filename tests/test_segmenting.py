@@ -31,6 +31,8 @@ from converter.pictures.drawing import class_colour
 from converter.pictures.segmenting import SegmentedPicture, segment
 from reference_model import EomtDinov3ForUniversalSegmentation
 
+pytestmark = pytest.mark.numbers
+
 Converted = Callable[[str], Path]
 
 SHAPES, SEMANTIC, INSTANCE = "shapes_panoptic_128", "tiny_semantic_48", "tiny_instance_64_gated"
