@@ -231,7 +231,12 @@ NEW_WAY: tuple[str, ...] = (
     "backends.cuda.matmul.fp32_precision = 'tf32'",
     "backends.mkldnn.matmul.fp32_precision = 'bf16'",
 )
-GENERAL: tuple[str, ...] = ("pass", "backends.fp32_precision = 'tf32'")
+GENERAL: tuple[str, ...] = (
+    "pass",
+    "backends.fp32_precision = 'tf32'",
+    "backends.cudnn.fp32_precision = 'tf32'",
+)
+LATER = "backends.fp32_precision = backends.cudnn.fp32_precision = 'ieee'"
 if not HAS_NEW_WAY:
     NEW_WAY = GENERAL = ()
 
@@ -293,7 +298,7 @@ class Settings:
 def around_a_block() -> Mapping[tuple[str, str], Settings]:
     """What becomes of settings, by what was set and what is set later."""
     cases = [(setting, "pass") for setting in OLD_WAY + NEW_WAY]
-    cases += [(setting, "backends.fp32_precision = 'ieee'") for setting in GENERAL]
+    cases += [(setting, LATER) for setting in GENERAL]
     command = [sys.executable, "-W", "error", "-c", IN_A_BLOCK, json.dumps(cases)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     found = (Settings(*json.loads(line)) for line in output.splitlines())
@@ -322,7 +327,7 @@ def test_float32_is_multiplied_as_such_whatever_a_process_has_set(
 def test_what_inherits_a_precision_goes_on_inheriting_it(
     setting: str, around_a_block: Mapping[tuple[str, str], Settings]
 ) -> None:
-    assert multiplies_float32(around_a_block[setting, "backends.fp32_precision = 'ieee'"].later)
+    assert multiplies_float32(around_a_block[setting, LATER].later)
 
 
 @pytest.fixture
