@@ -14,7 +14,7 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from conftest import FIXTURES, NAMES
+from conftest import FIXTURES, HAS_NEW_WAY, NAMES, products_are_full_float32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -34,9 +34,6 @@ from reference_model import Prediction
 pytestmark = pytest.mark.numbers
 
 TINY = FIXTURES / "tiny_panoptic_64"
-
-# torch 2.9 and newer have one setting for every kind of operation
-HAS_NEW_WAY = hasattr(torch.backends, "fp32_precision")
 
 # a difference in logits that rounding can make
 ROUNDING = TOLERANCE / 2
@@ -182,7 +179,14 @@ def with_other_masks(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors | {"masked.mask_logits.0": -tensors["masked.mask_logits.0"]}
 
 
-@pytest.mark.parametrize("change", [with_one_query_less, with_one_block_more, with_other_masks])
+def with_masks_of_integers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return tensors | {"masked.mask_logits.0": tensors["masked.mask_logits.0"].int()}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [with_one_query_less, with_one_block_more, with_other_masks, with_masks_of_integers],
+)
 def test_recorded_masks_of_another_model_fail(
     change: Callable[[dict[str, Tensor]], dict[str, Tensor]],
     converted: Callable[[str], Path],
@@ -340,14 +344,6 @@ def in_low_precision(converted: Callable[[str], Path]) -> Iterator[Callable[[str
     torch.set_float32_matmul_precision("highest")
 
 
-def matmul_is_full() -> bool:
-    if HAS_NEW_WAY:
-        backends: Any = torch.backends
-        found = {backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision}
-        return found == {"ieee"}
-    return torch.get_float32_matmul_precision() == "highest"
-
-
 def test_models_are_verified_recorded_and_diagnosed_in_full_float32(
     in_low_precision: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -360,7 +356,8 @@ def test_models_are_verified_recorded_and_diagnosed_in_full_float32(
     full: dict[str, list[bool]] = {}
 
     def note(module: torch.nn.Module, _inputs: Any, _output: Any) -> None:
-        full.setdefault(type(module).__module__.partition(".")[0], []).append(matmul_is_full())
+        package = type(module).__module__.partition(".")[0]
+        full.setdefault(package, []).append(products_are_full_float32())
 
     hook = register_module_forward_hook(note)
     try:
@@ -372,7 +369,7 @@ def test_models_are_verified_recorded_and_diagnosed_in_full_float32(
 
     assert full.keys() >= {"reference_model", "transformers", "torch"}
     assert all(all(found) for found in full.values())
-    assert not matmul_is_full()
+    assert not products_are_full_float32()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

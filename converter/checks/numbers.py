@@ -178,7 +178,7 @@ def masked_predictions(
             attention; by default the model's own.
     """
     if masks is not None:
-        masks = [mask.to(model.device) for mask in masks]
+        masks = [mask.float().to(model.device) for mask in masks]
     off, model.attn_mask_probs = model.attn_mask_probs, torch.ones_like(model.attn_mask_probs)
     with torch.inference_mode():
         blocks = model(
