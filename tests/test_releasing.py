@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from conftest import FIXTURES
+from conftest import FIXTURES, HANGS
 from hub_faults import Status
 from hub_server import Hub, client_environment
 
@@ -259,15 +259,15 @@ def test_a_release_goes_on_after_a_kill(hub: Hub, output: Path, me: str, tmp_pat
     command += [word for name in NAMES for word in ("--checkpoint", name)]
     environment = client_environment(hub, tmp_path / "home", token=me)
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANGS
     while REPOS[1] not in hub.repo_ids and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=HANGS)
     assert hub.repo_ids == [REPOS[1]]
 
     finished = subprocess.run(
-        command, env=environment, capture_output=True, timeout=120, check=False, text=True
+        command, env=environment, capture_output=True, timeout=HANGS, check=False, text=True
     )
     assert finished.returncode == 0, finished.stderr
     assert hub.repo_ids == REPOS
