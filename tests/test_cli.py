@@ -444,6 +444,7 @@ def test_a_fault_of_the_tool_ends_in_1_without_a_token(
     assert "hf_secret" not in result.output
 
 
+@pytest.mark.smoke  # of rich
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_is_shown_on_a_terminal_and_not_in_a_pipe(tmp_path: Path, terminal: bool) -> None:
     """Standard error is a terminal, or a pipe."""

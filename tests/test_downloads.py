@@ -140,6 +140,7 @@ def test_a_branch_that_moves_meanwhile_gives_the_commit_that_was_looked_up(
     assert not any(newer in path for path in heads)
 
 
+@pytest.mark.smoke  # of huggingface_hub
 @over_lfs
 def test_no_token_goes_to_where_large_files_are_stored(hub: Hub, commit: str) -> None:
     hub.add_user("ann", "hf_ann")

@@ -205,6 +205,7 @@ def test_a_right_answer_costs_almost_nothing_in_whatever_order_it_is_given() -> 
     assert all(loss > 2 for loss in inverted.values())
 
 
+@pytest.mark.smoke  # of scipy
 def test_a_query_takes_the_segment_that_suits_its_mask_and_its_class() -> None:
     masks = torch.zeros(3, 16, 16)
     masks[:2] = 20 * quarters()[:2] - 10
