@@ -24,7 +24,7 @@ from converter.errors import (
     UsageError,
 )
 from converter.hub.access import Access
-from converter.hub.downloads import arrived_damaged, is_sha256
+from converter.hub.downloads import arrived_damaged, is_damaged, is_sha256
 from converter.hub.sources import Fetched, fetch_again, fetched_already
 from converter.job import (
     DTYPES,
@@ -442,17 +442,22 @@ def _check_digests(inputs: Inputs, merged: Merged) -> tuple[PairCheck, ...]:
     checks = []
     for role, source in inputs.fetched.items():
         for name, (_, digest) in merged.inputs[role].items():
-            expected = source.digests.get(name)
-            file = f"{name} of {source.repo_id}"
-            if digest == expected:
-                checks.append(PairCheck("hub-digest", "passed", f"{file} has the Hub's SHA-256."))
-            elif is_sha256(expected):
+            expected, file = source.digests.get(name), f"{name} of {source.title}"
+            if expected is None:
+                if source.repo_id:
+                    finding = f"Nothing tells which digest {file} should have."
+                    checks.append(PairCheck("hub-digest", "not checked", finding))
+                continue
+            if is_sha256(expected):
+                right, kind = digest == expected, "SHA-256"
+            else:  # as of small files, or where weights do not stand in LFS
+                right = not is_damaged(source.weights.with_name(name), expected)
+                kind = "id of the content"
+            if not right:
                 raise UnreadableFileError(
-                    f"{file} has the SHA-256 {digest[:12]}..., the Hub says {expected[:12]}...."
+                    f"{file} is damaged: the Hub gives another {kind}, {expected[:12]}...."
                 )
-            elif source.repo_id and not expected:
-                finding = f"Nothing tells which digest {file} should have."
-                checks.append(PairCheck("hub-digest", "not checked", finding))
+            checks.append(PairCheck("hub-digest", "passed", f"{file} has the Hub's {kind}."))
     return tuple(checks)
 
 

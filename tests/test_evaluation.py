@@ -33,6 +33,8 @@ from reference_model import (
     EomtImageProcessor,
 )
 
+pytestmark = pytest.mark.numbers
+
 SHAPES = FIXTURES / "shapes_panoptic_128/val"
 RECORDED = json.loads((FIXTURES / "shapes_panoptic_128/recorded.json").read_text())["val"]
 

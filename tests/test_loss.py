@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import HANGS
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import EomtDinov3ForUniversalSegmentation as TransformersModel
 from transformers import logging as transformers_logging
 
-from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
+from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation, Prediction
 from reference_model.loss import SetCriterion
+
+pytestmark = pytest.mark.numbers
 
 # transformers' model takes squares only, and its masks are wrong for gated backbones
 PLAIN_AND_SQUARE = ("shapes_panoptic_128", "tiny_panoptic_64", "tiny_semantic_48")
@@ -94,18 +97,39 @@ def quarters(size: int = 16) -> Tensor:
 # --- transformers' loss ---------------------------------------------------------------------
 
 
+# As a share of sums of a few dozen losses, each a mean over some 10,000 points: transformers sums
+# in another order, and float32 rounds each sum to 6e-8 of it.
+SUMMATION = 1e-6
+
+
 @pytest.mark.parametrize("name", PLAIN_AND_SQUARE)
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @torch.no_grad()
-def test_the_loss_is_that_of_transformers(name: str, training: bool, converted: Converted) -> None:
+def test_the_loss_is_that_of_transformers(
+    name: str, training: bool, converted: Converted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same predictions: those of transformers' model differ in the last bits.
+
+    The points whose masks are the least decided are chosen by their logits, and one point more or
+    less moves a loss of 90 by 1e-4.
+    """
     ours, theirs = load(converted(name)), load_transformers(converted(name))
-    inputs = scenes(ours.config, 3, 0, 5)
+    inputs, predict = scenes(ours.config, 3, 0, 5), ours.predict
+    predictions: list[Prediction] = []
+
+    def predict_and_keep(*arguments: Any) -> Prediction:
+        predictions.append(predict(*arguments))
+        return predictions[-1]
+
+    monkeypatch.setattr(ours, "predict", predict_and_keep)
+    monkeypatch.setattr(theirs, "predict", lambda _: predictions.pop(0))
     for keep_probability in (0.0, 0.5, 1.0):  # of the masks of masked attention
         losses = []
         for model in (ours, theirs):
             model.train(training).attn_mask_probs.fill_(keep_probability)
             losses.append(seeded(model, inputs).loss)
-        assert_close(losses[0], losses[1], rtol=0, atol=1e-4)
+        assert not predictions
+        assert_close(losses[0], losses[1], rtol=SUMMATION, atol=0)
 
 
 def test_its_gradients_are_those_of_transformers(converted: Converted) -> None:
@@ -129,7 +153,7 @@ def test_every_part_is_that_of_transformers(converted: Converted) -> None:
     logits = output.masks_queries_logits, output.class_queries_logits
     torch.manual_seed(3)
     expected = theirs.get_loss_dict(*logits, **labels, auxiliary_predictions=None)
-    assert_close(seeded(ours, inputs).loss_dict, expected, rtol=0, atol=1e-4)
+    assert_close(seeded(ours, inputs).loss_dict, expected, rtol=SUMMATION, atol=0)
 
 
 # --- what the loss covers -------------------------------------------------------------------
@@ -181,6 +205,7 @@ def test_a_right_answer_costs_almost_nothing_in_whatever_order_it_is_given() -> 
     assert all(loss > 2 for loss in inverted.values())
 
 
+@pytest.mark.smoke  # of scipy
 def test_a_query_takes_the_segment_that_suits_its_mask_and_its_class() -> None:
     masks = torch.zeros(3, 16, 16)
     masks[:2] = 20 * quarters()[:2] - 10
@@ -332,7 +357,7 @@ def test_processes_share_the_number_of_segments(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    ratios = [float(process.communicate(timeout=60)[0]) for process in processes]
+    ratios = [float(process.communicate(timeout=HANGS)[0]) for process in processes]
     # 1 and 3 segments, each divided by their mean 2
     assert ratios == pytest.approx([1 / 2, 3 / 2])
 

@@ -22,6 +22,8 @@ from converter.checks.published import PUBLISHED, Corner, Slices
 from converter.checks.verdict import Level, Verdict
 from converter.errors import NotVerifiedError
 
+pytestmark = pytest.mark.numbers
+
 NAME = "tiny_panoptic_64"
 
 

@@ -11,7 +11,7 @@ from converter.catalog import Checkpoint, find
 from converter.configs import BackboneConfig, find_backbone_config, read_json_object
 from converter.errors import AccessError, UnreadableFileError, UsageError
 from converter.hub.access import Access
-from converter.hub.sources import Fetched, HubSource, fetch, fetch_checked, parse_source
+from converter.hub.sources import Fetched, HubSource, fetch, parse_source
 from converter.weights.inspection import WeightsKind, decide, signs_of_a_delta
 from converter.weights.layouts import EOMT_TRANSFORMERS, recognise
 from converter.weights.merge import CHUNK, Files, compute, read_operand, round_to
@@ -225,14 +225,14 @@ def _fetch(
     access: Access,
 ) -> Fetched:
     if given:
-        return fetch_checked(parse_source(given), access)
+        return fetch(parse_source(given), access)
     if history is None:
         raise _NotAtHandError(f"There is no conversion.json, and no --{role} was given.")
     past = history.sources.get("weights" if history.weights == "absolute" else role)
     if past and past.repo_id and past.revision:
         try:
             source = HubSource(past.repo_id, past.revision)
-            return fetch_checked(source, replace(access, local_files_only=True))
+            return fetch(source, replace(access, local_files_only=True))
         except (AccessError, UnreadableFileError) as error:
             raise _NotAtHandError(f"{error.message} Fetch it again with --{role}.") from error
     if past and history.checkpoint and history.checkpoint.offline:

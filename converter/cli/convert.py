@@ -188,10 +188,15 @@ def main(
 
         access = Access.of(token, cache_dir, offline)
         if push_to and not dry_run:
-            check_login([push_to], access)
+            check_login([push_to], access.online)
             entry = find(checkpoint) if checkpoint else None
-            source = choose_source(backbone, entry, "backbone") if backbone or entry else None
-            push["license_file"] = check_licence(entry, source, push["license_file"], access)
+            sources = {
+                "delta": choose_source(delta, entry, "delta"),
+                "backbone": choose_source(backbone, entry, "backbone")
+                if backbone or entry
+                else None,
+            }
+            push["license_file"] = check_licence(entry, sources, push["license_file"], access)
         with progress_bar(sys.stderr.isatty() and not as_json) as progress:
             conversion = convert(
                 checkpoint,

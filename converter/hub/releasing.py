@@ -156,7 +156,8 @@ def release(
         if step.verdict and (folder / step.checkpoint).is_dir():
             return step  # an earlier run has converted it
         entry = find(step.checkpoint)
-        check_licence(entry, entry.source("backbone"), license_file, access)
+        sources = {"delta": entry.source("delta"), "backbone": entry.source("backbone")}
+        check_licence(entry, sources, license_file, access)
         conversion = convert(
             step.checkpoint,
             folder / step.checkpoint,
