@@ -136,6 +136,59 @@ def test_a_prediction_in_a_crowd_of_its_class_is_no_false_positive() -> None:
     assert counts(panoptic_quality((half, target)), PERSON) == (0, 1, 0)
 
 
+@pytest.mark.parametrize(
+    ("parts", "crowds"),
+    [
+        ([(PERSON, np.s_[:5]), (PERSON, np.s_[5:])], [0, 1]),
+        ([(PERSON, np.s_[:5]), (PERSON, np.s_[9]), (PERSON, np.s_[5:9])], [0, 2]),
+        ([(PERSON, np.s_[:5]), (PERSON, np.s_[5:]), (DOG, np.s_[9])], [0, 1, 2]),
+        ([(PERSON, np.s_[:3]), (PERSON, np.s_[3:5]), (PERSON, np.s_[5:])], [0, 1, 2]),
+    ],
+)
+def test_of_two_crowds_of_a_class_the_last_counts(
+    parts: list[tuple[int, Any]], crowds: list[int]
+) -> None:
+    target = segments(*parts, crowds=crowds)
+
+    def false_positives(pixels: Any) -> int:
+        return counts(panoptic_quality((segments((PERSON, pixels)), target)), PERSON)[1]
+
+    # as panopticapi counts: more than half of the prediction has to lie in the last crowd, which
+    # has rows 5 to 8
+    assert false_positives(np.s_[5:8]) == 0
+    assert false_positives(np.s_[4:7]) == 0
+    assert false_positives(np.s_[4:6]) == 1
+    assert false_positives(np.s_[3:7]) == 1
+    assert false_positives(np.s_[1:5]) == 1
+
+
+def test_of_two_crowds_of_a_class_the_first_counts_if_it_is_annotated_last() -> None:
+    target = segments((PERSON, np.s_[5:]), (PERSON, np.s_[:5]), crowds=[0, 1])
+    found = segments((PERSON, np.s_[:3]), (PERSON, np.s_[6:8]), (PERSON, np.s_[4:6]))
+
+    assert counts(panoptic_quality((found, target)), PERSON) == (0, 2, 0)
+
+
+def test_a_crowd_of_another_class_does_not_displace_a_crowd() -> None:
+    target = segments((PERSON, np.s_[:5]), (DOG, np.s_[5:]), crowds=[0, 1])
+    found = segments((PERSON, np.s_[:3]), (DOG, np.s_[6:8]))
+
+    figures = panoptic_quality((found, target))
+    assert (counts(figures, PERSON), counts(figures, DOG)) == ((0, 0, 0), (0, 0, 0))
+
+
+def test_unannotated_pixels_and_the_last_crowd_forgive_together() -> None:
+    # the first crowd has row 3, the last row 4; rows 0 to 2, 5 and 6 are not annotated
+    target = segments((PERSON, np.s_[3]), (PERSON, np.s_[4]), (SKY, np.s_[7:]), crowds=[0, 1])
+
+    def false_positives(pixels: Any) -> int:
+        return counts(panoptic_quality((segments((PERSON, pixels)), target)), PERSON)[1]
+
+    assert false_positives(np.s_[3:7]) == 0
+    assert false_positives(np.s_[2:5]) == 0
+    assert false_positives(np.s_[3:5]) == 1
+
+
 def test_stuff_of_a_class_is_one_segment() -> None:
     target = segments((SKY, np.s_[:2]), (PERSON, np.s_[2:5]), (SKY, np.s_[5:]))
     prediction = segments((SKY, np.s_[:2]), (SKY, np.s_[5:]))
@@ -163,7 +216,10 @@ def test_means_are_over_classes_that_occur() -> None:
 
 
 def independent_counts(pairs: Sequence[tuple[Segments, Segments]]) -> dict[str, dict[int, Any]]:
-    """The same counts pixel by pixel, with sets of pixels and exact fractions."""
+    """The same counts pixel by pixel, with sets of pixels and exact fractions.
+
+    Of several crowds of a class the last counts, as in panopticapi's evaluation.py.
+    """
     result: dict[str, dict[int, Any]] = {key: Counter() for key in ("iou_sum", "tp", "fp", "fn")}
     for prediction, target in pairs:
 
@@ -179,6 +235,7 @@ def independent_counts(pairs: Sequence[tuple[Segments, Segments]]) -> dict[str, 
         annotated, predicted = pixels(target), pixels(prediction)
         void = set(np.ndindex(target.ids.shape)).difference(*annotated.values())
         crowds = {key for key in annotated if target.crowd[key[1]]}
+        last_crowds = {class_id: (class_id, index) for class_id, index in sorted(crowds)}
         unmatched = set(annotated) - crowds
         for key, area in predicted.items():
             matches = [
@@ -187,7 +244,7 @@ def independent_counts(pairs: Sequence[tuple[Segments, Segments]]) -> dict[str, 
                 if other_key[0] == key[0] and other_key not in crowds
             ]
             best = max(matches, default=(Fraction(0), key))
-            forgiven = void.union(*(annotated[crowd] for crowd in crowds if crowd[0] == key[0]))
+            forgiven = void | annotated.get(last_crowds.get(key[0], (-1, -1)), set())
             if best[0] > Fraction(1, 2):
                 result["iou_sum"][key[0]] += best[0]
                 result["tp"][key[0]] += 1

@@ -44,6 +44,9 @@ class PanopticQuality(Metric):
     - Pixels that a prediction leaves without a segment count against it.
     - A predicted segment that lies for more than half in unannotated pixels, or in a crowd of its
       class, is no false positive. A crowd is never matched, and never a false negative.
+    - Of several crowds of a class in a picture only the last counts, as in panopticapi's
+      evaluation.py, given the same order. In the original, too, only one does, but which is left to
+      the order of a Python set.
     - All stuff of a picture counts as crowd where the first annotated segment is one: the original
       gives stuff the instance id 0, and looks up by instance id what is a crowd. It happens in few
       of COCO's pictures, and published figures contain it.
@@ -87,7 +90,9 @@ class PanopticQuality(Metric):
         union = areas[:, None] + predicted_areas - unannotated - common
         iou = common / union
         matched = same_class & ~crowd[:, None] & (iou > 0.5)
-        ignored = unannotated + (common * (same_class & crowd[:, None])).sum(0)
+        last_crowds = {class_id: i for i, class_id in enumerate(classes.tolist()) if crowd[i]}
+        forgives = np.isin(np.arange(len(classes)), list(last_crowds.values()))
+        ignored = unannotated + (common * (same_class & forgives[:, None])).sum(0)
 
         missed = ~matched.any(1) & ~crowd
         wrong = ~matched.any(0) & (ignored / predicted_areas <= 0.5)
