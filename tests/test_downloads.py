@@ -13,8 +13,8 @@ from hub_faults import Truncated
 from hub_server import Hub
 
 from converter.errors import AccessError, HubUnavailableError, OutputError, UnreadableFileError
-from converter.hub.access import Access
-from converter.hub.downloads import Snapshot, download, download_again, is_damaged, resolve
+from converter.hub.access import Access, Snapshot
+from converter.hub.downloads import download, download_again, is_damaged, resolve
 
 REPO, OTHER = "owner/name", "owner/other"
 CONFIG, WEIGHTS = b'{"a": 1}', bytes(range(256)) * 400  # 100 kB

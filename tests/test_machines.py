@@ -248,7 +248,7 @@ IN_A_BLOCK = """
 import json, os, sys
 import torch
 from torch import backends
-from converter.models import full_float32
+from converter.checks.precision import full_float32
 
 SETTINGS = {
     "matmul": lambda: torch.get_float32_matmul_precision(),

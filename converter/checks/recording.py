@@ -20,7 +20,7 @@ from converter.errors import (
     UsageError,
 )
 from converter.hub.access import Access
-from converter.models import fetch_model, full_float32, repository_of, torch_device
+from converter.models import fetch_model, repository_of, torch_device
 from converter.staging import check_place, staged
 from converter.version import __version__
 from converter.weights.writing import SafetensorsWriter, TensorSpecs
@@ -141,6 +141,8 @@ def record(
             "Convert it again, or record another model.",
             verdict,
         )
+    from converter.checks.precision import full_float32
+
     files = [Path(image).expanduser() for image in images]
     with torch_device(device, threads), full_float32():
         network = _load(folder, device)

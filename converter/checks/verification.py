@@ -33,7 +33,7 @@ from converter.hub.sources import (
     parse_source,
 )
 from converter.job import DTYPES
-from converter.models import fetch_model, full_float32, repository_of, torch_device
+from converter.models import fetch_model, repository_of, torch_device
 from converter.weights.headers import TensorInfo
 from converter.weights.merge import round_to
 from converter.weights.tensorfiles import WEIGHTS, WEIGHTS_INDEX, open_tensors
@@ -237,6 +237,8 @@ def check(folder: Path, evidence: Evidence, options: Options | None = None) -> F
         UnreadableFileError: the model or the recording cannot be read.
         UsageError: the device or the peer is none that there is.
     """
+    from converter.checks.precision import full_float32
+
     options = options or Options()
     with torch_device(options.device, options.threads), full_float32():
         return _check(_read_model(folder, keep=options.level > 1), evidence, options)

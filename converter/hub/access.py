@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,8 +22,6 @@ from converter.errors import (
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
-
-    from converter.hub.downloads import Snapshot
 
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
@@ -48,6 +46,28 @@ OPEN_BACKBONES = {
 }
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A repository at one commit, as the Hub or the cache tells of it.
+
+    Attributes:
+        repo_id: as it was asked for.
+        revision: branch, tag or commit, as it was asked for.
+        commit: which that was at.
+        digests: of its files by name: SHA-256 of large files, git's blob ids of small ones, None
+            where the Hub gives neither. In the cache, of the files that are there.
+        private: whether only members see the repository.
+        moved_to: the repository's name today, where it is not ``repo_id`` any more.
+    """
+
+    repo_id: str
+    revision: str
+    commit: str
+    digests: Mapping[str, str | None]
+    private: bool = False
+    moved_to: str | None = None
+
+
 @dataclass
 class Answers:
     """What the Hub has answered to a command, so that it is asked but once.
@@ -58,7 +78,7 @@ class Answers:
         login: who is logged in, as `HfApi.whoami` tells; None before that was asked.
     """
 
-    snapshots: "dict[tuple[str, str], Snapshot]" = field(default_factory=dict)
+    snapshots: dict[tuple[str, str], Snapshot] = field(default_factory=dict)
     asked_by_branch: set[tuple[str, str]] = field(default_factory=set)
     login: dict[str, Any] | None = None
 

@@ -9,37 +9,14 @@ its turn, to a store that repositories share, where files have other names.
 
 import hashlib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeGuard
 
 from converter.errors import AccessError, OutputError, UnreadableFileError
-from converter.hub.access import Access, explained, senseless_answer
+from converter.hub.access import Access, Snapshot, explained, senseless_answer
 
 _SHA256, _GIT_ID = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{40}")
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A repository at one commit, as the Hub or the cache tells of it.
-
-    Attributes:
-        repo_id: as it was asked for.
-        revision: branch, tag or commit, as it was asked for.
-        commit: which that was at.
-        digests: of its files by name: SHA-256 of large files, git's blob ids of small ones, None
-            where the Hub gives neither. In the cache, of the files that are there.
-        private: whether only members see the repository.
-        moved_to: the repository's name today, where it is not ``repo_id`` any more.
-    """
-
-    repo_id: str
-    revision: str
-    commit: str
-    digests: Mapping[str, str | None]
-    private: bool = False
-    moved_to: str | None = None
 
 
 def look_up(repo_id: str, revision: str, token: str | bool | None = None) -> Snapshot:

@@ -20,9 +20,9 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
-from converter.hub.access import Access, explained, not_found
+from converter.hub.access import Access, Snapshot, explained, not_found
 from converter.hub.card import LICENCE_FILE, ModelRecord, is_derived, model_card, updated
-from converter.hub.downloads import Snapshot, download
+from converter.hub.downloads import download
 from converter.hub.remote import (
     MAIN,
     Change,

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from converter.errors import EomtConvertError, NotFoundError
-from converter.hub.access import explained
-from converter.hub.downloads import Snapshot, look_up
+from converter.hub.access import Snapshot, explained
+from converter.hub.downloads import look_up
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

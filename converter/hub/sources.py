@@ -5,9 +5,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from converter.errors import AccessError, UnreadableFileError, UsageError
-from converter.hub.access import Access
+from converter.hub.access import Access, Snapshot
 from converter.hub.downloads import (
-    Snapshot,
     download,
     download_again,
     is_damaged,

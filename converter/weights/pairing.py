@@ -330,8 +330,8 @@ def _run_backbone(files: Files, plan: Plan, picture: Path) -> "torch.Tensor":
 
     from converter.checks.numbers import bare_backbone
     from converter.checks.pixels import read_picture
+    from converter.checks.precision import full_float32
     from converter.checks.provenance import Provenance
-    from converter.models import full_float32
 
     # resized as where the outputs were recorded: on float pixels, antialiased
     resized = torch.nn.functional.interpolate(
