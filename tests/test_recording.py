@@ -260,10 +260,10 @@ def test_outputs_that_are_no_numbers_are_refused(model: Path, tmp_path: Path) ->
 
 
 def test_a_model_with_masked_attention_on_is_refused(model: Path, tmp_path: Path) -> None:
-    change(model / "model.safetensors", "attn_mask_probs", lambda probs: probs.fill_(0.5))
+    change(model / "model.safetensors", "attn_mask_probs", lambda probs: probs.fill_(1))
     (model / "conversion.json").unlink()
 
-    with pytest.raises(EomtConvertError, match=r"attn_mask_probs is \[0.5, 0.5\]"):
+    with pytest.raises(EomtConvertError, match=r"attn_mask_probs is \[1.0, 1.0\]"):
         record(model, tmp_path / "recorded", random=1)
 
 
