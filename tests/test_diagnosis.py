@@ -271,6 +271,7 @@ def test_masks_that_are_drawn_at_random_never_pass(
     ):
         assert found.verdict == "failed"
         assert "attn_mask_probs holds" in found.levels[0].reason
+        assert found.levels[2].status != "passed"
         assert found.cause is not None
         assert found.cause.name == "masked-attention-on"
 
