@@ -168,7 +168,8 @@ def convert(
         max_shard_size: bytes of tensors in one file, or a size such as ``2GB``; by default all.
         recorded: recorded outputs to check against; by default those of the offline checkpoints.
         verify: whether to check.
-        require_verified: whether to refuse if there is nothing to check against.
+        require_verified: whether to refuse a model that is not shown to be right: that nothing, or
+            only the reference model, speaks for.
         keep_unverified: whether a model that fails is kept beside the output, as
             ``<output>.unverified``.
         report: an HTML file to write that shows what was found, as the output's verdict.html does.
@@ -288,6 +289,7 @@ def _carry_out(
                         recorded=job.recorded,
                         published=_published(job),
                         sources=Provenance(inputs.files, plan),
+                        of_published=_published(job) is not None and "delta" in inputs.files,
                         recipes=merged.tensors,
                     ),
                     Options(image=job.image, allow_nonfinite=job.allow_nonfinite, access=access),
@@ -295,10 +297,11 @@ def _carry_out(
             else:
                 findings = Findings(unverified("Verification was switched off (--no-verify)."))
             verdict = findings.verdict
-            if required and verdict.verdict == "unverified":
+            if required and verdict.verdict != "failed" and not verdict.proven:
                 raise NotVerifiedError(
-                    f"A check was required, and the model is unverified: {verdict.reason}",
-                    "Give recorded outputs with --recorded, or convert without --require-verified.",
+                    f"A check was required: {verdict.shortfall}",
+                    "Give outputs recorded from the original with --recorded, or convert without "
+                    "--require-verified.",
                 )
             files = _write_history(job, inputs, plan, pair, merged, verdict, stage.folder)
             pages = [stage.folder / REPORT] if job.verify else []

@@ -256,6 +256,7 @@ def test_a_right_model_passes_verification(command: Command, model: Path) -> Non
     assert result.exit_code == 0
     assert list(json.loads(result.stdout)) == [
         "verdict",
+        "basis",
         "levels",
         "first_difference",
         "cause",

@@ -254,6 +254,28 @@ def test_a_fault_in_the_weights_is_named_by_the_numbers_alone(
     assert_reproduces(found)
 
 
+@pytest.mark.parametrize("probability", [1e-6, 0.03, 0.5, 0.999])
+@pytest.mark.parametrize("name", [PANOPTIC, SEMANTIC, GATED])
+def test_masks_that_are_drawn_at_random_never_pass(
+    name: str, probability: float, plant: Callable[[str], Planted]
+) -> None:
+    """Whatever was drawn in this run: with the first ones the outputs are right by chance."""
+    planted = plant(name)
+    planted.without_history()
+    planted.weights(masked(probability))
+
+    for found in (
+        planted.verify(),
+        converter.verify(planted.folder),
+        converter.verify(planted.folder, level=1),
+    ):
+        assert found.verdict == "failed"
+        assert "attn_mask_probs holds" in found.levels[0].reason
+        assert found.levels[2].status != "passed"
+        assert found.cause is not None
+        assert found.cause.name == "masked-attention-on"
+
+
 @pytest.mark.parametrize(
     ("name", "dtype", "part"),
     [(WIDE, torch.bfloat16, ""), (SEMANTIC, torch.float16, "layers.1.mlp.up_proj.weight")],

@@ -40,8 +40,12 @@ def folder(model: Path, me: str) -> Path:
 
 
 def change_verdict(folder: Path, verdict: str) -> None:
+    """Makes the verdict in conversion.json failed or unverified, and its levels with it."""
     history = json.loads((folder / "conversion.json").read_text())
-    history["verdict"]["verdict"] = verdict
+    history["verdict"] |= {"verdict": verdict, "basis": None}
+    for level in history["verdict"]["levels"]:
+        if level["level"] == "numbers":
+            level["status"] = "failed" if verdict == "failed" else "not checked"
     (folder / "conversion.json").write_text(json.dumps(history))
 
 

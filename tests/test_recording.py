@@ -44,6 +44,11 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def tensor_digests(model: Path) -> dict[str, str]:
+    tensors = load_file(model / "model.safetensors")
+    return {n: hashlib.sha256(t.numpy().tobytes()).hexdigest() for n, t in tensors.items()}
+
+
 def change(file: Path, name: str, edit: Callable[[torch.Tensor], object]) -> None:
     tensors = load_file(file)
     edit(tensors[name])
@@ -121,6 +126,7 @@ def test_a_recorded_value_that_is_changed_fails_verification(
 ) -> None:
     folder = Path(shutil.copytree(recorded.folder, tmp_path / "recorded"))
     change(folder / "recorded.safetensors", name, lambda tensor: tensor.view(-1)[-1].add_(0.01))
+    (folder / "recorded.json").unlink()  # which is of the file as it was
 
     verdict = converter.verify(converted("tiny_panoptic_64"), recorded=folder, level=3)
 
@@ -184,6 +190,9 @@ def test_recorded_json_tells_of_what_and_how_it_was_made(model: Path, tmp_path: 
         "checkpoint": "tiny_panoptic_64",
         "dtypes": ["F32"],
         "verified": {"structure": "passed", "arithmetic": "passed", "numbers": "passed"},
+        "verdict": "passed",
+        "basis": "original",
+        "tensors": tensor_digests(model),
         "files": [
             {"name": name, "sha256": sha256(model / name)}
             for name in ("config.json", "preprocessor_config.json", "model.safetensors")
@@ -251,10 +260,10 @@ def test_outputs_that_are_no_numbers_are_refused(model: Path, tmp_path: Path) ->
 
 
 def test_a_model_with_masked_attention_on_is_refused(model: Path, tmp_path: Path) -> None:
-    change(model / "model.safetensors", "attn_mask_probs", lambda probs: probs.fill_(0.5))
+    change(model / "model.safetensors", "attn_mask_probs", lambda probs: probs.fill_(1))
     (model / "conversion.json").unlink()
 
-    with pytest.raises(EomtConvertError, match=r"attn_mask_probs is \[0.5, 0.5\]"):
+    with pytest.raises(EomtConvertError, match=r"attn_mask_probs is \[1.0, 1.0\]"):
         record(model, tmp_path / "recorded", random=1)
 
 

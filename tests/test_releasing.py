@@ -247,7 +247,7 @@ def test_the_command_prints_a_table_and_writes_notes(
 
     assert result.exit_code == 0, result.output
     commit = hub.commits(REPOS[1])[0].sha
-    assert f"published  passed   {commit[:12]}" in result.stdout
+    assert f"published  passed   original  {commit[:12]}" in result.stdout
     assert "1 of 1: converting tiny_panoptic_64" in result.stderr
     notes = (output / "release.md").read_text()
     assert f"[{REPOS[1]}](" in notes

@@ -453,7 +453,7 @@ def test_json_has_the_first_difference_the_cause_and_what_was_tried(model: Path)
 
     content = json.loads(json.dumps(converter.verify(model).to_dict(), allow_nan=False))
 
-    assert list(content) == ["verdict", "levels", "first_difference", "cause", "tried"]
+    assert list(content) == ["verdict", "basis", "levels", "first_difference", "cause", "tried"]
     assert content["first_difference"]["layer"] == "layers.1"
     assert content["cause"]["tensors"] == ["layers.1.norm1.bias"]
     assert set(content["cause"]) == {"name", "tensors", "residual"}

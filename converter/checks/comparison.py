@@ -38,7 +38,8 @@ class Tolerance:
 
     def of(self, recorded: Tensor) -> float:
         """The largest difference from this tensor that is none."""
-        return max(self.absolute, self.share * float(recorded.max() - recorded.min()))
+        values = recorded.double()  # in 16 bits, and near the largest of 32, a range overflows
+        return max(self.absolute, self.share * float(values.max() - values.min()))
 
 
 def tolerance_for(dtypes: Set[str]) -> Tolerance:

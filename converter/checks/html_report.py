@@ -347,9 +347,9 @@ def _charts(verdict: Verdict, recorded: Recorded | None) -> Iterator[Chart]:
 
 
 def _tensor_rows(folder: Path, history: _History, verdict: Verdict) -> tuple[TensorRow, ...]:
-    arithmetic = next((level for level in verdict.levels if level.level == "arithmetic"), None)
-    figures = arithmetic.figures if arithmetic else {}
-    digests, different = figures.get("digests", {}), set(figures.get("different", ()))
+    figures = {level.level: level.figures for level in verdict.levels}
+    digests = figures.get("structure", {}).get("digests", {})
+    different = figures.get("arithmetic", {}).get("different")
     weights, unknown = folder / WEIGHTS, ((), "", "")
     with open_tensors(weights if weights.is_file() else folder / WEIGHTS_INDEX) as file:
         found = {
@@ -360,7 +360,7 @@ def _tensor_rows(folder: Path, history: _History, verdict: Verdict) -> tuple[Ten
     def status(name: str) -> TensorStatus:
         if name not in found:
             return "missing"
-        if not digests:
+        if different is None:
             return "not checked"
         return "other values" if name in different else "as expected"
 

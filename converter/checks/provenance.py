@@ -11,6 +11,7 @@ from converter.catalog import Checkpoint, find
 from converter.configs import BackboneConfig, find_backbone_config, read_json_object
 from converter.errors import AccessError, UnreadableFileError, UsageError
 from converter.hub.access import Access
+from converter.hub.downloads import resolve
 from converter.hub.sources import Fetched, HubSource, fetch, parse_source
 from converter.weights.inspection import WeightsKind, decide, signs_of_a_delta
 from converter.weights.layouts import EOMT_TRANSFORMERS, recognise
@@ -160,6 +161,24 @@ def has_weights_of(checkpoint: Checkpoint | None, history: History | None) -> bo
     if delta is None or delta.repo_id is None:
         return delta is not None and checkpoint.offline
     return find_named(delta.repo_id) == checkpoint
+
+
+def is_published(checkpoint: Checkpoint | None, history: History | None, access: Access) -> bool:
+    """Whether conversion.json names a checkpoint's published delta, at the commit of its main.
+
+    Anybody can propose other weights in the same repository. Which commit main is at is taken from
+    the cache, as the Hub told it when it was last asked.
+    """
+    past = history.sources.get("delta") if history else None
+    if checkpoint is None or past is None:
+        return False
+    if checkpoint.offline:  # whose files come with the package, and are known by their digests
+        return past.repo_id is None
+    try:
+        main = resolve(checkpoint.delta, "main", replace(access, local_files_only=True))
+    except AccessError:
+        return False
+    return (past.repo_id, past.revision) == (checkpoint.delta, main.commit)
 
 
 @dataclass(frozen=True)

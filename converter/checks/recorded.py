@@ -1,9 +1,14 @@
 """Recorded outputs: what the original implementation computed, to hold a model against."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
+from converter.catalog import CATALOG
+from converter.checks.verdict import BASES, Basis
+from converter.configs import read_json_object
 from converter.errors import UnreadableFileError
 from converter.weights.tensorfiles import TensorFile
 
@@ -11,6 +16,45 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FILE = "recorded.safetensors"
+PROVENANCE_FILE = "recorded.json"
+
+# what decides, with its tensors, what a model computes
+CONFIGS = ("config.json", "preprocessor_config.json")
+
+# what recorded.json calls the original implementation
+ORIGINAL = "github.com/tue-mps/eomt"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Who computed recorded outputs, by the recorded.json beside them.
+
+    Attributes:
+        recorded_by: the original implementation, our reference model, or nobody knows whom.
+        known: whether it is a recording that comes with the package.
+        basis: what the verdict on the recorded model rested on when it was recorded; None where it
+            rested on nothing, or nothing tells.
+        model: SHA-256 of the recorded model's tensors and configuration files, by name; empty where
+            nothing tells.
+    """
+
+    recorded_by: Literal["original", "reference", "unknown"] = "unknown"
+    known: bool = False
+    basis: Basis | None = None
+    model: Mapping[str, str] = field(default_factory=dict)
+
+    def figures(self, model: Mapping[str, str]) -> dict[str, Any]:
+        """What a verdict rests on for which a model was held against these outputs.
+
+        Args:
+            model: SHA-256 of its tensors and configuration files, by name.
+        """
+        basis: Basis = "reference"
+        if self.recorded_by == "original":
+            basis = "original"
+        elif self.basis and self.model == model:
+            basis = self.basis
+        return {"basis": basis, "recorded_by": self.recorded_by, "known_recording": self.known}
 
 
 @dataclass(frozen=True)
@@ -20,11 +64,13 @@ class Recorded:
     Attributes:
         path: its recorded.safetensors.
         sha256: digest of that file.
+        origin: who computed it.
         tensors: everything in it, by name; README describes them.
     """
 
     path: Path
     sha256: str
+    origin: Origin
     tensors: "dict[str, Tensor]"
 
     @property
@@ -59,7 +105,9 @@ def read_recorded(path: Path) -> Recorded:
     """Reads recorded outputs: the input and everything computed from it, not the pictures.
 
     Raises:
-        UnreadableFileError: the file cannot be read, or lacks the input or the logits.
+        UnreadableFileError: the file cannot be read, lacks the input or the logits, or holds NaN,
+            infinity or other things than numbers; or the recorded.json beside it cannot be read, or
+            is of another file.
     """
     import torch
 
@@ -75,8 +123,66 @@ def read_recorded(path: Path) -> Recorded:
         if name not in tensors or tensors[name].ndim != rank:
             raise UnreadableFileError(f"{file} has no {name} of {rank} dimensions.")
     for name, tensor in tensors.items():
-        if tensor.numel() == 0:
-            raise UnreadableFileError(f"{name} in {file} is empty.")
+        if tensor.numel() == 0 or tensor.ndim == 0:
+            raise UnreadableFileError(f"{name} in {file} is empty, or a single number.")
+        if name != "pixels" and not tensor.is_floating_point():
+            raise UnreadableFileError(f"{name} in {file} holds no floating point numbers.")
+        if not torch.isfinite(tensor).all():
+            raise UnreadableFileError(
+                f"{name} in {file} holds NaN or infinity, beside which anything would pass.",
+                "Take the recording as it was published, or record a model that is right.",
+            )
     if tensors["pixels"].dtype != torch.uint8:
         raise UnreadableFileError(f"The pixels in {file} are not uint8.")
-    return Recorded(file, digest, tensors)
+    return Recorded(file, digest, _read_origin(file, digest), tensors)
+
+
+def _read_origin(file: Path, sha256: str) -> Origin:
+    """What the recorded.json beside a recording says of who computed it.
+
+    Raises:
+        UnreadableFileError: it cannot be read, or is of another file of this name.
+    """
+    if sha256 in known_recordings():
+        return Origin("original", known=True)
+    path = file.with_name(PROVENANCE_FILE)
+    if not path.is_file():
+        return Origin()
+    content = read_json_object(path)
+    listed = _member(content, "sha256").get(file.name)
+    if listed is None:
+        return Origin()
+    if listed != sha256:
+        raise UnreadableFileError(
+            f"{path} is not of the {file.name} beside it: it names another SHA-256.",
+            "Keep the two files of a recording together.",
+        )
+    model = _member(content, "model")
+    implementation = str(_member(content, "provenance").get("implementation"))
+    files = model.get("files")
+    digests = {
+        entry["name"]: entry["sha256"]
+        for entry in (files if isinstance(files, list) else [])
+        if isinstance(entry, dict) and entry.keys() >= {"name", "sha256"}
+        if entry["name"] in CONFIGS
+    }
+    basis = model.get("basis")
+    return Origin(
+        "original"
+        if implementation == ORIGINAL
+        else ("reference" if "reference model" in implementation else "unknown"),
+        basis=next((known for known in BASES if known == basis), None),
+        model={**_member(model, "tensors"), **digests} if len(digests) == len(CONFIGS) else {},
+    )
+
+
+def _member(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = content.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+@cache
+def known_recordings() -> frozenset[str]:
+    """SHA-256 of the recorded.safetensors that come with the package, all of the original."""
+    files = [entry.recorded / PROVENANCE_FILE for entry in CATALOG if entry.recorded]
+    return frozenset(read_json_object(file)["sha256"][FILE] for file in files)

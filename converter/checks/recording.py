@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from converter.checks.pixels import read_normalisation
 from converter.checks.provenance import read_history
-from converter.checks.recorded import FILE
+from converter.checks.recorded import FILE, PROVENANCE_FILE
 from converter.checks.verdict import LEVELS, Verdict
 from converter.checks.verification import verify
 from converter.configs import write_json
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from reference_model import EomtDinov3ForUniversalSegmentation
-
-PROVENANCE_FILE = "recorded.json"
 
 # what a model must not fail for its outputs to be worth recording
 _CHECKED = LEVELS[: LEVELS.index("numbers") + 1]
@@ -317,6 +315,9 @@ def _describe(folder: Path, repo_id: str | None, verdict: Verdict) -> dict[str, 
         "checkpoint": history.checkpoint.name if history and history.checkpoint else None,
         "dtypes": verdict.levels[0].figures["dtypes"],
         "verified": {level.level: level.status for level in verdict.levels[: len(_CHECKED)]},
+        "verdict": verdict.verdict,
+        "basis": verdict.basis,
+        "tensors": verdict.levels[0].figures["digests"],
         "files": _digests([*configs, *sorted(folder.glob("model*.safetensors*"))]),
     }
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,11 +15,12 @@ from converter.checks.provenance import (
     Provenance,
     find_named,
     has_weights_of,
+    is_published,
     open_sources,
     read_history,
 )
-from converter.checks.recorded import Recorded, find_recorded, read_recorded
-from converter.checks.verdict import LEVELS, NOT_ASKED, Level, Verdict
+from converter.checks.recorded import CONFIGS, Recorded, find_recorded, read_recorded
+from converter.checks.verdict import LEVELS, NOT_ASKED, Cause, Level, Verdict
 from converter.configs import (
     BackboneConfig,
     find_backbone_config,
@@ -28,6 +29,7 @@ from converter.configs import (
 )
 from converter.errors import UnreadableFileError, UsageError
 from converter.hub.access import Access
+from converter.hub.downloads import sha256
 from converter.hub.sources import (
     fetch_config,
     parse_source,
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
     from converter.checks.comparison import Tolerance
     from converter.checks.numbers import Numbers
+    from converter.weights.tensorfiles import Array
     from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 
 # what an unverified verdict says of a model that there are no outputs of
@@ -78,6 +81,8 @@ class Evidence:
         published: the catalogue's entry whose weights it has, if any.
         history: what its conversion.json says, if there is one.
         sources: the files it was made from; or, in a sentence, why they are not at hand.
+        of_published: whether the sources are the published delta, as its repository's main branch
+            has it, and a backbone.
         recipes: SHA-256 of every tensor as its recipe makes it; None without the sources.
         backbone_config: the backbone's config.json, if a backbone was given.
         run_backbone: whether the bare backbone is run too.
@@ -87,6 +92,7 @@ class Evidence:
     published: Checkpoint | None = None
     history: History | None = None
     sources: Provenance | str = "The sources are not at hand."
+    of_published: bool = False
     recipes: Mapping[str, str] | None = None
     backbone_config: BackboneConfig | None = None
     run_backbone: bool = False
@@ -205,6 +211,10 @@ def verify(
             published=checkpoint if has_weights_of(checkpoint, history) else None,
             history=history,
             sources=sources,
+            of_published=isinstance(sources, Provenance)
+            and "delta" in sources.files
+            and delta is None
+            and is_published(checkpoint, history, access),
             recipes=sources.digests() if isinstance(sources, Provenance) else None,
             backbone_config=find_backbone_config(fetch_config(parse_source(backbone), access))
             if backbone
@@ -293,6 +303,7 @@ class _Model:
         digests: their SHA-256.
         nonfinite: names of those that hold NaN or infinity.
         misfits: in sentences, why no model can be built of them.
+        drawn: in a sentence, why its outputs are random; empty if they are not.
     """
 
     folder: Path
@@ -304,6 +315,7 @@ class _Model:
     digests: Mapping[str, str]
     nonfinite: tuple[str, ...]
     misfits: tuple[str, ...]
+    drawn: str
 
 
 def _read_model(folder: Path, *, keep: bool) -> _Model:
@@ -319,7 +331,7 @@ def _read_model(folder: Path, *, keep: bool) -> _Model:
     except (ValueError, TypeError, KeyError) as error:
         raise UnreadableFileError(f"{folder / 'config.json'}: {error}") from error
     normalisation = read_normalisation(folder / "preprocessor_config.json", config.num_channels)
-    weights, digests, nonfinite = {}, {}, []
+    weights, digests, nonfinite, drawn = {}, {}, [], ""
     with open_tensors(path) as file:
         tensors = dict(file.tensors)
         for name, info in tensors.items():
@@ -329,6 +341,8 @@ def _read_model(folder: Path, *, keep: bool) -> _Model:
             digests[name] = hashlib.sha256(np.ascontiguousarray(bits).data).hexdigest()
             if stored.dtype.kind == "f" and not np.isfinite(stored).all():
                 nonfinite.append(name)
+            if name == "attn_mask_probs":
+                drawn = _chance(stored)
             if keep:
                 weights[name] = torch.from_numpy(stored).float()
     with torch.device("meta"):
@@ -344,6 +358,21 @@ def _read_model(folder: Path, *, keep: bool) -> _Model:
         digests,
         tuple(nonfinite),
         tuple(_misfits(tensors, shapes)),
+        drawn,
+    )
+
+
+def _chance(probabilities: "Array") -> str:
+    """Why outputs are random with these probabilities of masked attention; empty if they are not.
+
+    A mask is applied where a number drawn from 0 to 1 is below them (reference_model/model.py).
+    """
+    between = probabilities[(probabilities > 0) & (probabilities < 1)]
+    if not between.size:
+        return ""
+    return (
+        f"attn_mask_probs holds {between[0]:g}: between 0 and 1 it is drawn at random whether "
+        "masks are applied, and so are the outputs."
     )
 
 
@@ -395,6 +424,7 @@ def _check_structure(found: _Model, evidence: Evidence, options: Options) -> Lev
     problems = list(found.misfits)
     if not options.allow_nonfinite:
         problems += [f"{name} holds NaN or infinity." for name in found.nonfinite]
+    problems += [found.drawn] if found.drawn else []
     problems += _disagreements(found, evidence)
     figures = {
         "tensors": len(found.tensors),
@@ -404,6 +434,7 @@ def _check_structure(found: _Model, evidence: Evidence, options: Options) -> Lev
             if name not in ("attn_mask_probs", "criterion.empty_weight")
         ),
         "dtypes": sorted({info.dtype for info in found.tensors.values()}),
+        "digests": dict(found.digests),
         "problems": problems,
     }
     if problems:
@@ -480,9 +511,9 @@ def _check_arithmetic(found: _Model, evidence: Evidence) -> Level:
     figures = {
         "tensors": len(names),
         "against": "sources" if recipes is not None else "conversion.json",
+        "of_published": recipes is not None and evidence.of_published,
         "different": different,
         "different_files": files,
-        "digests": dict(found.digests),
         "sources": {
             role: {"repo": source.repo_id, "revision": source.revision}
             for role, source in (history.sources if history else {}).items()
@@ -510,9 +541,8 @@ def _changed_files(folder: Path, history: History) -> list[str]:
     """The configuration files that are not as the conversion wrote them."""
     return [
         name
-        for name in ("config.json", "preprocessor_config.json")
-        if name in history.files
-        and hashlib.sha256((folder / name).read_bytes()).hexdigest() != history.files[name]
+        for name in CONFIGS
+        if name in history.files and sha256(folder / name) != history.files[name]
     ]
 
 
@@ -532,15 +562,26 @@ def _check_numbers(
     backbone = None
     if evidence.run_backbone and isinstance(evidence.sources, Provenance):
         backbone = bare_backbone(evidence.sources).to(model.device)
-    return check_numbers(model, found.normalisation, recorded, _tolerance(found), backbone)
+    numbers = check_numbers(model, found.normalisation, recorded, _tolerance(found), backbone)
+    configs = {name: sha256(found.folder / name) for name in CONFIGS}
+    rests_on = recorded.origin.figures({**found.digests, **configs})
+    level = replace(numbers.level, figures={**numbers.level.figures, **rests_on})
+    if found.drawn and level.status == "passed":  # by chance
+        level = replace(level, status="failed", reason=found.drawn)
+    return replace(numbers, level=level)
 
 
 def _tolerance(found: _Model) -> "Tolerance":
-    """The tolerance of the type that config.json declares, or else of the types there are."""
+    """The tolerance of the type that config.json declares, or else of the one that all have."""
     from converter.checks.comparison import tolerance_for
 
-    declared = DTYPES.get(_dtype_in(found.values))
-    return tolerance_for({declared} if declared else {i.dtype for i in found.tensors.values()})
+    declared, types = (
+        DTYPES.get(_dtype_in(found.values)),
+        {info.dtype for info in found.tensors.values()},
+    )
+    if declared is None and len(types) == 1:
+        (declared,) = types
+    return tolerance_for({declared or "F32"})
 
 
 def _check_peers(
@@ -583,7 +624,10 @@ def _with_diagnosis(
     numbers: "Numbers | None",
 ) -> Verdict:
     failed = {level.level for level in levels if level.status == "failed"}
-    if found.misfits or not failed & {"arithmetic", "numbers"}:
+    if found.drawn and (found.misfits or not found.weights):
+        known = Cause("masked-attention-on", ("attn_mask_probs",), None, found.drawn)
+        return Verdict(levels, cause=known)
+    if found.misfits or not (found.drawn or failed & {"arithmetic", "numbers"}):
         return Verdict(levels)
     from converter.checks.by_value import Reference
     from converter.checks.diagnosis import diagnose, not_tried

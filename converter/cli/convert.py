@@ -104,7 +104,7 @@ class ImageSize(click.ParamType[tuple[int, int]]):
     help="Recorded outputs to check against: a folder, or its recorded.safetensors.",
 )
 @click.option("--verify/--no-verify", default=True, help="Whether to check the result.")
-@click.option("--require-verified", is_flag=True, help="Fail if there is nothing to check against.")
+@click.option("--require-verified", is_flag=True, help="Fail unless it is shown to be right.")
 @click.option(
     "--keep-unverified", is_flag=True, help="Keep a model that fails, as OUTPUT.unverified."
 )

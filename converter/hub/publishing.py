@@ -127,7 +127,8 @@ def publish(
         private: whether only members shall see the repository; by default, a new one is private
             and an old one stays as it is. It is made public last, when all is there.
         license_file: text of DINOv3's licence; by default from the backbone's repository.
-        allow_unverified: whether a model is pushed that was not held against recorded outputs.
+        allow_unverified: whether a model is pushed that was not shown to be right: that nothing, or
+            only the reference model, speaks for.
         verify_remote: whether to download the model into a fresh folder and verify that.
         recorded: recorded outputs for that; by default those of the offline checkpoints.
         dry_run: whether to stop at the list of changes.
@@ -296,6 +297,10 @@ def _read(folder: Path, *, allow_unverified: bool) -> tuple[ModelRecord, dict[st
         _check_verdict(made, folder, allow_unverified=allow_unverified)
     except (KeyError, TypeError, AttributeError) as error:
         raise UnreadableFileError(f"{history_file} lacks what it should hold: {error}.") from error
+    except ValueError as error:
+        raise UnreadableFileError(
+            f"The verdict in {history_file} makes no sense: {error}.", "Convert again."
+        ) from error
     files = {"conversion.json": Content.of(history_file)}
     for name, digest in expected.items():
         # conversion.json may come from anywhere: no file outside the folder is ever sent
@@ -314,13 +319,16 @@ def _read(folder: Path, *, allow_unverified: bool) -> tuple[ModelRecord, dict[st
 
 
 def _check_verdict(made: ModelRecord, folder: Path, *, allow_unverified: bool) -> None:
-    if made.verdict == "unverified" and not allow_unverified:
+    verdict = made.verdict
+    if verdict.verdict == "failed":
+        raise NotVerifiedError(f"{folder} is not right: its verdict is failed.")
+    if not verdict.proven and not allow_unverified:
+        reason = f" {verdict.shortfall}" if verdict.basis or verdict.reason else ""
         raise NotVerifiedError(
-            f"{folder} was not verified: no recorded outputs were held against it.",
-            "Convert with --recorded, or push with --allow-unverified; the model card will say so.",
+            f"{folder} was not verified against the original.{reason}",
+            "Convert with outputs recorded from the original (--recorded), or push with "
+            "--allow-unverified; the model card will say so.",
         )
-    if made.verdict not in ("passed", "unverified"):
-        raise NotVerifiedError(f"{folder} is not right: its verdict is {made.verdict!r}.")
 
 
 def _licence(made: ModelRecord, given: str | Path | None, access: Access) -> Content | None:
@@ -503,7 +511,9 @@ def _verify_again(
                 "Run again, over another connection or without a proxy.",
             )
         verdict = verify(folder, recorded=recorded, token=access.token, cache_dir=access.cache_dir)
-    if verdict.verdict not in (made.verdict, "passed"):
+    # what was sent has arrived; sources that are not in the cache prove nothing anew
+    as_before = verdict.proven or not made.verdict.proven or made.verdict.basis == "published"
+    if verdict.verdict == "failed" or not as_before:
         raise OutputsDifferError(
             f"{repo_id}, downloaded again, is {verdict.verdict}: {verdict.reason}",
             f"Do not announce commit {done.commit}.",
