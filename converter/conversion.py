@@ -10,7 +10,7 @@ from typing import Any, Literal
 from converter.catalog import Checkpoint, Task, find
 from converter.checks.provenance import Provenance
 from converter.checks.published import PUBLISHED
-from converter.checks.recorded import find_recorded, in_words
+from converter.checks.recorded import find_recorded
 from converter.checks.verdict import Verdict, unverified
 from converter.checks.verification import Evidence, Findings, Options, check, write_page
 from converter.class_names import ClassNames
@@ -24,7 +24,7 @@ from converter.errors import (
     UsageError,
 )
 from converter.hub.access import Access
-from converter.hub.downloads import arrived_damaged, is_sha256
+from converter.hub.downloads import arrived_damaged, is_damaged, is_sha256
 from converter.hub.sources import Fetched, fetch_again, fetched_already
 from converter.job import (
     DTYPES,
@@ -168,7 +168,8 @@ def convert(
         max_shard_size: bytes of tensors in one file, or a size such as ``2GB``; by default all.
         recorded: recorded outputs to check against; by default those of the offline checkpoints.
         verify: whether to check.
-        require_verified: whether to refuse if there is nothing to check against.
+        require_verified: whether to refuse a model that is not shown to be right: that nothing, or
+            only the reference model, speaks for.
         keep_unverified: whether a model that fails is kept beside the output, as
             ``<output>.unverified``.
         report: an HTML file to write that shows what was found, as the output's verdict.html does.
@@ -289,6 +290,7 @@ def _carry_out(
                         published=_published(job),
                         task=job.task,
                         sources=Provenance(inputs.files, plan),
+                        of_published=_published(job) is not None and "delta" in inputs.files,
                         recipes=merged.tensors,
                     ),
                     Options(image=job.image, allow_nonfinite=job.allow_nonfinite, access=access),
@@ -296,8 +298,12 @@ def _carry_out(
             else:
                 findings = Findings(unverified("Verification was switched off (--no-verify)."))
             verdict = findings.verdict
-            if required and verdict.verdict != "failed":
-                _refuse_unproven(verdict)
+            if required and verdict.verdict != "failed" and not verdict.proven:
+                raise NotVerifiedError(
+                    f"A check was required: {verdict.shortfall}",
+                    "Give outputs recorded from the original with --recorded, or convert without "
+                    "--require-verified.",
+                )
             files = _write_history(job, inputs, plan, pair, merged, verdict, stage.folder)
             pages = [stage.folder / REPORT] if job.verify else []
             asked_for = [report] if report else []
@@ -318,24 +324,6 @@ def _carry_out(
                 verdict,
                 Conversion(job, inputs, plan, pair, rejected, files, verdict),
             )
-
-
-def _refuse_unproven(verdict: Verdict) -> None:
-    """Refuses a model that was not shown to be right, where that was required.
-
-    Raises:
-        NotVerifiedError: it was held against nothing, or against the reference model.
-    """
-    if verdict.proven:
-        return
-    reason = f"the model is unverified: {verdict.reason}"
-    if verdict.basis:
-        reason = f"it was held against {in_words(verdict.basis, verdict.recorded_sha256)}."
-    raise NotVerifiedError(
-        f"A check was required, and {reason}",
-        "Give outputs recorded from the original with --recorded, or convert without "
-        "--require-verified.",
-    )
 
 
 def _published(job: Job) -> Checkpoint | None:
@@ -443,17 +431,22 @@ def _check_digests(inputs: Inputs, merged: Merged) -> tuple[PairCheck, ...]:
     checks = []
     for role, source in inputs.fetched.items():
         for name, (_, digest) in merged.inputs[role].items():
-            expected = source.digests.get(name)
-            file = f"{name} of {source.repo_id}"
-            if digest == expected:
-                checks.append(PairCheck("hub-digest", "passed", f"{file} has the Hub's SHA-256."))
-            elif is_sha256(expected):
+            expected, file = source.digests.get(name), f"{name} of {source.title}"
+            if expected is None:
+                if source.repo_id:
+                    finding = f"Nothing tells which digest {file} should have."
+                    checks.append(PairCheck("hub-digest", "not checked", finding))
+                continue
+            if is_sha256(expected):
+                right, kind = digest == expected, "SHA-256"
+            else:  # as of small files, or where weights do not stand in LFS
+                right = not is_damaged(source.weights.with_name(name), expected)
+                kind = "id of the content"
+            if not right:
                 raise UnreadableFileError(
-                    f"{file} has the SHA-256 {digest[:12]}..., the Hub says {expected[:12]}...."
+                    f"{file} is damaged: the Hub gives another {kind}, {expected[:12]}...."
                 )
-            elif source.repo_id and not expected:
-                finding = f"Nothing tells which digest {file} should have."
-                checks.append(PairCheck("hub-digest", "not checked", finding))
+            checks.append(PairCheck("hub-digest", "passed", f"{file} has the Hub's {kind}."))
     return tuple(checks)
 
 

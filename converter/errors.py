@@ -37,7 +37,7 @@ class OutputError(EomtConvertError):
 
 
 class NotVerifiedError(EomtConvertError):
-    """Verification was required and there is nothing to check against."""
+    """A model had to be shown to be right, and was not, though it did not fail."""
 
 
 class UsageError(EomtConvertError):

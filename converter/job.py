@@ -191,7 +191,7 @@ def open_inputs(job: Job, access: Access, stack: ExitStack, *, dry_run: bool) ->
     if job.checkpoint and job.backbone and job.eomt == job.checkpoint.source("delta"):
         # a backbone without access is found out before gigabytes are fetched
         fetch_config(job.backbone, access)
-    eomt = fetch(job.eomt, access)
+    eomt = fetch(job.eomt, access, check_weights=False)  # merging digests them
     eomt_file = open_tensors(eomt.weights)
     stack.enter_context(eomt_file)
     converted = recognise(eomt_file.tensors) is EOMT_TRANSFORMERS
@@ -215,7 +215,7 @@ def open_inputs(job: Job, access: Access, stack: ExitStack, *, dry_run: bool) ->
     fetched: dict[Source, Fetched] = {role_of(weights): eomt}
     files: dict[Source, Any] = {role_of(weights): eomt_file}
     if weights == "delta" and job.backbone:
-        fetched = {"backbone": fetch(job.backbone, access), **fetched}
+        fetched = {"backbone": fetch(job.backbone, access, check_weights=False), **fetched}
         backbone_file = open_tensors(fetched["backbone"].weights)
         stack.enter_context(backbone_file)
         files = {"backbone": backbone_file, **files}

@@ -13,7 +13,7 @@ from converter.hub.downloads import not_in_cache
 from converter.hub.sources import (
     HubSource,
     LocalSource,
-    fetch_checked,
+    fetch,
     fetch_first,
     parse_source,
 )
@@ -52,7 +52,7 @@ def fetch_model(model: str | Path, access: Access) -> Path:
         )
     if isinstance(source, LocalSource):
         return source.path
-    return fetch_checked(source, access, beside=(_PREPROCESSOR, "conversion.json")).weights.parent
+    return fetch(source, access, beside=(_PREPROCESSOR, "conversion.json")).weights.parent
 
 
 def repository_of(model: str | Path) -> str | None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from converter.catalog import CATALOG
-from converter.checks.recorded import in_words
 from converter.checks.verdict import Level, Verdict
 from converter.conversion import Conversion
 from converter.hub.publishing import Publication
@@ -92,9 +91,7 @@ def verdict(found: Verdict) -> list[str]:
     """A line per check with its largest differences, then what is known of why it failed."""
     lines = _wrapped(f"verdict   {found.verdict}" + (f": {found.reason}" if found.reason else ""))
     if found.basis:
-        lines += _wrapped(
-            f"basis     {found.basis}: held against {in_words(found.basis, found.recorded_sha256)}"
-        )
+        lines += _wrapped(f"basis     {found.basis}: held against {found.held_against}")
     for level in found.levels:
         said = _finding(level)
         if level.reason and (level.reason != found.reason or level.status == "not checked"):
@@ -224,10 +221,10 @@ def publication(found: Publication) -> str:
 
 def release_table(found: Release) -> str:
     """What became of every checkpoint of a release, a line each, and why some failed."""
-    rows = [("CHECKPOINT", "REPOSITORY", "STATUS", "VERDICT", "COMMIT")]
+    rows = [("CHECKPOINT", "REPOSITORY", "STATUS", "VERDICT", "BASIS", "COMMIT")]
     for step in found.steps:
-        commit = (step.commit or "-")[:12]
-        rows.append((step.checkpoint, step.repo_id, step.status, step.verdict or "-", commit))
+        told = (step.status, step.verdict or "-", step.basis or "-", (step.commit or "-")[:12])
+        rows.append((step.checkpoint, step.repo_id, *told))
     reasons = [f"{step.checkpoint}: {step.error}" for step in found.steps if step.error]
     return "\n".join([*_aligned(rows), *reasons])
 

@@ -2,6 +2,7 @@
 
 It is Mask2Former's (Cheng et al., arXiv 2112.01527, sections 3.3 and 4.1), which EoMT takes over.
 Random numbers are drawn in the order in which transformers draws them: one seed gives one loss.
+Only what the mask losses are divided by can differ: see `mean_num_pairs`.
 """
 
 from collections.abc import Sequence
@@ -66,10 +67,10 @@ class SetCriterion(nn.Module):
             ]
             mask_loss, dice_loss = self.mask_losses(masks, mask_labels, matches)
             class_loss = self.class_loss(classes, class_labels, matches)
-            num_masks = mean_num_masks(class_labels)
+            num_pairs = mean_num_pairs(matches)
         return {
-            "loss_mask": self.config.mask_weight * mask_loss / num_masks,
-            "loss_dice": self.config.dice_weight * dice_loss / num_masks,
+            "loss_mask": self.config.mask_weight * mask_loss / num_pairs,
+            "loss_dice": self.config.dice_weight * dice_loss / num_pairs,
             "loss_cross_entropy": self.config.class_weight * class_loss,
         }
 
@@ -197,9 +198,14 @@ def dice_distance(overlap: Tensor, predicted: Tensor, target: Tensor) -> Tensor:
     return 1 - (2 * overlap + 1) / (predicted + target + 1)
 
 
-def mean_num_masks(class_labels: Sequence[Tensor]) -> Tensor:
-    """Number of segments in a batch, at least 1; in distributed training the processes' mean."""
-    count = torch.tensor(float(sum(map(len, class_labels))), device=class_labels[0].device)
+def mean_num_pairs(matches: Sequence[Match]) -> Tensor:
+    """Number of pairs in a batch, at least 1; in distributed training the processes' mean.
+
+    As in github.com/tue-mps/eomt training/mask_classification_loss.py. transformers 5.23 counts
+    segments instead, of which a picture may have more than there are queries, and leaves
+    distributed training to accelerate.
+    """
+    count = torch.tensor(float(sum(len(own) for _, own in matches)), device=matches[0][1].device)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(count)
         count /= torch.distributed.get_world_size()

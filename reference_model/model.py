@@ -155,6 +155,7 @@ class EomtDinov3ForUniversalSegmentation(EomtDinov3PreTrainedModel):
         patch_offsets: list[Tensor] | None = None,
         output_hidden_states: bool = False,
         output_block_logits: bool = False,
+        block_mask_logits: Sequence[Tensor] | None = None,
     ) -> EomtDinov3ForUniversalSegmentationOutput:
         """Masks and classes of every query, and the loss where labels are given.
 
@@ -169,14 +170,22 @@ class EomtDinov3ForUniversalSegmentation(EomtDinov3PreTrainedModel):
             patch_offsets: windows of the pictures, handed through to the output.
             output_hidden_states: also give every layer's tokens.
             output_block_logits: also give the predictions before each of the last layers.
+            block_mask_logits: for each of the last `num_blocks` layers, mask logits (batch,
+                queries, H', W') that take the place of its own prediction where masking is on.
 
         Raises:
             ValueError: height or width is not a multiple of the patch size; only one kind of
-                labels is given, or they do not fit each other, the batch or the classes.
+                labels is given, or they do not fit each other, the batch or the classes; there
+                are not mask logits for every block.
             ImportError: there are labels, but no SciPy.
         """
         if (mask_labels is None) != (class_labels is None):
             raise ValueError("the loss needs both mask_labels and class_labels; found one of them")
+        if block_mask_logits is not None and len(block_mask_logits) != self.config.num_blocks:
+            raise ValueError(
+                f"block_mask_logits has {len(block_mask_logits)} tensors; expected "
+                f"{self.config.num_blocks}, one for each block"
+            )
         grid = patch_grid(pixel_values, self.config.patch_size)
         x = self.dropout(self.embeddings(pixel_values))  # (batch, prefix + patches, hidden)
         rope = self.rope_embeddings(grid, x.dtype, x.device)
@@ -199,7 +208,10 @@ class EomtDinov3ForUniversalSegmentation(EomtDinov3PreTrainedModel):
                 prediction = self.predict(self.layernorm(x), grid)
                 predictions[f"_{block}"] = prediction
                 if masking:
-                    mask = self.attention_mask(prediction, grid, keep_probability)
+                    mask_logits = prediction.masks_queries_logits
+                    if block_mask_logits is not None:
+                        mask_logits = block_mask_logits[block]
+                    mask = self.attention_mask(mask_logits, grid, keep_probability)
             x = layer(x, rope, mask)
             if output_hidden_states:
                 hidden_states.append(x)
@@ -266,15 +278,20 @@ class EomtDinov3ForUniversalSegmentation(EomtDinov3PreTrainedModel):
         return Prediction(masks, self.class_predictor(queries))
 
     def attention_mask(
-        self, prediction: Prediction, grid: tuple[int, int], keep_probability: float
+        self, mask_logits: Tensor, grid: tuple[int, int], keep_probability: float
     ) -> Tensor:
         """Lets queries look only at the patches of their own masks.
+
+        Args:
+            mask_logits: (batch, queries, H', W').
+            grid: rows and columns of patches.
+            keep_probability: of a query to be masked.
 
         Returns:
             (batch, 1, tokens, tokens), bool; False where a query may not look at a patch.
         """
         # (batch, queries, H', W') -> (batch, queries, patches)
-        logits = F.interpolate(prediction.masks_queries_logits, grid, mode="bilinear").flatten(2)
+        logits = F.interpolate(mask_logits, grid, mode="bilinear").flatten(2)
         inside = logits > 0
         batch, queries, patches = inside.shape
         if keep_probability < 1:

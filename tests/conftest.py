@@ -5,15 +5,20 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 # before torch is imported, here and in child processes: its threads would wait for those of the
 # other workers of pytest-xdist
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from hub_client import TRANSFERS
 from hub_server import Hub, choose_transfer, point_client_at, running_hub
+from hypothesis import HealthCheck, settings
+from numpy.typing import ArrayLike
 
 import converter
 from converter.cli import main
@@ -26,6 +31,38 @@ NAMES = (
     "tiny_semantic_48",
     "tiny_instance_64_gated",
 )
+
+# How long examples take depends on the load. What cannot be repeated is of no use.
+settings.register_profile(
+    "tests", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
+)
+settings.load_profile("tests")
+
+# After so many seconds a process hangs, however slow the machine is.
+HANGS = 600
+
+# torch 2.9 and newer have a setting for every kind of operation
+HAS_NEW_WAY = hasattr(torch.backends, "fp32_precision")
+
+
+def products_are_full_float32() -> bool:
+    """Whether matrix products of float32 are computed as such, on CPU and GPU, as torch is set."""
+    if HAS_NEW_WAY:
+        backends: Any = torch.backends
+        found = {backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision}
+        return found == {"ieee"}
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+# Share of a picture's pixels that may lie on the other side of an edge: where two queries or two
+# classes are as good as each other, rounding decides, and it depends on the machine.
+EDGES = 1e-3
+
+
+def same_but_for_edges(ours: ArrayLike, expected: ArrayLike) -> bool:
+    """Whether two maps of segments or classes, of one size, show the same."""
+    ours, expected = np.asarray(ours), np.asarray(expected)
+    return ours.shape == expected.shape and float((ours != expected).mean()) <= EDGES
 
 
 @pytest.fixture(scope="session")

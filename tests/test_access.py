@@ -62,6 +62,32 @@ def test_an_answer_without_words_is_named_by_its_status(hub: Hub, commit: str) -
     assert error_of(Status(501), hub).message.endswith(f"answered 501 for {REPO}: Not Implemented")
 
 
+def test_words_from_outside_are_visible_and_not_too_long(hub: Hub, commit: str) -> None:
+    message = error_of(Status(400, "\x1b[2J\r\u202ebad" + "x" * 10_000), hub).message
+
+    assert "\\x1b[2J\\r\\u202ebadxxx" in message
+    assert message.endswith("xxx...")
+    assert len(message) < 500
+
+
+def test_a_password_in_the_servers_address_is_not_in_its_words(
+    hub: Hub, commit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = hub.endpoint.replace("http://", "http://ann:sesame@")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+
+    assert "sesame" not in str(error_of(Status(400, f"See {address}/docs"), hub))
+
+
+def test_who_may_not_read_is_told_so(hub: Hub, commit: str) -> None:
+    error = error_of(Status(403, "Please enable access to public gated repositories"), hub)
+
+    assert error.message == (
+        f"This login may not read {REPO}: Please enable access to public gated repositories"
+    )
+    assert "fine-grained token" in error.remedy
+
+
 @pytest.mark.parametrize(
     ("endpoint", "name"),
     [
@@ -81,7 +107,21 @@ def test_bytes_that_are_no_answer_make_no_sense(hub: Hub, commit: str) -> None:
     assert "makes no sense (UnicodeDecodeError)" in error_of(WrongBytes(), hub).message
 
 
-@pytest.mark.parametrize("answer", [[], {"siblings": 3}, {"id": REPO, "siblings": [{}]}])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [],
+        {"siblings": 3},
+        {"id": REPO, "siblings": [{}]},
+        {"id": REPO, "sha": "0" * 40, "siblings": [{"rfilename": 3}]},
+        {"id": REPO, "sha": "0" * 40, "siblings": [{"rfilename": "a", "blobId": 5}]},
+        {
+            "id": REPO,
+            "sha": "0" * 40,
+            "siblings": [{"rfilename": "a", "lfs": {"sha256": 5, "size": 1, "pointerSize": 1}}],
+        },
+    ],
+)
 def test_an_answer_of_another_form_makes_no_sense(
     hub: Hub, commit: str, monkeypatch: pytest.MonkeyPatch, answer: object
 ) -> None:
@@ -100,6 +140,15 @@ def test_a_fault_of_our_own_is_not_taken_for_the_hubs(fault: Exception) -> None:
     assert caught.value.__cause__ is None
 
 
+@pytest.mark.parametrize("cause", [KeyError("k"), OSError("disk"), ValueError("v")])
+def test_a_fault_of_our_own_with_a_cause_is_left_alone(cause: Exception) -> None:
+    fault = ValueError("ours")
+
+    with pytest.raises(ValueError, match="ours") as caught, explained(REPO):
+        raise fault from cause
+    assert caught.value is fault
+
+
 def test_a_call_of_ours_that_the_client_does_not_take_is_our_fault() -> None:
     options: dict[str, Any] = {"no_such_option": True}
 
@@ -109,7 +158,7 @@ def test_a_call_of_ours_that_the_client_does_not_take_is_our_fault() -> None:
 
 def test_the_remedy_names_the_variable_as_it_is_written(hub: Hub) -> None:
     with pytest.raises(AccessError) as caught:
-        Access().login()
+        Access().login("me/model")
 
     assert caught.value.remedy == "Log in with `hf auth login`, or set HF_TOKEN."
 
@@ -117,7 +166,7 @@ def test_the_remedy_names_the_variable_as_it_is_written(hub: Hub) -> None:
 def test_who_is_logged_in_is_asked_once(hub: Hub, me: str) -> None:
     access = Access()
 
-    assert [access.login()["name"] for _ in range(2)] == ["me", "me"]
+    assert [access.login("me/model")["name"] for _ in range(2)] == ["me", "me"]
     assert hub.request_lines == ["GET /api/whoami-v2"]
 
 

@@ -13,10 +13,14 @@ from hub_server import Hub
 from safetensors.torch import load_file, save_file
 
 import converter
+from converter.catalog import find
+from converter.checks.provenance import is_published, read_history
 from converter.checks.recorded import ORIGINAL, Origin, known_recordings, read_recorded
 from converter.checks.recording import record
 from converter.checks.verdict import Level, Status, Verdict
 from converter.errors import NotVerifiedError, UnreadableFileError
+from converter.hub.access import Access
+from converter.hub.sources import HubSource, fetch
 from converter.testing import assert_matches_recorded
 
 Command = Callable[..., Result]
@@ -114,13 +118,62 @@ def test_a_recording_hands_on_what_its_model_was_shown_to_be(
     assert (verdict.verdict, verdict.basis) == ("passed", "reference")
 
 
-def test_a_recording_without_a_word_of_who_made_it_is_a_reference(
+def test_a_recording_of_the_package_is_known_without_a_word_of_who_made_it(
     converted: Callable[[str], Path], tmp_path: Path
 ) -> None:
     source = FIXTURES / "tiny_panoptic_64"
     shutil.copy(source / "recorded.safetensors", tmp_path)
+    (tmp_path / "recorded.json").write_text('{"provenance": {"implementation": "somebody"}}')
 
-    assert converter.verify(converted(source.name), recorded=tmp_path).basis == "reference"
+    assert converter.verify(converted(source.name), recorded=tmp_path).basis == "original"
+
+
+def test_a_recording_without_a_word_of_who_made_it_is_of_unknown_origin(
+    converted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    record(converted("tiny_panoptic_64"), tmp_path / "own", random=1)
+    (tmp_path / "own" / "recorded.json").unlink()
+    found = converter.verify(converted("tiny_panoptic_64"), recorded=tmp_path / "own")
+
+    assert found.basis == "reference"
+    assert found.held_against.startswith("outputs of unknown origin")
+
+
+def test_a_recording_under_another_name_is_not_what_recorded_json_is_of(
+    converted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    record(converted("tiny_panoptic_64"), tmp_path / "own", random=1)
+    recording = (tmp_path / "own" / "recorded.safetensors").rename(
+        tmp_path / "own/mine.safetensors"
+    )
+
+    assert converter.verify(converted("tiny_panoptic_64"), recorded=recording).basis == "reference"
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", {"rope_parameters": {"rope_type": "default", "rope_theta": 1.5}}),
+        ("preprocessor_config.json", {"rescale_factor": 1.0}),
+    ],
+)
+def test_a_basis_is_not_handed_on_to_another_configuration(
+    converted: Callable[[str], Path], tmp_path: Path, file: str, change: dict[str, Any]
+) -> None:
+    """Neither shows in a single patch of black: rotary positions there, and no brightness."""
+    from PIL import Image
+
+    Image.new("RGB", (16, 16)).save(tmp_path / "black.png")
+    model = converted("tiny_panoptic_64")
+    record(model, tmp_path / "own", images=[tmp_path / "black.png"], image_size=(16, 16))
+    wrong = own_copy(converted, "tiny_panoptic_64", tmp_path)
+    change_json(wrong / file, lambda content: content.update(change))
+    (wrong / "conversion.json").unlink()
+    found = converter.verify(wrong, recorded=tmp_path / "own")
+
+    assert (found.verdict, found.basis) == ("passed", "reference")
+    assert converter.verify(model, recorded=tmp_path / "own").basis == "original"
+    assert converter.verify(wrong, recorded=FIXTURES / "tiny_panoptic_64").verdict == "failed"
 
 
 def test_a_recording_of_0_1_is_a_reference(
@@ -166,7 +219,7 @@ def test_the_recordings_of_the_package_are_known() -> None:
 
     assert len(files) == 5
     assert {read_recorded(file).sha256 for file in files} == known_recordings()
-    assert {read_recorded(file).origin.implementation for file in files} == {ORIGINAL}
+    assert all(read_recorded(file).origin == Origin("original", known=True) for file in files)
 
 
 def test_what_only_recorded_json_says_is_said_to_be_said_there(
@@ -191,28 +244,25 @@ def test_what_only_recorded_json_says_is_said_to_be_said_there(
 # published numbers -----------------------------------------------------------------------------
 
 
-def levels(against: str | None, arithmetic: Status = "passed") -> tuple[Level, ...]:
+def levels(of_published: bool, arithmetic: Status = "passed") -> tuple[Level, ...]:
     return (
         Level("structure", "passed"),
-        Level("arithmetic", arithmetic, figures={"against": against}),
+        Level("arithmetic", arithmetic, figures={"of_published": of_published}),
         Level("published", "passed"),
     )
 
 
 def test_published_numbers_are_a_basis_with_every_tensor_proven() -> None:
-    verdict = Verdict(levels("sources"))
+    verdict = Verdict(levels(True))
 
     assert (verdict.verdict, verdict.basis, verdict.proven) == ("passed", "published", True)
 
 
-@pytest.mark.parametrize(
-    ("against", "arithmetic"),
-    [("conversion.json", "passed"), ("sources", "not checked"), (None, "not checked")],
-)
+@pytest.mark.parametrize(("of_published", "arithmetic"), [(False, "passed"), (True, "not checked")])
 def test_published_numbers_alone_are_a_spot_check(
-    against: str | None, arithmetic: Literal["passed", "not checked"]
+    of_published: bool, arithmetic: Literal["passed", "not checked"]
 ) -> None:
-    verdict = Verdict(levels(against, arithmetic))
+    verdict = Verdict(levels(of_published, arithmetic))
 
     assert (verdict.verdict, verdict.basis, verdict.proven) == ("unverified", None, False)
     assert "spot check" in verdict.reason
@@ -221,17 +271,17 @@ def test_published_numbers_alone_are_a_spot_check(
 def test_of_two_bases_the_stronger_one_counts() -> None:
     numbers = Level("numbers", "passed", figures={"basis": "reference"})
 
-    assert Verdict((*levels("sources"), numbers)).basis == "published"
-    assert Verdict((*levels("conversion.json"), numbers)).basis == "reference"
+    assert Verdict((*levels(True), numbers)).basis == "published"
+    assert Verdict((*levels(False), numbers)).basis == "reference"
 
 
-def test_an_origin_counts_for_its_own_tensors_only() -> None:
-    origin = Origin("somebody", "original", {"a": "1"})
+def test_an_origin_counts_for_its_own_model_only() -> None:
+    origin = Origin("reference", basis="original", model={"a": "1"})
 
-    assert origin.basis_for({"a": "1"}) == "original"
-    assert origin.basis_for({"a": "2"}) == "reference"
-    assert Origin("somebody", None, {"a": "1"}).basis_for({"a": "1"}) == "reference"
-    assert Origin().basis_for({}) == "reference"
+    assert origin.figures({"a": "1"})["basis"] == "original"
+    assert origin.figures({"a": "2"})["basis"] == "reference"
+    assert Origin("reference", model={"a": "1"}).figures({"a": "1"})["basis"] == "reference"
+    assert Origin().figures({})["basis"] == "reference"
 
 
 # conversion.json of 0.1 ------------------------------------------------------------------------
@@ -273,3 +323,125 @@ def test_a_recording_that_is_not_finite_is_refused(
 
     with pytest.raises(UnreadableFileError, match=r"mask_logits in .* holds NaN or infinity"):
         converter.verify(converted(name), recorded=tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("dtype", "value"), [("float32", 3e38), ("float16", 6e4)])
+def test_a_recording_of_huge_values_makes_no_tolerance_infinite(
+    converted: Callable[[str], Path], tmp_path: Path, name: str, dtype: str, value: float
+) -> None:
+    """Their range overflows in their own type."""
+    import torch
+
+    found = load_file(FIXTURES / name / "recorded.safetensors")
+    kept = {key: found[key] for key in ("pixels", "mask_logits", "class_logits")}
+    for key in ("mask_logits", "class_logits"):
+        kept[key] = kept[key].to(getattr(torch, dtype))
+        kept[key].view(-1)[:2] = torch.tensor([value, -value])
+    save_file(kept, tmp_path / "recorded.safetensors")
+    wrong = own_copy(converted, name, tmp_path)
+    (wrong / "conversion.json").unlink()
+    swap_query_and_key(wrong)
+
+    assert converter.verify(wrong, recorded=tmp_path / "recorded.safetensors").verdict == "failed"
+
+
+@pytest.mark.parametrize("form", ["scalar", "boolean"])
+def test_a_recording_of_other_things_than_numbers_is_refused(
+    converted: Callable[[str], Path], tmp_path: Path, form: str
+) -> None:
+    import torch
+
+    found = load_file(FIXTURES / "tiny_panoptic_64" / "recorded.safetensors")
+    if form == "scalar":
+        found["hidden_states.0"] = torch.tensor(1.0)
+    else:
+        found["mask_logits"] = found["mask_logits"] > 0
+    save_file(found, tmp_path / "recorded.safetensors")
+
+    with pytest.raises(UnreadableFileError, match=r"a single number|no floating point numbers"):
+        converter.verify(converted("tiny_panoptic_64"), recorded=tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_rounded_tensor_does_not_loosen_the_tolerance_of_all(
+    converted: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    import torch
+
+    wrong = own_copy(converted, name, tmp_path)
+    (wrong / "conversion.json").unlink()
+    change_json(wrong / "config.json", lambda content: content.pop("dtype"))
+    weights = load_file(wrong / "model.safetensors")
+    weights["criterion.empty_weight"] = weights["criterion.empty_weight"].to(torch.bfloat16)
+    weights["class_predictor.bias"] += 0.01
+    save_file(weights, wrong / "model.safetensors", metadata={"format": "pt"})
+
+    assert converter.verify(wrong, recorded=FIXTURES / name).verdict == "failed"
+
+
+# conversion.json that claims more than is in it -------------------------------------------------
+
+
+def as_numbers(**changes: Any) -> Callable[[dict[str, Any]], object]:
+    def edit(content: dict[str, Any]) -> None:
+        for level in content["verdict"]["levels"]:
+            if level["level"] == "numbers":
+                level.update({k: v for k, v in changes.items() if k != "figures"})
+                level["figures"].update(changes.get("figures", {}))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda content: content["verdict"].update(levels=[]),
+        lambda content: content["verdict"].update(levels=None),
+        lambda content: content["verdict"].update(basis="published"),
+        lambda content: content["verdict"].update(basis=["original"]),
+        as_numbers(status="failed"),
+        as_numbers(status="not checked"),
+        as_numbers(status="fine"),
+        as_numbers(figures={"basis": "reference"}),
+        as_numbers(figures={"basis": "mine\n**Verified.**"}),
+        as_numbers(figures={"recorded_sha256": ["x"]}),
+    ],
+)
+def test_a_verdict_that_its_levels_contradict_is_not_pushed(
+    converted: Callable[[str], Path],
+    tmp_path: Path,
+    hub: Hub,
+    me: str,
+    edit: Callable[[dict[str, Any]], object],
+) -> None:
+    model = own_copy(converted, "tiny_panoptic_64", tmp_path)
+    change_json(model / "conversion.json", edit)
+
+    with pytest.raises(UnreadableFileError, match=r"conversion\.json"):
+        converter.publish(model, "me/model", allow_unverified=True)
+    assert hub.repo_ids == []
+
+
+# what counts as the published files --------------------------------------------------------------
+
+
+def test_the_published_delta_is_what_its_main_branch_has(hub: Hub, derived: Path) -> None:
+    """Anybody may propose other weights in the same repository."""
+    checkpoint, history = find("coco_panoptic_small_640"), read_history(derived)
+    assert is_published(checkpoint, history, Access())
+
+    hub.commit(checkpoint.delta, {"README.md": b"newer"})
+    fetch(HubSource(checkpoint.delta), Access())  # which notes where main is
+    assert not is_published(checkpoint, history, Access())
+    assert not is_published(checkpoint, None, Access())
+    assert not is_published(None, history, Access())
+
+
+def test_without_the_repository_in_the_cache_nothing_counts_as_published(
+    hub: Hub, derived: Path, tmp_path: Path
+) -> None:
+    elsewhere = Access(cache_dir=tmp_path / "empty")
+    checkpoint = find("coco_panoptic_small_640")
+
+    assert not is_published(checkpoint, read_history(derived), elsewhere)

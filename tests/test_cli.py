@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from conftest import FIXTURES
+from conftest import FIXTURES, HANGS
 from hub_server import Hub
 
 from converter.checks.verdict import LEVELS
@@ -333,7 +333,7 @@ compute = merge.compute
 def slow(row, *rest):
     if row.name.startswith("layers.1"):
         print("merging", flush=True)
-        time.sleep(60)
+        time.sleep(3600)
     return compute(row, *rest)
 merge.compute = slow
 from converter.cli import main
@@ -356,7 +356,7 @@ def test_an_interrupted_run_ends_in_130_and_leaves_nothing(
     assert process.stdout.readline() == "merging\n"
     assert names(tmp_path) == [".tiny_panoptic_64.eomt-convert"]
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=HANGS)
 
     assert process.returncode == 130
     assert "Interrupted" in stderr
@@ -391,7 +391,7 @@ def test_a_file_that_may_not_grow_further_leaves_nothing(tmp_path: Path) -> None
         resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
 
     process = start(tmp_path, "--checkpoint", "tiny_panoptic_64", preexec_fn=limit)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=HANGS)
 
     assert process.returncode == 1
     assert "cannot be written: File too large" in stderr
@@ -403,7 +403,7 @@ def test_the_token_of_the_environment_is_never_shown(tmp_path: Path) -> None:
     process = start(
         tmp_path, "--checkpoint", "coco_panoptic_small_640", "--debug", environment=environment
     )
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=HANGS)
 
     assert process.returncode == 1
     assert "could not be reached" in stderr
@@ -445,6 +445,7 @@ def test_a_fault_of_the_tool_ends_in_1_without_a_token(
     assert "hf_secret" not in result.output
 
 
+@pytest.mark.smoke  # of rich
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_is_shown_on_a_terminal_and_not_in_a_pipe(tmp_path: Path, terminal: bool) -> None:
     """Standard error is a terminal, or a pipe."""
@@ -458,8 +459,8 @@ def test_progress_is_shown_on_a_terminal_and_not_in_a_pipe(tmp_path: Path, termi
     )
     os.close(writing)
     shown = b""
-    end = time.monotonic() + 60
-    while time.monotonic() < end and select.select([reading], [], [], 60)[0]:
+    end = time.monotonic() + HANGS
+    while time.monotonic() < end and select.select([reading], [], [], HANGS)[0]:
         try:
             data = os.read(reading, 4096)
         except OSError:  # what a terminal gives when its other end is closed
@@ -468,7 +469,7 @@ def test_progress_is_shown_on_a_terminal_and_not_in_a_pipe(tmp_path: Path, termi
             break
         shown += data
     os.close(reading)
-    stdout, _ = process.communicate(timeout=60)
+    stdout, _ = process.communicate(timeout=HANGS)
 
     assert process.returncode == 0
     assert b"verdict" in stdout

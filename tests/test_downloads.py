@@ -12,9 +12,9 @@ from conftest import in_every_way, over_lfs, over_xet
 from hub_faults import Truncated
 from hub_server import Hub
 
-from converter.errors import AccessError, HubUnavailableError, UnreadableFileError
-from converter.hub.access import Access
-from converter.hub.downloads import Snapshot, download, download_again, is_damaged, resolve
+from converter.errors import AccessError, HubUnavailableError, OutputError, UnreadableFileError
+from converter.hub.access import Access, Snapshot
+from converter.hub.downloads import download, download_again, is_damaged, resolve
 
 REPO, OTHER = "owner/name", "owner/other"
 CONFIG, WEIGHTS = b'{"a": 1}', bytes(range(256)) * 400  # 100 kB
@@ -128,11 +128,19 @@ def test_a_branch_that_moves_meanwhile_gives_the_commit_that_was_looked_up(
 ) -> None:
     access = Access()
     found = resolve(REPO, "main", access)
-    hub.commit(REPO, {name: b"something else"})
+    newer = hub.commit(REPO, {name: b"something else"})
+    hub.requests.clear()
 
     assert download(found, name, access).read_bytes() in (CONFIG, WEIGHTS)
+    others = {"config.json", "model.safetensors"} - {name}
+    download(found, others.pop(), access)
+    heads = [request.path for request in hub.requests if request.method == "HEAD"]
+    assert len(heads) == 3  # the first file by the branch, then both by the commit
+    assert sum("/resolve/main/" in path for path in heads) == 1
+    assert not any(newer in path for path in heads)
 
 
+@pytest.mark.smoke  # of huggingface_hub
 @over_lfs
 def test_no_token_goes_to_where_large_files_are_stored(hub: Hub, commit: str) -> None:
     hub.add_user("ann", "hf_ann")
@@ -246,6 +254,55 @@ def test_a_damaged_large_file_is_replaced_by_a_download(hub: Hub, commit: str) -
 
     assert download_again(REPO, "model.safetensors", commit, Access()) == path
     assert path.read_bytes() == WEIGHTS
+
+
+@in_every_way
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_damaged_file_is_replaced_where_there_are_no_links(
+    hub: Hub, commit: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_SYMLINKS", True)
+    path = fetch(name)
+    assert not path.is_symlink()
+    content = path.read_bytes()
+    change_last_byte(path)
+
+    assert fetch(name) == path
+    assert path.read_bytes() == content
+
+
+@in_every_way
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_damaged_file_is_named_where_only_the_cache_may_be_used(
+    hub: Hub, commit: str, name: str
+) -> None:
+    change_last_byte(fetch(name))
+
+    with pytest.raises(UnreadableFileError, match=f"{name} of {REPO} is damaged in the cache"):
+        fetch(name, OFFLINE)
+
+
+def test_a_file_that_the_cache_lacks_is_named_where_only_it_may_be_used(
+    hub: Hub, commit: str
+) -> None:
+    fetch("config.json")
+
+    with pytest.raises(AccessError, match=r"is not in the cache: model\.safetensors is missing"):
+        fetch("model.safetensors", OFFLINE)
+
+
+def test_a_damaged_file_that_cannot_be_replaced_is_named(
+    hub: Hub, commit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = fetch("model.safetensors")
+    change_last_byte(path)
+
+    def refuse(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied", "somewhere")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
+    with pytest.raises(OutputError, match=f"{path} is damaged and cannot be replaced"):
+        fetch("model.safetensors")
 
 
 @over_xet

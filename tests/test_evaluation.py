@@ -17,6 +17,7 @@ from dataset_files import (
     run_lengths,
     write_ade20k,
     write_coco_instances,
+    write_coco_panoptic,
     zip_as_published,
 )
 from hub_server import Hub
@@ -32,6 +33,8 @@ from reference_model import (
     EomtDinov3ForUniversalSegmentationOutput,
     EomtImageProcessor,
 )
+
+pytestmark = pytest.mark.numbers
 
 SHAPES = FIXTURES / "shapes_panoptic_128/val"
 RECORDED = json.loads((FIXTURES / "shapes_panoptic_128/recorded.json").read_text())["val"]
@@ -67,6 +70,7 @@ def test_the_panoptic_quality_is_the_recorded_one(shapes: Path) -> None:
     found = evaluate(shapes, "coco-panoptic", SHAPES)
 
     assert found.images == recorded["images"]
+    assert found.means_over == "all 6 classes"
     for name in ("PQ", "PQ_things", "PQ_stuff"):
         assert found.metrics[name] == pytest.approx(recorded[name], rel=1e-9)
     assert {row["class"]: row["PQ"] for row in found.per_class} == pytest.approx(
@@ -87,7 +91,10 @@ def test_the_command_prints_a_table_or_json(shapes: Path, command: Command) -> N
 
     assert (table.exit_code, as_json.exit_code) == (0, 0)
     content = json.loads(as_json.stdout)
-    assert list(content) == ["model", "dataset", "images", "metrics", "per_class", "published"]
+    assert list(content) == [
+        *("model", "dataset", "images", "metrics"),
+        *("means_over", "per_class", "published"),
+    ]
     assert (content["dataset"], content["images"]) == ("coco-panoptic", 2)
     assert content["published"] is None
     assert [row["class"] for row in content["per_class"]] == list(
@@ -260,6 +267,86 @@ def test_miou_follows_from_the_share_of_pixels_that_agree(
     assert measured.metrics == {"mIoU": pytest.approx(mean)}
     in_json = [row["IoU"] for row in measured.to_dict()["per_class"]]
     assert in_json.count(None) == 150 - len(exact) - 2
+
+
+@pytest.mark.parametrize("upper_id", [1, 3])
+def test_of_two_crowds_of_a_class_the_one_with_the_highest_id_counts(
+    upper_id: int, shapes: Path, tmp_path: Path
+) -> None:
+    pixels = np.asarray(Image.open(sorted((SHAPES / "images").iterdir())[0]).convert("RGB"))
+    processor, outputs = run(shapes, pixels)
+    (result,) = processor.post_process_panoptic_segmentation(
+        outputs, target_sizes=[pixels.shape[:2]], threshold=0.8, stuff_classes=(3, 4, 5)
+    )
+    thing = next(info for info in result["segments_info"] if info["label_id"] < 3)
+    found = result["segmentation"].numpy() == thing["id"]
+    # the upper quarter of what is found lies in one crowd, the rest in another
+    upper = np.cumsum(found.sum(1)) <= found.sum() / 4
+    ids = np.where(found, np.where(upper[:, None], upper_id, 2), 0)
+    assert 0 < np.sum(ids == upper_id) < np.sum(ids == 2)
+    crowds = [{"id": i, "category_id": thing["label_id"], "iscrowd": 1} for i in (2, upper_id)]
+    categories = [{"id": i, "name": str(i), "isthing": int(i < 3)} for i in range(6)]
+    write_coco_panoptic(tmp_path, [pixels], [ids], [crowds], categories)
+
+    measured = evaluate(shapes, "coco-panoptic", tmp_path)
+
+    assert measured.per_class[thing["label_id"]]["fp"] == (0 if upper_id < 2 else 1)
+
+
+@pytest.fixture(
+    params=[
+        ("shapes_panoptic_128", "coco-panoptic"),
+        ("tiny_panoptic_64", "coco-panoptic"),
+        ("tiny_instance_64_gated", "coco-instance"),
+        ("semantic_model", "ade20k-semantic"),
+    ],
+    ids=lambda param: param[0],
+)
+def absent_classes(
+    request: pytest.FixtureRequest, converted: Converted, tmp_path: Path
+) -> tuple[Path, str, Path]:
+    """A model, the name of a dataset, and a picture of it without some of its classes."""
+    name, dataset = request.param
+    if dataset == "ade20k-semantic":
+        labels = np.repeat(np.array([[1, 2]], dtype=np.uint8), 40, axis=0).repeat(25, axis=1)
+        write_ade20k(tmp_path, [noise(40, 50)], [labels])
+        return request.getfixturevalue(name), dataset, tmp_path
+    model = converted(name)
+    categories = [
+        {"id": i, "name": label, "isthing": 1}
+        for i, label in EomtDinov3Config.from_pretrained(model).id2label.items()
+    ]
+    left = np.arange(50)[None].repeat(40, axis=0) < 25
+    if dataset == "coco-instance":
+        objects = [{"category_id": 1, "iscrowd": 0, "segmentation": run_lengths(left)}]
+        write_coco_instances(tmp_path, [noise(40, 50)], [objects], categories)
+    else:
+        segments = [{"id": i, "category_id": i, "iscrowd": 0} for i in (1, 2)]
+        write_coco_panoptic(tmp_path, [noise(40, 50)], [2 - left], [segments], categories)
+    return model, dataset, tmp_path
+
+
+def test_it_is_said_which_classes_the_means_are_over(
+    absent_classes: tuple[Path, str, Path], command: Command
+) -> None:
+    model, dataset, data = absent_classes
+    arguments = ("evaluate", model, "--dataset", dataset, "--data", data)
+
+    table, as_json = command(*arguments), command(*arguments, "--json")
+
+    content = json.loads(as_json.stdout)
+    metric = next(iter(content["metrics"]))
+    values = [row[metric.removeprefix("m")] for row in content["per_class"]]  # mIoU: of IoU
+    counted = [value for value in values if value is not None]
+    assert 0 < len(counted) < len(values)
+    assert content["metrics"][metric] == pytest.approx(np.mean(counted))
+    assert content["means_over"].startswith(f"the {len(counted)} of {len(values)} classes ")
+    assert content["means_over"].endswith(
+        "as in the original"
+        if dataset == "coco-instance"
+        else "the original counts the others as 0"
+    )
+    assert f"means over {content['means_over']}" in table.stdout.splitlines()
 
 
 def test_a_model_is_taken_from_the_hub(shapes: Path, hub: Hub) -> None:

@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from pycocotools import mask
+from torchmetrics.classification import MulticlassJaccardIndex
+from torchmetrics.detection import PanopticQuality as TorchmetricsPanopticQuality
 from torchmetrics.utilities import dim_zero_cat
 
 from converter.pictures.datasets import IGNORED, Instances, Segments
@@ -136,6 +139,59 @@ def test_a_prediction_in_a_crowd_of_its_class_is_no_false_positive() -> None:
     assert counts(panoptic_quality((half, target)), PERSON) == (0, 1, 0)
 
 
+@pytest.mark.parametrize(
+    ("parts", "crowds"),
+    [
+        ([(PERSON, np.s_[:5]), (PERSON, np.s_[5:])], [0, 1]),
+        ([(PERSON, np.s_[:5]), (PERSON, np.s_[9]), (PERSON, np.s_[5:9])], [0, 2]),
+        ([(PERSON, np.s_[:5]), (PERSON, np.s_[5:]), (DOG, np.s_[9])], [0, 1, 2]),
+        ([(PERSON, np.s_[:3]), (PERSON, np.s_[3:5]), (PERSON, np.s_[5:])], [0, 1, 2]),
+    ],
+)
+def test_of_two_crowds_of_a_class_the_last_counts(
+    parts: list[tuple[int, Any]], crowds: list[int]
+) -> None:
+    target = segments(*parts, crowds=crowds)
+
+    def false_positives(pixels: Any) -> int:
+        return counts(panoptic_quality((segments((PERSON, pixels)), target)), PERSON)[1]
+
+    # as panopticapi counts: more than half of the prediction has to lie in the last crowd, which
+    # has rows 5 to 8
+    assert false_positives(np.s_[5:8]) == 0
+    assert false_positives(np.s_[4:7]) == 0
+    assert false_positives(np.s_[4:6]) == 1
+    assert false_positives(np.s_[3:7]) == 1
+    assert false_positives(np.s_[1:5]) == 1
+
+
+def test_of_two_crowds_of_a_class_the_first_counts_if_it_is_annotated_last() -> None:
+    target = segments((PERSON, np.s_[5:]), (PERSON, np.s_[:5]), crowds=[0, 1])
+    found = segments((PERSON, np.s_[:3]), (PERSON, np.s_[6:8]), (PERSON, np.s_[4:6]))
+
+    assert counts(panoptic_quality((found, target)), PERSON) == (0, 2, 0)
+
+
+def test_a_crowd_of_another_class_does_not_displace_a_crowd() -> None:
+    target = segments((PERSON, np.s_[:5]), (DOG, np.s_[5:]), crowds=[0, 1])
+    found = segments((PERSON, np.s_[:3]), (DOG, np.s_[6:8]))
+
+    figures = panoptic_quality((found, target))
+    assert (counts(figures, PERSON), counts(figures, DOG)) == ((0, 0, 0), (0, 0, 0))
+
+
+def test_unannotated_pixels_and_the_last_crowd_forgive_together() -> None:
+    # the first crowd has row 3, the last row 4; rows 0 to 2, 5 and 6 are not annotated
+    target = segments((PERSON, np.s_[3]), (PERSON, np.s_[4]), (SKY, np.s_[7:]), crowds=[0, 1])
+
+    def false_positives(pixels: Any) -> int:
+        return counts(panoptic_quality((segments((PERSON, pixels)), target)), PERSON)[1]
+
+    assert false_positives(np.s_[3:7]) == 0
+    assert false_positives(np.s_[2:5]) == 0
+    assert false_positives(np.s_[3:5]) == 1
+
+
 def test_stuff_of_a_class_is_one_segment() -> None:
     target = segments((SKY, np.s_[:2]), (PERSON, np.s_[2:5]), (SKY, np.s_[5:]))
     prediction = segments((SKY, np.s_[:2]), (SKY, np.s_[5:]))
@@ -160,10 +216,58 @@ def test_means_are_over_classes_that_occur() -> None:
 
     assert figures.overall["PQ"] == 50.0  # the mean of person and grass, without dog and sky
     assert (figures.overall["PQ_things"], figures.overall["PQ_stuff"]) == (100.0, 0.0)
+    assert figures.means_over == (
+        "the 2 of 4 classes with a segment that counts, annotated or predicted; "
+        "the original counts the others as 0"
+    )
+
+
+def test_a_class_that_is_only_predicted_counts_and_one_of_crowds_alone_does_not() -> None:
+    target = segments((PERSON, np.s_[:5]), (DOG, np.s_[5:]), crowds=[1])
+    found = segments((PERSON, np.s_[:4]), (SKY, np.s_[4:]))
+
+    figures = panoptic_quality((found, target))
+
+    assert [np.isnan(row["PQ"]) for row in figures.per_class] == [False, True, False, True]
+    assert figures.overall["PQ"] == pytest.approx((80 + 0) / 2)
+    assert figures.means_over.startswith("the 2 of 4 classes ")
+
+
+def test_the_original_has_zeros_in_the_mean_for_classes_that_do_not_occur() -> None:
+    target = segments((PERSON, np.s_[:5]), (GRASS, np.s_[5:]))
+    found = segments((PERSON, np.s_[:4]), (GRASS, np.s_[4:]))
+
+    figures = panoptic_quality((found, target))
+
+    # training/lightning_module.py: everything of these but the last class, "no segment"
+    original = TorchmetricsPanopticQuality(
+        {PERSON, DOG}, {SKY, GRASS, 4}, return_sq_and_rq=True, return_per_class=True
+    )
+    original.update(
+        *(
+            torch.from_numpy(np.stack([np.array(found.classes)[found.ids], found.ids], -1))[None]
+            for found in (found, target)
+        )
+    )
+    pq, sq, rq = original.compute()[:-1].T.tolist()
+    for name, values in (("PQ", pq), ("SQ", sq), ("RQ", rq)):
+        assert len(values) == 4
+        assert figures.overall[name] * 2 / 4 == pytest.approx(100 * np.mean(values))
+    assert figures.overall["PQ_things"] * 1 / 2 == pytest.approx(100 * np.mean(pq[:2]))
+
+
+def test_nothing_is_said_of_other_classes_if_all_occur() -> None:
+    quarters = [np.s_[:5, :5], np.s_[:5, 5:], np.s_[5:, :5], np.s_[5:, 5:]]
+    target = segments(*zip((PERSON, DOG, SKY, GRASS), quarters, strict=True))
+
+    assert panoptic_quality((segments(), target)).means_over == "all 4 classes"
 
 
 def independent_counts(pairs: Sequence[tuple[Segments, Segments]]) -> dict[str, dict[int, Any]]:
-    """The same counts pixel by pixel, with sets of pixels and exact fractions."""
+    """The same counts pixel by pixel, with sets of pixels and exact fractions.
+
+    Of several crowds of a class the last counts, as in panopticapi's evaluation.py.
+    """
     result: dict[str, dict[int, Any]] = {key: Counter() for key in ("iou_sum", "tp", "fp", "fn")}
     for prediction, target in pairs:
 
@@ -179,6 +283,7 @@ def independent_counts(pairs: Sequence[tuple[Segments, Segments]]) -> dict[str, 
         annotated, predicted = pixels(target), pixels(prediction)
         void = set(np.ndindex(target.ids.shape)).difference(*annotated.values())
         crowds = {key for key in annotated if target.crowd[key[1]]}
+        last_crowds = {class_id: (class_id, index) for class_id, index in sorted(crowds)}
         unmatched = set(annotated) - crowds
         for key, area in predicted.items():
             matches = [
@@ -187,7 +292,7 @@ def independent_counts(pairs: Sequence[tuple[Segments, Segments]]) -> dict[str, 
                 if other_key[0] == key[0] and other_key not in crowds
             ]
             best = max(matches, default=(Fraction(0), key))
-            forgiven = void.union(*(annotated[crowd] for crowd in crowds if crowd[0] == key[0]))
+            forgiven = void | annotated.get(last_crowds.get(key[0], (-1, -1)), set())
             if best[0] > Fraction(1, 2):
                 result["iou_sum"][key[0]] += best[0]
                 result["tp"][key[0]] += 1
@@ -317,6 +422,38 @@ def test_a_picture_without_objects_counts_what_was_found_there() -> None:
     assert figures.overall["AP"] == pytest.approx(50)
 
 
+def test_mean_ap_is_over_classes_with_an_annotated_object_that_is_no_crowd() -> None:
+    # class 0 is annotated, class 1 as a crowd only, class 2 is only predicted
+    crowd = instances(0, (1, MEDIUM, 1.0), crowd=True)
+    target = Instances(
+        0,
+        instances(0, (0, SMALL, 1.0)).masks + crowd.masks,
+        (0, 1),
+        (False, True),
+    )
+    found = instances(0, (0, SMALL, 0.9), (1, SMALL, 0.8), (2, MEDIUM, 0.7))
+
+    figures = mask_ap((found, target))
+
+    assert [np.isnan(row["AP"]) for row in figures.per_class] == [False, True, True]
+    assert figures.overall["AP"] == pytest.approx(100)
+    assert figures.means_over == (
+        "the 1 of 3 classes with an annotated object that is no crowd; "
+        "AP_small, AP_medium and AP_large over those with an object of that size; "
+        "as in the original"
+    )
+
+
+def test_mean_ap_of_a_size_is_over_classes_with_an_object_of_it() -> None:
+    target = instances(0, (0, SMALL, 1.0), (1, MEDIUM, 1.0), (2, LARGE, 1.0))
+
+    figures = mask_ap((instances(0, (0, SMALL, 0.9)), target))
+
+    assert figures.overall["AP"] == pytest.approx(100 / 3)
+    assert figures.overall["AP_small"] == pytest.approx(100)
+    assert figures.means_over.startswith("all 3 classes; AP_small, ")
+
+
 def test_nothing_found_is_no_error() -> None:
     assert mask_ap((instances(0), instances(0, (0, SMALL, 1.0)))).overall["AP"] == 0.0
 
@@ -370,4 +507,30 @@ def test_a_class_that_is_only_predicted_has_an_iou_of_zero() -> None:
     metric = MeanIoU(3)
     metric.update(np.array([[0, 0, 1]]), np.array([[0, 0, 0]]))
 
-    assert metric.compute().overall["mIoU"] == pytest.approx((200 / 3 + 0) / 2)
+    figures = metric.compute()
+    assert figures.overall["mIoU"] == pytest.approx((200 / 3 + 0) / 2)
+    assert figures.means_over == (
+        "the 2 of 3 classes annotated or predicted in annotated pixels; "
+        "the original counts the others as 0"
+    )
+
+
+def test_the_original_has_zeros_in_miou_for_classes_that_do_not_occur() -> None:
+    target, prediction = np.array([[0, 0, 0, IGNORED]]), np.array([[0, 0, 1, 2]])
+    metric = MeanIoU(5)
+    metric.update(prediction, target)
+
+    # training/lightning_module.py: the mean of these, in which 2 lies in no annotated pixel
+    original = MulticlassJaccardIndex(5, average=None, ignore_index=IGNORED)
+    original.update(torch.from_numpy(prediction), torch.from_numpy(target))
+
+    assert metric.compute().means_over.startswith("the 2 of 5 classes ")
+    mean = original.compute().mean().item()
+    assert metric.compute().overall["mIoU"] * 2 / 5 == pytest.approx(100 * mean)
+
+
+def test_miou_over_all_classes_says_so() -> None:
+    metric = MeanIoU(2)
+    metric.update(np.array([[0, 0]]), np.array([[0, 1]]))
+
+    assert metric.compute().means_over == "all 2 classes"

@@ -12,7 +12,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, in_every_way
+from conftest import FIXTURES, in_every_way, products_are_full_float32
 from hub_server import Hub
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -26,6 +26,9 @@ from converter.weights.inspection import Evidence
 from converter.weights.pairing import PairCheck
 from converter.weights.plan import make_plan
 from converter.weights.tensorfiles import TensorFile
+from reference_model import Dinov3Backbone, EomtDinov3Config
+
+pytestmark = pytest.mark.numbers
 
 TINY = FIXTURES / "tiny_panoptic_64"
 LAYOUTS = json.loads((FIXTURES / "layouts.json").read_text())
@@ -347,8 +350,6 @@ def test_a_download_with_the_hubs_digest_passes(hub: Hub, tmp_path: Path) -> Non
 @pytest.fixture
 def known_tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A picture; tiny_panoptic_64's outputs on it are in the table of known backbones."""
-    from reference_model import Dinov3Backbone, EomtDinov3Config
-
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "picture.png")
     config = json.loads((TINY / "backbone" / "config.json").read_text())
@@ -415,6 +416,28 @@ def test_a_backbone_that_puts_out_something_else_is_refused(
             check_backbone=True,
             image=known_tiny,
         )
+
+
+def test_the_backbone_is_run_in_full_float32(
+    known_tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full: list[bool] = []
+
+    def forward(_: Dinov3Backbone, _pixels: torch.Tensor) -> torch.Tensor:
+        full.append(products_are_full_float32())
+        return torch.zeros(1, 201, 64)
+
+    monkeypatch.setattr(Dinov3Backbone, "forward", forward)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with pytest.raises(MismatchError, match="trained on lvd1689m"):
+            converter.convert(
+                "tiny_panoptic_64", tmp_path / "out", check_backbone=True, image=known_tiny
+            )
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+    assert full == [True]
 
 
 def test_a_backbone_without_recorded_outputs_is_not_checked(tmp_path: Path) -> None:

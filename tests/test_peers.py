@@ -13,6 +13,8 @@ import converter
 from converter.checks.verdict import Level, Verdict
 from converter.errors import UsageError
 
+pytestmark = pytest.mark.numbers
+
 TRANSFORMERS = f"transformers {version('transformers')}"
 
 

@@ -22,6 +22,8 @@ from converter.checks.published import PUBLISHED, Corner, Slices
 from converter.checks.verdict import Level, Verdict
 from converter.errors import NotVerifiedError
 
+pytestmark = pytest.mark.numbers
+
 NAME = "tiny_panoptic_64"
 
 
@@ -165,7 +167,7 @@ def test_a_conversion_that_has_to_be_verified_may_be_so_by_the_published_corners
     without_recording(monkeypatch)
 
     converter.convert(NAME, tmp_path / "out", image=picture, require_verified=True)
-    with pytest.raises(NotVerifiedError, match=r"unverified: .*39769\.jpg is not in the cache"):
+    with pytest.raises(NotVerifiedError, match=r"unverified\. .*39769\.jpg is not in the cache"):
         converter.convert(NAME, tmp_path / "other", require_verified=True, local_files_only=True)
 
     assert not (tmp_path / "other").exists()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from click.testing import Result
-from conftest import FIXTURES, over_lfs
+from conftest import FIXTURES, HANGS, over_lfs
 from hub_faults import ExpiredToken, LostAnswer, MovedParent, Status, WrongBytes
 from hub_repos import StoredFile
 from hub_server import Hub, client_environment
@@ -40,8 +40,12 @@ def folder(model: Path, me: str) -> Path:
 
 
 def change_verdict(folder: Path, verdict: str) -> None:
+    """Makes the verdict in conversion.json failed or unverified, and its levels with it."""
     history = json.loads((folder / "conversion.json").read_text())
-    history["verdict"]["verdict"] = verdict
+    history["verdict"] |= {"verdict": verdict, "basis": None}
+    for level in history["verdict"]["levels"]:
+        if level["level"] == "numbers":
+            level["status"] = "failed" if verdict == "failed" else "not checked"
     (folder / "conversion.json").write_text(json.dumps(history))
 
 
@@ -314,7 +318,15 @@ def test_a_pull_request_that_was_ended_is_not_the_one_that_is_asked_for(
     assert [request.status for request in hub.pull_requests(REPO)][-1] == "open"
 
 
-@pytest.mark.parametrize("option", [{"tag": "v1"}, {"revision": "x"}])
+def test_somebody_elses_pull_request_is_not_ours(hub: Hub, folder: Path) -> None:
+    hub.add_user("eve", "hf_eve")
+    hub.create_repo(REPO, {"notes.txt": b"mine"})
+    converter.publish(folder, REPO, create_pr=True, token="hf_eve")
+
+    assert converter.publish(folder, REPO, create_pr=True).revision == "refs/pr/2"
+
+
+@pytest.mark.parametrize("option", [{"tag": "v1"}, {"revision": "x"}, {"private": False}])
 def test_a_pull_request_has_neither_tag_nor_branch(folder: Path, option: dict[str, Any]) -> None:
     with pytest.raises(UsageError, match="--create-pr"):
         converter.publish(folder, REPO, create_pr=True, **option)
@@ -387,6 +399,16 @@ def test_a_dry_run_of_a_pull_request_needs_no_right_to_write(hub: Hub, folder: P
 
     planned = converter.publish(folder, "other/model", dry_run=True, create_pr=True)
     assert {change.action for change in planned.changes} == {"add"}
+
+
+def test_who_may_only_read_an_organisations_repositories_may_plan_none(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    login = {"name": "me", "orgs": [{"name": "lab", "roleInOrg": "read"}], "auth": None}
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", lambda _: login)
+
+    with pytest.raises(AccessError, match="no repository lab/model"):
+        converter.publish(folder, "lab/model", dry_run=True)
 
 
 def test_an_organisations_repository_may_be_planned(hub: Hub, folder: Path) -> None:
@@ -506,16 +528,38 @@ def test_a_file_of_which_the_hub_gives_no_digest_is_not_checked(
     assert "remote    read back: 1 files as they were sent" in result.stdout
     assert "remote    not checked: README.md, config.json, conversion.json" in result.stdout
     assert ours(hub)["config.json"] == (folder / "config.json").read_bytes()
-    again = converter.publish(folder, REPO, tag="v1")
+    again = converter.publish(folder, REPO)
     assert again.unchecked
     assert len(hub.commits(REPO)) == 2
+    with pytest.raises(EomtConvertError, match="has a tag v1 already"):
+        converter.publish(folder, REPO, tag="v1")
 
 
-def test_an_answer_that_was_lost_is_found_without_digests_too(hub: Hub, folder: Path) -> None:
+def test_without_digests_a_lost_answer_is_not_taken_for_success(hub: Hub, folder: Path) -> None:
     hub.gives_blob_ids = False
     hub.break_request(LostAnswer(), method="POST", path="/commit/")
 
+    with pytest.raises(EomtConvertError, match="Whether this push arrived cannot be told"):
+        converter.publish(folder, REPO)
     assert converter.publish(folder, REPO).commit == hub.commits(REPO)[0].sha
+    assert len(hub.commits(REPO)) == 2
+
+
+def test_without_digests_a_refused_push_is_not_taken_for_success(
+    hub: Hub, folder: Path, tmp_path: Path
+) -> None:
+    """What is there has the same weights, and another config.json."""
+    hub.gives_blob_ids = False
+    converter.publish(folder, REPO, tag="v1")
+    labels = tmp_path / "labels"
+    labels.write_text("\n".join("abcdefg"))
+    converter.convert("tiny_panoptic_64", tmp_path / "other", labels=labels)
+    hub.break_request(Status(403, "No"), method="POST", path="/commit/", times=None)
+
+    for tag in (None, "v1"):
+        with pytest.raises(EomtConvertError):
+            converter.publish(tmp_path / "other", REPO, tag=tag)
+    assert len(hub.commits(REPO)) == 2
 
 
 def test_the_model_can_be_downloaded_and_verified_again(hub: Hub, folder: Path) -> None:
@@ -578,7 +622,7 @@ def test_a_push_that_was_killed_ends_in_the_same_single_state(
     command += [str(folder), REPO, "--tag", "v1"]
     environment = client_environment(hub, tmp_path / "home", token=me)
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANGS
     while len(hub.requests) < requests and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
     process.kill()
@@ -629,6 +673,42 @@ def test_the_licence_is_looked_for_before_anything_is_converted(
         assert reason in result.stderr
         assert not any("pytorch_model.bin" in request.path for request in hub.requests)
         assert not Path("new").exists()
+
+
+def test_offline_the_sources_come_from_the_cache_and_the_push_goes_to_the_hub(
+    command: Command, hub: Hub, derived: Path, tmp_path: Path
+) -> None:
+    arguments = (
+        *("--checkpoint", "coco_panoptic_small_640", "--labels", tmp_path / "labels.json"),
+        *("--recorded", FIXTURES / "tiny_panoptic_64", "--output", "new", "--offline"),
+        *("--push-to", REPO, "--tag", "v1"),
+    )
+    for _ in range(2):  # into a new repository, and into one that has a card
+        result = command(*arguments, "--force")
+        assert result.exit_code == 0, result.output
+    assert len(hub.commits(REPO)) == 2
+    assert "LICENSE.md" in ours(hub)
+    assert not any("pytorch_model.bin" in request.path for request in hub.requests)
+
+
+def test_whether_a_licence_is_needed_is_told_by_all_sources(
+    command: Command, hub: Hub, me: str, tmp_path: Path
+) -> None:
+    """An offline checkpoint's files need none, wherever they are; others do."""
+    source = FIXTURES / "tiny_panoptic_64"
+    hub.create_repo("me/delta", {"pytorch_model.bin": source / "delta" / "pytorch_model.bin"})
+    backbone = {path.name: path for path in (source / "backbone").iterdir()}
+    hub.create_repo("me/backbone", backbone)
+    arguments = ("--checkpoint", "tiny_panoptic_64", "--push-to", REPO)
+    result = command(*arguments, "--delta", "me/delta", "--backbone", "me/backbone")
+    assert result.exit_code == 0, result.output
+    assert "LICENSE.md" not in ours(hub)
+
+    other = FIXTURES / "shapes_panoptic_128" / "delta"
+    result = command(*arguments, "--delta", other, "--output", "new")
+    assert result.exit_code == 2
+    assert "whose licence must go with them" in result.stderr
+    assert not Path("new").exists()
 
 
 def test_who_is_logged_in_is_asked_once(command: Command, hub: Hub, me: str) -> None:

@@ -12,7 +12,10 @@ from click.testing import Result
 from conftest import FIXTURES
 from safetensors.torch import load_file, save_file
 
+from converter.checks.comparison import TOLERANCE
 from converter.cli import main
+
+pytestmark = pytest.mark.numbers
 
 Command = Callable[..., Result]
 
@@ -26,6 +29,18 @@ SHOWN = re.findall(r"```python\n((?:(?!```).)*)```\n\n```\n(.*?)```", README, re
 COMMANDS = re.findall(
     r"^\$ eomt-convert ([^|\n]+?)((?: \| [^\n|]+)*)\n(.*?)^```", README, re.M | re.S
 )
+
+
+# a measured difference, which depends on the machine, as README shows it; and as it may be printed
+SHOWN_DIFFERENCE = re.compile(r"\d\.\de-\d\d")
+DIFFERENCE = r"(0|\d(?:\.\d+)?e-\d\d|0\.\d+)"
+
+
+def is_as_shown(printed: str, shown: str) -> bool:
+    """Whether a text is what README shows, but for differences within the tolerance."""
+    expected = DIFFERENCE.join(map(re.escape, SHOWN_DIFFERENCE.split(shown)))
+    found = re.fullmatch(expected, printed)
+    return found is not None and all(float(figure) <= TOLERANCE for figure in found.groups())
 
 
 @pytest.fixture
@@ -73,7 +88,28 @@ def test_commands_print_what_is_shown(
     for tool, number in re.findall(r"(head|tail) -(\d+)", pipes):
         lines = lines[: int(number)] if tool == "head" else lines[-int(number) :]
 
-    assert lines == output.splitlines()
+    assert is_as_shown("\n".join(lines), output.rstrip("\n")), "\n".join(lines)
+
+
+@pytest.mark.parametrize("figure", ["3.1e-05", "0", "2e-04", "0.00012"])
+def test_differences_within_the_tolerance_are_as_shown(figure: str) -> None:
+    assert is_as_shown(f"difference {figure} in layers.2", "difference 3.1e-05 in layers.2")
+
+
+@pytest.mark.parametrize(
+    "printed",
+    [
+        "difference 2.1e-04 in layers.2",
+        "difference 0.003 in layers.2",
+        "difference nan in layers.2",
+        "difference 1 in layers.2",
+        "difference  in layers.2",
+        "difference 3.1e-05 in layers.3",
+        "difference 3.1e-05 in layers.2\nand more",
+    ],
+)
+def test_anything_else_is_not_as_shown(printed: str) -> None:
+    assert not is_as_shown(printed, "difference 3.1e-05 in layers.2")
 
 
 def test_there_are_commands_to_try() -> None:

@@ -27,6 +27,8 @@ from converter.errors import (
     UsageError,
 )
 
+pytestmark = pytest.mark.numbers
+
 LOGITS = {"mask_logits", "class_logits"}
 PIPELINES = {"tiny_panoptic_64": "pipeline.pixels", "tiny_semantic_48": "pipeline.crops"}
 

@@ -21,6 +21,8 @@ from reference_model import Dinov3Backbone, EomtDinov3Config
 from reference_model.activations import ACTIVATIONS
 from reference_model.backbone import RotaryEmbedding, rotate_patches
 
+pytestmark = pytest.mark.numbers
+
 WITH_PARAMETERS = {"prelu", "xielu"}
 CPU = torch.device("cpu")
 

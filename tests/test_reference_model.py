@@ -25,6 +25,8 @@ from transformers import EomtDinov3ForUniversalSegmentation as TransformersModel
 
 from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 
+pytestmark = pytest.mark.numbers
+
 PLAIN_AND_SQUARE = ("shapes_panoptic_128", "tiny_panoptic_64", "tiny_semantic_48")
 
 
@@ -111,9 +113,11 @@ def test_outputs_reproduce_the_recording(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @torch.inference_mode()
 def test_masked_attention_reproduces_the_recording_in_every_block(name: str) -> None:
+    """On the recorded masks: a logit of 0 is on either side of a mask's edge, by the CPU."""
     recorded, model = recordings(name), recorded_model(name)
     model.attn_mask_probs.fill_(1)
-    output = model(pixel_values(name), output_block_logits=True)
+    masks = [recorded[f"masked.mask_logits.{index}"] for index in range(model.config.num_blocks)]
+    output = model(pixel_values(name), output_block_logits=True, block_mask_logits=masks)
     assert len(output.block_logits) == model.config.num_blocks + 1
     for index, (masks, classes) in enumerate(output.block_logits):
         close(masks, recorded[f"masked.mask_logits.{index}"])
@@ -197,6 +201,27 @@ def test_each_block_has_a_mask_of_its_own() -> None:
 
 
 @torch.inference_mode()
+def test_mask_logits_that_are_given_take_the_place_of_a_blocks_own() -> None:
+    model, pixels = small_model(), random_pixels(1, 3, 64, 64)
+    own = model(pixels, output_block_logits=True)
+    masks = [prediction.masks_queries_logits for prediction in own.block_logits[:-1]]
+    again = model(pixels, block_mask_logits=masks)
+    assert torch.equal(own.masks_queries_logits, again.masks_queries_logits)
+    for block in range(2):
+        others = [-mask if index == block else mask for index, mask in enumerate(masks)]
+        given = model(pixels, block_mask_logits=others, output_block_logits=True).block_logits
+        same = [torch.equal(a[0], b[0]) for a, b in zip(own.block_logits, given, strict=True)]
+        assert same == [True, block > 0, False]  # what comes before the block's attention is
+
+
+@torch.inference_mode()
+def test_mask_logits_are_given_for_every_block() -> None:
+    pixels = random_pixels(1, 3, 64, 64)
+    with pytest.raises(ValueError, match="has 1 tensors; expected 2, one for each block"):
+        small_model()(pixels, block_mask_logits=[torch.zeros(1, 6, 16, 16)])
+
+
+@torch.inference_mode()
 def test_block_logits_come_with_masking_off_and_do_not_change_the_outputs() -> None:
     model, pixels = small_model(), random_pixels(1, 3, 64, 64)
     model.attn_mask_probs.zero_()
@@ -209,12 +234,10 @@ def test_block_logits_come_with_masking_off_and_do_not_change_the_outputs() -> N
 @torch.inference_mode()
 def test_a_probability_below_one_frees_that_share_of_the_queries() -> None:
     model = small_model(num_queries=1000)
-    tokens = torch.randn(1, 1000 + model.config.num_prefix_tokens + 16, 32)
-    prediction = model.predict(tokens, (4, 4))
-    prediction.masks_queries_logits.fill_(-1)  # every patch outside of every mask
+    outside = torch.full((1, 1000, 16, 16), -1.0)  # every patch of every mask
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        mask = model.attention_mask(prediction, (4, 4), keep_probability=0.3)
+        mask = model.attention_mask(outside, (4, 4), keep_probability=0.3)
     may_look_at_patches = mask[0, 0, :1000, -16:].all(dim=-1)
     assert abs(may_look_at_patches.float().mean().item() - 0.7) < 0.05
     assert not mask[0, 0, :1000, -16:][~may_look_at_patches].any()

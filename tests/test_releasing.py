@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from conftest import FIXTURES
+from conftest import FIXTURES, HANGS, over_xet
 from hub_faults import Status
 from hub_server import Hub, client_environment
 
@@ -70,6 +70,20 @@ def test_one_that_fails_does_not_stop_the_rest(hub: Hub, output: Path) -> None:
     }
     assert released.failed
     assert "status 500" in journal(output)["tiny_semantic_48"]["error"]
+
+
+@pytest.mark.smoke  # of hf_xet, which before 1.7.1 repeats the first refusal ever after
+@over_xet
+def test_one_upload_that_is_refused_does_not_stop_the_rest(hub: Hub, output: Path) -> None:
+    hub.break_request(Status(403), path="tiny-panoptic-64/xet-write-token")
+    released = release(output)
+
+    statuses = {step.checkpoint: step.status for step in released.steps}
+    assert statuses == {
+        "tiny_panoptic_64": "failed",
+        "tiny_semantic_48": "published",
+        "tiny_panoptic_48x80": "published",
+    }
 
 
 def test_a_rerun_does_only_what_is_left(hub: Hub, output: Path) -> None:
@@ -233,7 +247,7 @@ def test_the_command_prints_a_table_and_writes_notes(
 
     assert result.exit_code == 0, result.output
     commit = hub.commits(REPOS[1])[0].sha
-    assert f"published  passed   {commit[:12]}" in result.stdout
+    assert f"published  passed   original  {commit[:12]}" in result.stdout
     assert "1 of 1: converting tiny_panoptic_64" in result.stderr
     notes = (output / "release.md").read_text()
     assert f"[{REPOS[1]}](" in notes
@@ -259,15 +273,15 @@ def test_a_release_goes_on_after_a_kill(hub: Hub, output: Path, me: str, tmp_pat
     command += [word for name in NAMES for word in ("--checkpoint", name)]
     environment = client_environment(hub, tmp_path / "home", token=me)
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANGS
     while REPOS[1] not in hub.repo_ids and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=HANGS)
     assert hub.repo_ids == [REPOS[1]]
 
     finished = subprocess.run(
-        command, env=environment, capture_output=True, timeout=120, check=False, text=True
+        command, env=environment, capture_output=True, timeout=HANGS, check=False, text=True
     )
     assert finished.returncode == 0, finished.stderr
     assert hub.repo_ids == REPOS

@@ -131,7 +131,7 @@ with staged(place, size=0) as stage:
         (stage.area / "replaced").mkdir()
         (stage.area / "replaced-by-hand").rename(stage.area / "replaced" / place.name)
     print("holding", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 """
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import HANGS
 from hostile_files import safetensors_file, torch_file
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -934,7 +935,7 @@ def test_a_zip_file_of_many_records_is_done_with_soon(tmp_path: Path) -> None:
 
 # accidents and mischief --------------------------------------------------------------------------
 
-FUZZING = settings(derandomize=True, deadline=None, max_examples=150, database=None)
+FUZZING = settings(max_examples=150)
 
 
 def check_safe(path: Path) -> None:
@@ -1081,7 +1082,7 @@ def test_a_coverage_guided_fuzzer_finds_nothing_in_a_moment(target: str, tmp_pat
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANGS,
         check=False,
     )
     assert run.returncode == 0, run.stderr[-2000:]

@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 from click.testing import Result
 from conftest import FIXTURES, in_every_way
+from hub_faults import MovedParent
 from hub_server import Hub, client_environment
 
 from converter.catalog import find
@@ -134,6 +135,77 @@ def test_a_source_that_is_damaged_in_the_cache_proves_nothing(
     arithmetic = json.loads(result.stdout)["levels"][1]
     assert arithmetic["status"] == "passed"  # against the digests of conversion.json
     assert json.loads(result.stdout)["verdict"] == "unverified"
+
+
+@in_every_way
+def test_a_configuration_that_is_damaged_in_the_cache_is_not_converted(
+    command: Command, hub: Hub, sources: None
+) -> None:
+    """A value of it that no shape of the weights contradicts."""
+    assert command(*CONVERT, "--output", "first", "--no-verify").exit_code == 0
+    path = Path(huggingface_hub.hf_hub_download(BACKBONE, "config.json"))
+    right = path.read_bytes()
+    path.write_bytes(right.replace(b'"rope_theta": 100', b'"rope_theta": 900'))
+    assert path.read_bytes() != right
+
+    offline = command(*CONVERT, "--output", "second", "--no-verify", "--offline")
+    assert offline.exit_code == 1
+    assert f"config.json of {BACKBONE} is damaged in the cache" in offline.stderr
+    online = command(*CONVERT, "--output", "second", "--no-verify")
+    assert online.exit_code == 0, online.output
+    assert path.read_bytes() == right
+
+
+@pytest.mark.parametrize("in_lfs", [True, False])
+def test_files_are_checked_by_whatever_digest_the_hub_gives(
+    command: Command, hub: Hub, monkeypatch: pytest.MonkeyPatch, in_lfs: bool
+) -> None:
+    """Some repositories keep all files in LFS, or small weights outside of it."""
+    monkeypatch.setattr("hub_repos.belongs_in_lfs", lambda *_: in_lfs)
+    hub.create_repo(DELTA, {"pytorch_model.bin": SHAPES / "delta" / "pytorch_model.bin"})
+    backbone = {name: SHAPES / "backbone" / name for name in ("config.json", "model.safetensors")}
+    hub.create_repo(BACKBONE, backbone)
+    first = command(*CONVERT, "--output", "first", "--no-verify", "--json")
+    assert first.exit_code == 0, first.output
+    checks = [check for check in json.loads(first.stdout)["pair"] if check["check"] == "hub-digest"]
+    assert [check["status"] for check in checks] == ["passed", "passed"]
+
+    for repo_id, name in (
+        (BACKBONE, "config.json"),
+        (BACKBONE, "model.safetensors"),
+        (DELTA, "pytorch_model.bin"),
+    ):
+        cached = Path(huggingface_hub.hf_hub_download(repo_id, name))
+        damage(cached)
+        offline = command(*CONVERT, "--output", "new", "--no-verify", "--force", "--offline")
+        assert offline.exit_code == 1
+        assert f"{name} of {repo_id} is damaged in the cache" in offline.stderr
+        online = command(*CONVERT, "--output", "new", "--no-verify", "--force")
+        assert online.exit_code == 0, online.output
+
+
+def test_weights_that_are_damaged_while_the_branch_moves_are_fetched_once_more(
+    command: Command, hub: Hub, sources: None
+) -> None:
+    assert command(*CONVERT, "--output", "first", "--no-verify").exit_code == 0
+    damage(Path(huggingface_hub.hf_hub_download(DELTA, "pytorch_model.bin")))
+    hub.break_request(MovedParent(), method="GET", path=f"/api/models/{BACKBONE}/")
+    hub.commit(DELTA, {"README.md": b"newer"})
+    hub.break_request(MovedParent(), method="HEAD", path=f"/{DELTA}/resolve/main")
+
+    result = command(*CONVERT, "--output", "second", "--no-verify")
+    assert result.exit_code == 0, result.output
+    assert hub.broken
+
+
+@in_every_way
+def test_what_is_inspected_is_what_the_hub_has(command: Command, hub: Hub, sources: None) -> None:
+    assert command("inspect", DELTA).exit_code == 0
+    cached = Path(huggingface_hub.hf_hub_download(DELTA, "pytorch_model.bin"))
+    damage(cached)
+
+    assert command("inspect", DELTA).exit_code == 0
+    assert cached.read_bytes() == (SHAPES / "delta" / "pytorch_model.bin").read_bytes()
 
 
 @in_every_way

@@ -15,6 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import EomtDinov3ForUniversalSegmentation, EomtImageProcessorPil
 
+pytestmark = pytest.mark.numbers
+
 SQUARE = ("shapes_panoptic_128", "tiny_panoptic_64", "tiny_semantic_48")
 TOLERANCE = 2e-4
 

@@ -20,6 +20,8 @@ from converter.errors import UnreadableFileError, UsageError
 from converter.testing import assert_matches_recorded
 from reference_model import EomtDinov3ForUniversalSegmentation
 
+pytestmark = pytest.mark.numbers
+
 TINY = FIXTURES / "tiny_panoptic_64"
 
 Command = Callable[..., Result]

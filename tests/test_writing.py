@@ -159,7 +159,7 @@ def test_the_index_is_written_as_transformers_writes_it() -> None:
     )
 
 
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.integers(1, 999),
     st.sampled_from(["", ".5", ".25"]),

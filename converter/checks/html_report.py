@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from converter.checks.comparison import Tolerance, segments
-from converter.checks.recorded import Recorded, in_words
+from converter.checks.recorded import Recorded
 from converter.checks.verdict import NUMBERED, Level, Verdict
 from converter.configs import read_json_object
 from converter.errors import OutputError, UnreadableFileError
@@ -519,9 +519,6 @@ def render(data: ReportData) -> str:
             key=lambda trial: _OUTCOMES.index(trial.status),
         ),
         not_tried=not_tried,
-        basis=in_words(data.verdict.basis, data.verdict.recorded_sha256)
-        if data.verdict.basis
-        else None,
         row_height=_ROW_HEIGHT,
         style=Markup(style),  # noqa: S704, ours
         script=Markup(script),  # noqa: S704, ours

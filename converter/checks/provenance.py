@@ -11,7 +11,8 @@ from converter.catalog import Checkpoint, find
 from converter.configs import BackboneConfig, find_backbone_config, read_json_object
 from converter.errors import AccessError, UnreadableFileError, UsageError
 from converter.hub.access import Access
-from converter.hub.sources import Fetched, HubSource, fetch, fetch_checked, parse_source
+from converter.hub.downloads import resolve
+from converter.hub.sources import Fetched, HubSource, fetch, parse_source
 from converter.weights.inspection import WeightsKind, decide, signs_of_a_delta
 from converter.weights.layouts import EOMT_TRANSFORMERS, recognise
 from converter.weights.merge import CHUNK, Files, compute, read_operand, round_to
@@ -162,6 +163,24 @@ def has_weights_of(checkpoint: Checkpoint | None, history: History | None) -> bo
     return find_named(delta.repo_id) == checkpoint
 
 
+def is_published(checkpoint: Checkpoint | None, history: History | None, access: Access) -> bool:
+    """Whether conversion.json names a checkpoint's published delta, at the commit of its main.
+
+    Anybody can propose other weights in the same repository. Which commit main is at is taken from
+    the cache, as the Hub told it when it was last asked.
+    """
+    past = history.sources.get("delta") if history else None
+    if checkpoint is None or past is None:
+        return False
+    if checkpoint.offline:  # whose files come with the package, and are known by their digests
+        return past.repo_id is None
+    try:
+        main = resolve(checkpoint.delta, "main", replace(access, local_files_only=True))
+    except AccessError:
+        return False
+    return (past.repo_id, past.revision) == (checkpoint.delta, main.commit)
+
+
 @dataclass(frozen=True)
 class Given:
     """Sources as they were named: files, folders or repositories; None where nothing was."""
@@ -225,14 +244,14 @@ def _fetch(
     access: Access,
 ) -> Fetched:
     if given:
-        return fetch_checked(parse_source(given), access)
+        return fetch(parse_source(given), access)
     if history is None:
         raise _NotAtHandError(f"There is no conversion.json, and no --{role} was given.")
     past = history.sources.get("weights" if history.weights == "absolute" else role)
     if past and past.repo_id and past.revision:
         try:
             source = HubSource(past.repo_id, past.revision)
-            return fetch_checked(source, replace(access, local_files_only=True))
+            return fetch(source, replace(access, local_files_only=True))
         except (AccessError, UnreadableFileError) as error:
             raise _NotAtHandError(f"{error.message} Fetch it again with --{role}.") from error
     if past and history.checkpoint and history.checkpoint.offline:

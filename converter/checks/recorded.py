@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from converter.catalog import CATALOG, Task
 from converter.checks.pixels import open_picture
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 FILE = "recorded.safetensors"
 PROVENANCE_FILE = "recorded.json"
+
+# what decides, with its tensors, what a model computes
+CONFIGS = ("config.json", "preprocessor_config.json")
 
 # what recorded.json calls the original implementation
 ORIGINAL = "github.com/tue-mps/eomt"
@@ -37,25 +40,31 @@ class Origin:
     """Who computed recorded outputs, by the recorded.json beside them.
 
     Attributes:
-        implementation: that computed them; None where nothing tells.
+        recorded_by: the original implementation, our reference model, or nobody knows whom.
+        known: whether it is a recording that comes with the package.
         basis: what the verdict on the recorded model rested on when it was recorded; None where it
             rested on nothing, or nothing tells.
-        tensors: SHA-256 of the recorded model's tensors by name; empty where nothing tells.
+        model: SHA-256 of the recorded model's tensors and configuration files, by name; empty where
+            nothing tells.
     """
 
-    implementation: str | None = None
+    recorded_by: Literal["original", "reference", "unknown"] = "unknown"
+    known: bool = False
     basis: Basis | None = None
-    tensors: Mapping[str, str] = field(default_factory=dict)
+    model: Mapping[str, str] = field(default_factory=dict)
 
-    def basis_for(self, tensors: Mapping[str, str]) -> Basis:
+    def figures(self, model: Mapping[str, str]) -> dict[str, Any]:
         """What a verdict rests on for which a model was held against these outputs.
 
         Args:
-            tensors: SHA-256 of the model's tensors, by name.
+            model: SHA-256 of its tensors and configuration files, by name.
         """
-        if self.implementation == ORIGINAL:
-            return "original"
-        return self.basis if self.basis and self.tensors == tensors else "reference"
+        basis: Basis = "reference"
+        if self.recorded_by == "original":
+            basis = "original"
+        elif self.basis and self.model == model:
+            basis = self.basis
+        return {"basis": basis, "recorded_by": self.recorded_by, "known_recording": self.known}
 
 
 @dataclass(frozen=True)
@@ -129,8 +138,9 @@ def read_recorded(path: Path) -> Recorded:
     """Reads recorded outputs: the input and everything computed from it, not the pictures.
 
     Raises:
-        UnreadableFileError: the file cannot be read, lacks the input or the logits, or holds NaN or
-            infinity; or the recorded.json beside it cannot be read, or is of another file.
+        UnreadableFileError: the file cannot be read, lacks the input or the logits, or holds NaN,
+            infinity or other things than numbers; or the recorded.json beside it cannot be read, or
+            is of another file.
     """
     import torch
 
@@ -146,8 +156,10 @@ def read_recorded(path: Path) -> Recorded:
         if name not in tensors or tensors[name].ndim != rank:
             raise UnreadableFileError(f"{file} has no {name} of {rank} dimensions.")
     for name, tensor in tensors.items():
-        if tensor.numel() == 0:
-            raise UnreadableFileError(f"{name} in {file} is empty.")
+        if tensor.numel() == 0 or tensor.ndim == 0:
+            raise UnreadableFileError(f"{name} in {file} is empty, or a single number.")
+        if name != "pixels" and not tensor.is_floating_point():
+            raise UnreadableFileError(f"{name} in {file} holds no floating point numbers.")
         if not torch.isfinite(tensor).all():
             raise UnreadableFileError(
                 f"{name} in {file} holds NaN or infinity, beside which anything would pass.",
@@ -253,53 +265,47 @@ def _read_image(path: Path, sha256: str) -> "Image":
 
 
 def _read_origin(file: Path, sha256: str) -> Origin:
-    """What the recorded.json beside a recorded.safetensors says of who computed it.
+    """What the recorded.json beside a recording says of who computed it.
 
     Raises:
-        UnreadableFileError: it cannot be read, or is of another file.
+        UnreadableFileError: it cannot be read, or is of another file of this name.
     """
+    if sha256 in known_recordings():
+        return Origin("original", known=True)
     path = file.with_name(PROVENANCE_FILE)
     if not path.is_file():
         return Origin()
     content = read_json_object(path)
-    if _member(content, "sha256").get(FILE) != sha256:
+    listed = _member(content, "sha256").get(file.name)
+    if listed is None:
+        return Origin()
+    if listed != sha256:
         raise UnreadableFileError(
-            f"{path} is not of the {FILE} beside it: it names another SHA-256.",
+            f"{path} is not of the {file.name} beside it: it names another SHA-256.",
             "Keep the two files of a recording together.",
         )
     model = _member(content, "model")
+    implementation = str(_member(content, "provenance").get("implementation"))
+    files = model.get("files")
+    digests = {
+        entry["name"]: entry["sha256"]
+        for entry in (files if isinstance(files, list) else [])
+        if isinstance(entry, dict) and entry.keys() >= {"name", "sha256"}
+        if entry["name"] in CONFIGS
+    }
     basis = model.get("basis")
     return Origin(
-        _member(content, "provenance").get("implementation"),
-        basis if basis in BASES else None,
-        _member(model, "tensors"),
+        "original"
+        if implementation == ORIGINAL
+        else ("reference" if "reference model" in implementation else "unknown"),
+        basis=next((known for known in BASES if known == basis), None),
+        model={**_member(model, "tensors"), **digests} if len(digests) == len(CONFIGS) else {},
     )
 
 
 def _member(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     value = content.get(name)
     return value if isinstance(value, dict) else {}
-
-
-def in_words(basis: Basis, recorded_sha256: str | None) -> str:
-    """What a verdict rests on, to go on with "it was held against".
-
-    Args:
-        basis: of the verdict.
-        recorded_sha256: digest of the recording that the model was held against, if it was.
-    """
-    if basis == "published":
-        return (
-            "its sources, from which every tensor was proven, and a spot check of the published "
-            "numbers"
-        )
-    if basis == "reference":
-        return (
-            "outputs of the reference model: nothing has changed since they were recorded, which "
-            "does not show that it was right then"
-        )
-    stated = "" if recorded_sha256 in known_recordings() else ", as recorded.json states"
-    return f"outputs recorded from the original implementation{stated}"
 
 
 @cache

@@ -146,10 +146,12 @@ def record(
             "Convert it again, or record another model.",
             verdict,
         )
+    from converter.checks.precision import full_float32
+
     files = [Path(image).expanduser() for image in images]
     pictures = [open_picture(file) for file in files]
     task = _task_of(model, folder)
-    with torch_device(device, threads):
+    with torch_device(device, threads), full_float32():
         network = _load(folder, device)
         if random:
             pixels = _random_pixels(network, random, seed, image_size)

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from converter.checks.comparison import Tolerance
 from converter.checks.pixels import Normalisation
 from converter.checks.recorded import Recorded
-from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation, Prediction
+from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 from reference_model.backbone import Layer, RotaryEmbedding
 
 # Largest difference of a right stage as a share of the largest recorded value: rounding leaves
@@ -149,8 +149,7 @@ class Network:
         mask = None
         if block >= 0 and (probability := float(self.weights["attn_mask_probs"][block])) > 0:
             logits = self.step("masks", self.call("layernorm", x), grid)
-            prediction = Prediction(logits, class_queries_logits=torch.empty(0))
-            mask = self.skeleton.model.attention_mask(prediction, grid, probability)
+            mask = self.skeleton.model.attention_mask(logits, grid, probability)
         return self.call(module, x, self.rope(grid), mask)
 
     def rope(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:

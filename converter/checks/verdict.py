@@ -1,8 +1,8 @@
 """What is known of a model: the levels it was checked at, and what is wrong where one failed."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 LEVELS = ("structure", "arithmetic", "numbers", "pictures", "peers", "published")
 
@@ -26,8 +26,11 @@ _KEPT = (
     "tensors",
     "parameters",
     "against",
+    "of_published",
     "recorded_sha256",
     "basis",
+    "recorded_by",
+    "known_recording",
     "tolerance",
     "relative_tolerance",
     "pictures",
@@ -151,12 +154,6 @@ class Verdict:
         return self.basis in ("original", "published")
 
     @property
-    def recorded_sha256(self) -> str | None:
-        """Digest of the recording that the model was held against; None where there was none."""
-        figures = [level.figures for level in self.levels if level.level == "numbers"]
-        return figures[0].get("recorded_sha256") if figures else None
-
-    @property
     def _bases(self) -> list[Basis]:
         """What levels that passed rest on, whatever became of the others."""
         passed = {level.level: level.figures for level in self.levels if level.status == "passed"}
@@ -164,9 +161,47 @@ class Verdict:
         if "numbers" in passed:
             bases.append(passed["numbers"].get("basis", "reference"))
         # a few numbers show little of a model; with sums of the published files they do
-        if "published" in passed and passed.get("arithmetic", {}).get("against") == "sources":
+        if "published" in passed and passed.get("arithmetic", {}).get("of_published"):
             bases.append("published")
         return bases
+
+    @property
+    def held_against(self) -> str:
+        """What a passed verdict rests on, to go on with "it was held against"."""
+        numbers = self._figures_of("numbers")
+        if self.basis == "published":
+            return (
+                "its published sources, from which every tensor was proven, and a spot check of "
+                "the published numbers"
+            )
+        if numbers.get("recorded_by") == "original":
+            stated = "" if numbers.get("known_recording") else ", as recorded.json states"
+            return f"outputs recorded from the original implementation{stated}"
+        if self.basis == "original":
+            return (
+                "outputs of the reference model, recorded from these very files when they had "
+                "passed beside the original's, as recorded.json states"
+            )
+        reference = numbers.get("recorded_by") == "reference"
+        return (
+            f"outputs of {'the reference model' if reference else 'unknown origin'}: nothing has "
+            "changed since they were recorded, which does not show that it was right then"
+        )
+
+    @property
+    def shortfall(self) -> str:
+        """Why a model that did not fail is not proven, in a sentence."""
+        if self.basis:
+            return f"The model was only held against {self.held_against}."
+        return f"The model is unverified. {self.reason}".strip()
+
+    @property
+    def recorded_sha256(self) -> str | None:
+        """Digest of the recording that the model was held against; None where there was none."""
+        return self._figures_of("numbers").get("recorded_sha256")
+
+    def _figures_of(self, name: str) -> Mapping[str, Any]:
+        return next((level.figures for level in self.levels if level.level == name), {})
 
     @property
     def reason(self) -> str:
@@ -182,6 +217,8 @@ class Verdict:
                 "The published numbers agree, which is a spot check: the tensors were not all "
                 "proven from their sources."
             )
+        if not recorded:
+            return ""
         asked = [level for level in recorded if not level.reason.startswith(NOT_ASKED)]
         return (asked or recorded)[-1].reason
 
@@ -203,6 +240,38 @@ class Verdict:
             figures = {key: level.figures[key] for key in _KEPT if key in level.figures}
             levels.append({"level": level.level, "status": level.status, "figures": figures})
         return {"verdict": self.verdict, "basis": self.basis, "levels": levels}
+
+
+def read_record(content: Mapping[str, Any], known_recordings: Collection[str]) -> Verdict:
+    """The verdict that `Verdict.record` wrote, by the one rule from its levels.
+
+    Args:
+        content: the ``verdict`` of a conversion.json.
+        known_recordings: SHA-256 of recordings of the original. eomt-convert 0.1 did not keep what
+            numbers were held against: that is the original if the recording is one of these.
+
+    Raises:
+        ValueError: it is not as it is written, or claims more than its levels.
+    """
+    levels = []
+    for entry in content["levels"]:
+        figures = {key: entry["figures"][key] for key in _KEPT if key in entry["figures"]}
+        if entry["level"] not in LEVELS or entry["status"] not in get_args(Status):
+            raise ValueError(f"there is no level {entry['level']!r} that is {entry['status']!r}")
+        if any(not isinstance(value, str | int | float) for value in figures.values()):
+            raise ValueError(f"the figures of {entry['level']} are not those of a level")
+        if entry["level"] == "numbers" and "basis" not in content:
+            known = figures.get("recorded_sha256") in known_recordings
+            figures |= {"known_recording": known, "basis": "original" if known else "reference"}
+            figures["recorded_by"] = "original" if known else "unknown"
+        if figures.get("basis", "original") not in BASES:
+            raise ValueError(f"there is no basis {figures['basis']!r}")
+        levels.append(Level(entry["level"], entry["status"], figures=figures))
+    found = Verdict(tuple(levels))
+    stated = content["verdict"], content.get("basis")
+    if "basis" in content and stated != (found.verdict, found.basis):
+        raise ValueError(f"it says {stated[0]!r} on the basis {stated[1]!r}, its levels do not")
+    return found
 
 
 def unverified(reason: str) -> Verdict:

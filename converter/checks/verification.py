@@ -15,10 +15,11 @@ from converter.checks.provenance import (
     Provenance,
     find_named,
     has_weights_of,
+    is_published,
     open_sources,
     read_history,
 )
-from converter.checks.recorded import Recorded, find_recorded, read_recorded
+from converter.checks.recorded import CONFIGS, Recorded, find_recorded, read_recorded
 from converter.checks.verdict import LEVELS, NOT_ASKED, NUMBERED, Cause, Level, Verdict
 from converter.configs import (
     BackboneConfig,
@@ -28,6 +29,7 @@ from converter.configs import (
 )
 from converter.errors import UnreadableFileError, UsageError
 from converter.hub.access import Access
+from converter.hub.downloads import sha256
 from converter.hub.sources import (
     fetch_config,
     parse_source,
@@ -80,6 +82,8 @@ class Evidence:
         task: what it was converted to segment, where that is known.
         history: what its conversion.json says, if there is one.
         sources: the files it was made from; or, in a sentence, why they are not at hand.
+        of_published: whether the sources are the published delta, as its repository's main branch
+            has it, and a backbone.
         recipes: SHA-256 of every tensor as its recipe makes it; None without the sources.
         backbone_config: the backbone's config.json, if a backbone was given.
         run_backbone: whether the bare backbone is run too.
@@ -90,6 +94,7 @@ class Evidence:
     task: str | None = None
     history: History | None = None
     sources: Provenance | str = "The sources are not at hand."
+    of_published: bool = False
     recipes: Mapping[str, str] | None = None
     backbone_config: BackboneConfig | None = None
     run_backbone: bool = False
@@ -209,6 +214,10 @@ def verify(
             task=history.task if history else (checkpoint.task if checkpoint else None),
             history=history,
             sources=sources,
+            of_published=isinstance(sources, Provenance)
+            and "delta" in sources.files
+            and delta is None
+            and is_published(checkpoint, history, access),
             recipes=sources.digests() if isinstance(sources, Provenance) else None,
             backbone_config=find_backbone_config(fetch_config(parse_source(backbone), access))
             if backbone
@@ -240,8 +249,10 @@ def check(folder: Path, evidence: Evidence, options: Options | None = None) -> F
         UnreadableFileError: the model or the recording cannot be read.
         UsageError: the device or the peer is none that there is.
     """
+    from converter.checks.precision import full_float32
+
     options = options or Options()
-    with torch_device(options.device, options.threads):
+    with torch_device(options.device, options.threads), full_float32():
         return _check(_read_model(folder, keep=options.level > 1), evidence, options)
 
 
@@ -512,6 +523,7 @@ def _check_arithmetic(found: _Model, evidence: Evidence) -> Level:
     figures = {
         "tensors": len(names),
         "against": "sources" if recipes is not None else "conversion.json",
+        "of_published": recipes is not None and evidence.of_published,
         "different": different,
         "different_files": files,
         "sources": {
@@ -541,9 +553,8 @@ def _changed_files(folder: Path, history: History) -> list[str]:
     """The configuration files that are not as the conversion wrote them."""
     return [
         name
-        for name in ("config.json", "preprocessor_config.json")
-        if name in history.files
-        and hashlib.sha256((folder / name).read_bytes()).hexdigest() != history.files[name]
+        for name in CONFIGS
+        if name in history.files and sha256(folder / name) != history.files[name]
     ]
 
 
@@ -564,19 +575,25 @@ def _check_numbers(
     if evidence.run_backbone and isinstance(evidence.sources, Provenance):
         backbone = bare_backbone(evidence.sources).to(model.device)
     numbers = check_numbers(model, found.normalisation, recorded, _tolerance(found), backbone)
-    figures = {**numbers.level.figures, "basis": recorded.origin.basis_for(found.digests)}
-    level = replace(numbers.level, figures=figures)
+    configs = {name: sha256(found.folder / name) for name in CONFIGS}
+    rests_on = recorded.origin.figures({**found.digests, **configs})
+    level = replace(numbers.level, figures={**numbers.level.figures, **rests_on})
     if found.drawn and level.status == "passed":  # by chance
         level = replace(level, status="failed", reason=found.drawn)
     return replace(numbers, level=level)
 
 
 def _tolerance(found: _Model) -> "Tolerance":
-    """The tolerance of the type that config.json declares, or else of the types there are."""
+    """The tolerance of the type that config.json declares, or else of the one that all have."""
     from converter.checks.comparison import tolerance_for
 
-    declared = DTYPES.get(_dtype_in(found.values))
-    return tolerance_for({declared} if declared else {i.dtype for i in found.tensors.values()})
+    declared, types = (
+        DTYPES.get(_dtype_in(found.values)),
+        {info.dtype for info in found.tensors.values()},
+    )
+    if declared is None and len(types) == 1:
+        (declared,) = types
+    return tolerance_for({declared or "F32"})
 
 
 def _check_pictures(
@@ -632,10 +649,11 @@ def _with_diagnosis(
     numbers: "Numbers | None",
 ) -> Verdict:
     failed = {level.level for level in levels if level.status == "failed"}
-    unexplained = failed & {"arithmetic", "numbers"} or found.drawn
-    if found.misfits or not unexplained or not found.weights:
+    if found.drawn and (found.misfits or not found.weights):
         known = Cause("masked-attention-on", ("attn_mask_probs",), None, found.drawn)
-        return Verdict(levels, cause=known if found.drawn else None)
+        return Verdict(levels, cause=known)
+    if found.misfits or not (found.drawn or failed & {"arithmetic", "numbers"}):
+        return Verdict(levels)
     from converter.checks.by_value import Reference
     from converter.checks.diagnosis import diagnose, not_tried
     from converter.checks.numbers import first_difference

@@ -104,7 +104,7 @@ class ImageSize(click.ParamType[tuple[int, int]]):
     help="Recorded outputs to check against: a folder, or its recorded.safetensors.",
 )
 @click.option("--verify/--no-verify", default=True, help="Whether to check the result.")
-@click.option("--require-verified", is_flag=True, help="Fail if there is nothing to check against.")
+@click.option("--require-verified", is_flag=True, help="Fail unless it is shown to be right.")
 @click.option(
     "--keep-unverified", is_flag=True, help="Keep a model that fails, as OUTPUT.unverified."
 )
@@ -188,10 +188,15 @@ def main(
 
         access = Access.of(token, cache_dir, offline)
         if push_to and not dry_run:
-            check_login([push_to], access)
+            check_login([push_to], access.online)
             entry = find(checkpoint) if checkpoint else None
-            source = choose_source(backbone, entry, "backbone") if backbone or entry else None
-            push["license_file"] = check_licence(entry, source, push["license_file"], access)
+            sources = {
+                "delta": choose_source(delta, entry, "delta"),
+                "backbone": choose_source(backbone, entry, "backbone")
+                if backbone or entry
+                else None,
+            }
+            push["license_file"] = check_licence(entry, sources, push["license_file"], access)
         with progress_bar(sys.stderr.isatty() and not as_json) as progress:
             conversion = convert(
                 checkpoint,

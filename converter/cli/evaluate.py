@@ -89,7 +89,7 @@ def _table(found: "Evaluation") -> str:
     names = list(found.per_class[0])
     classes = [names, *([_number(row[name]) for name in names] for row in found.per_class)]
     lines = [f"{found.model} on {found.dataset}: {found.images} pictures", ""]
-    lines += [*_aligned(summary), "", *_aligned(classes)]
+    lines += [*_aligned(summary), "", f"means over {found.means_over}", "", *_aligned(classes)]
     if found.published:
         lines += ["", f"published: {found.published.checkpoint} on {found.published.dataset}"]
     return "\n".join(lines)

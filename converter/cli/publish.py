@@ -38,7 +38,7 @@ def push_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--allow-unverified",
                 is_flag=True,
-                help="Push a model that was held against nothing; its card says so.",
+                help="Push a model that was not shown to be right; its card says so.",
             ),
             click.option(
                 "--verify-remote",

@@ -50,7 +50,7 @@ from converter.errors import NotVerifiedError, OutputsDifferError
     metavar="FILE.html",
     help="Write what was found as a page to look at, too.",
 )
-@click.option("--require-verified", is_flag=True, help="Fail if there is nothing to check against.")
+@click.option("--require-verified", is_flag=True, help="Fail unless it is shown to be right.")
 @hub_options
 @common_options
 def verify_command(
@@ -99,4 +99,5 @@ def verify_command(
         if found.verdict == "failed":
             sys.exit(OutputsDifferError.exit_code)
         if require_verified and not found.proven:
+            session.say(f"Error: A check was required: {found.shortfall}")
             sys.exit(NotVerifiedError.exit_code)

@@ -4,9 +4,9 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -23,12 +23,12 @@ from converter.errors import (
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
 
-    from converter.hub.downloads import Snapshot
-
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 # such as: Request error: HTTP status client error (401 Unauthorized), domain: https://...
 _STATUS_TOLD_BY_XET = re.compile(r"HTTP status \w+ error \((\d{3}) ([\w ]+)\)")
+
+_LONGEST = 300  # characters of a server's words that are shown
 
 # statuses of a server, or of what stands before it, that will answer later
 _DOWN = (500, 502, 503, 504)
@@ -46,16 +46,40 @@ OPEN_BACKBONES = {
 }
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A repository at one commit, as the Hub or the cache tells of it.
+
+    Attributes:
+        repo_id: as it was asked for.
+        revision: branch, tag or commit, as it was asked for.
+        commit: which that was at.
+        digests: of its files by name: SHA-256 of large files, git's blob ids of small ones, None
+            where the Hub gives neither. In the cache, of the files that are there.
+        private: whether only members see the repository.
+        moved_to: the repository's name today, where it is not ``repo_id`` any more.
+    """
+
+    repo_id: str
+    revision: str
+    commit: str
+    digests: Mapping[str, str | None]
+    private: bool = False
+    moved_to: str | None = None
+
+
 @dataclass
 class Answers:
     """What the Hub has answered to a command, so that it is asked but once.
 
     Attributes:
         snapshots: what repositories have, by name and revision.
+        asked_by_branch: names and revisions that a file was fetched by.
         login: who is logged in, as `HfApi.whoami` tells; None before that was asked.
     """
 
-    snapshots: "dict[tuple[str, str], Snapshot]" = field(default_factory=dict)
+    snapshots: dict[tuple[str, str], Snapshot] = field(default_factory=dict)
+    asked_by_branch: set[tuple[str, str]] = field(default_factory=set)
     login: dict[str, Any] | None = None
 
 
@@ -99,8 +123,16 @@ class Access:
 
         return self.local_files_only or is_offline_mode()
 
-    def login(self) -> dict[str, Any]:
+    @property
+    def online(self) -> "Access":
+        """The same, for what the cache cannot do, such as a push."""
+        return replace(self, local_files_only=False)
+
+    def login(self, repo_id: str) -> dict[str, Any]:
         """Who is logged in, as `HfApi.whoami` tells.
+
+        Args:
+            repo_id: the repository that errors say this is for.
 
         Raises:
             AccessError: nobody is, or the token is not valid any more.
@@ -109,7 +141,7 @@ class Access:
         from huggingface_hub import HfApi
 
         if self.answers.login is None:
-            with explained("this login"):
+            with explained(repo_id):
                 self.answers.login = HfApi(token=self.token).whoami()
         return self.answers.login
 
@@ -133,11 +165,6 @@ def explained(repo_id: str, revision: str = "main") -> Iterator[None]:
         if explanation is error:
             raise
         raise explanation from error
-
-
-def is_expired(error: Exception) -> bool:
-    """Whether the Hub refused an expired token; huggingface_hub says that nothing was found."""
-    return "is expired" in str(error)
 
 
 def without_token(text: str, token: str | None = None) -> str:
@@ -186,7 +213,8 @@ def _explanation(error: Exception, repo: str, revision: str) -> Exception:
             )
         case errors.DisabledRepoError():
             return AccessError(f"{repo} has been disabled on the Hub.")
-        case errors.RepositoryNotFoundError() if is_expired(error):
+        # of an expired token, the client says that the repository was not found
+        case errors.RepositoryNotFoundError() if "is expired" in str(error):
             return _token_refused(repo)
         case errors.RepositoryNotFoundError():
             return not_found(repo)
@@ -206,13 +234,23 @@ def _explanation(error: Exception, repo: str, revision: str) -> Exception:
         case errors.HFValidationError():
             return UsageError(f"{repo!r} is no valid name of a repository: {error}")
         case errors.HfHubHTTPError(response=response):
-            wait = response.headers.get("Retry-After", "")
-            return _by_status(response.status_code, repo, _words(error), wait)
+            return _by_status(
+                response.status_code,
+                repo,
+                _words(error),
+                wait=response.headers.get("Retry-After", ""),
+                reading=response.request.method in ("GET", "HEAD")
+                and not response.request.url.path.endswith("/auth-check/write"),
+            )
         case ConnectionError() if told := _STATUS_TOLD_BY_XET.search(str(error)):
             return _by_status(int(told[1]), repo, told[2])
         # how the client tells of an upload, or of a download in a file's place, that failed
-        case RuntimeError() | ValueError() if isinstance(error.__cause__, Exception):
-            return _explanation(error.__cause__, repo, revision)
+        case (
+            RuntimeError(__cause__=Exception() as cause)
+            | ValueError(__cause__=Exception() as cause)
+        ) if _is_the_clients(error):
+            explanation = _explanation(cause, repo, revision)
+            return _broken_off(error, repo) if explanation is cause else explanation
         case OSError() if error.errno and not isinstance(error, ConnectionError | TimeoutError):
             return OutputError(f"{error.filename or 'The cache'} cannot be used: {error.strerror}.")
         case OSError():
@@ -231,9 +269,7 @@ def _explanation(error: Exception, repo: str, revision: str) -> Exception:
 
 
 def _broken_off(error: Exception, repo: str) -> HubUnavailableError:
-    from huggingface_hub import constants
-
-    words = str(error).partition("\n")[0].replace(constants.ENDPOINT, endpoint_name())
+    words = _shown(str(error))
     return HubUnavailableError(
         f"The transfer with {repo} broke off ({type(error).__name__}{words and f': {words}'}).",
         "Run again: files that arrived whole are kept. --offline uses the cache alone.",
@@ -251,9 +287,17 @@ def _is_the_clients(error: Exception) -> bool:
     return clients and modules[-1] != "huggingface_hub.utils._validators"
 
 
-def _by_status(status: int, repo: str, words: str, wait: str = "") -> EomtConvertError:
+def _by_status(
+    status: int, repo: str, words: str, *, wait: str = "", reading: bool = False
+) -> EomtConvertError:
     if status == 401:
         return _token_refused(repo)
+    if status == 403 and reading:
+        return AccessError(
+            f"This login may not read {repo}: {words}",
+            "A fine-grained token needs the right to read that repository, gated ones apart: "
+            "https://huggingface.co/settings/tokens.",
+        )
     if status == 403:
         return AccessError(
             f"This login may not do that with {repo}.",
@@ -296,8 +340,16 @@ def _sentence(words: str) -> str:
 
 def _words(error: "HfHubHTTPError") -> str:
     """The server's own words on a refusal, without the address that was asked."""
-    said = (error.server_message or "").strip() or error.response.reason_phrase
-    return said.partition("\n")[0]
+    return _shown((error.server_message or "").strip() or error.response.reason_phrase)
+
+
+def _shown(text: str) -> str:
+    """The first line of a text from outside, fit for a terminal: visible, and not too long."""
+    from huggingface_hub import constants
+
+    line = text.partition("\n")[0].replace(constants.ENDPOINT, endpoint_name())
+    visible = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line[:_LONGEST])
+    return visible + ("..." if len(line) > _LONGEST else "")
 
 
 def _ask_for_access(repo: str) -> str:

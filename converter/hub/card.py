@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from converter.catalog import Checkpoint, Metric, fixtures
 from converter.checks.provenance import find_named
-from converter.checks.recorded import in_words, known_recordings
-from converter.checks.verdict import BASES, Basis
+from converter.checks.recorded import known_recordings
+from converter.checks.verdict import BASES, Verdict, read_record
 from converter.configs import read_json_object
 from converter.errors import EomtConvertError
 from converter.hub.downloads import is_sha256
@@ -26,6 +26,9 @@ BEGIN = (
     "<!-- eomt-convert begin: a push rewrites what stands between this line and the end mark -->"
 )
 END = "<!-- eomt-convert end -->"
+
+# what figures say in words
+_WORDS = (*BASES, "sources", "conversion.json")
 
 LICENCE_FILE = "LICENSE.md"  # as in Meta's own repositories
 LICENCE_LINK = "https://ai.meta.com/resources/models-and-libraries/dinov3-license"
@@ -67,29 +70,13 @@ class ModelRecord:
         return find_named(self.history.get("checkpoint"))
 
     @property
-    def verdict(self) -> str:
-        """What was found when it was checked: passed, failed or unverified."""
-        return str(self.history["verdict"]["verdict"])
+    def verdict(self) -> Verdict:
+        """What was found when it was checked.
 
-    @property
-    def basis(self) -> Basis | None:
-        """What a passed verdict rests on; None for any other.
-
-        conversion.json of eomt-convert 0.1 does not say it: then it is the recording whose digest
-        stands there, if that came with the package.
+        Raises:
+            ValueError: conversion.json claims more than the levels in it.
         """
-        verdict = self.history["verdict"]
-        if verdict["verdict"] != "passed":
-            return None
-        if "basis" in verdict:
-            return verdict["basis"] if verdict["basis"] in BASES else None
-        return "original" if self.recorded_sha256 in known_recordings() else "reference"
-
-    @property
-    def recorded_sha256(self) -> str | None:
-        """Digest of the recording that the model was held against; None where there was none."""
-        figures = [level["figures"] for level in self.history["verdict"]["levels"]]
-        return next((f["recorded_sha256"] for f in figures if "recorded_sha256" in f), None)
+        return read_record(self.history["verdict"], known_recordings())
 
     @property
     def derived(self) -> bool:
@@ -155,11 +142,10 @@ def model_card(repo_id: str, made: ModelRecord) -> "ModelCard":
         queries=config["num_queries"],
         classes=len(config["id2label"]),
         weights=history["weights"],
-        basis=made.basis,
-        held_against=in_words(made.basis, made.recorded_sha256) if made.basis else None,
+        verdict=made.verdict,
         levels=[
-            {**level, "figures": _figures(level["figures"])}
-            for level in history["verdict"]["levels"]
+            {"level": level.level, "status": level.status, "figures": _figures(level.figures)}
+            for level in made.verdict.levels
         ],
         metric=made.metric,
         metric_source=MODEL_ZOO,
@@ -248,15 +234,20 @@ def _sources(sources: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _figures(figures: Mapping[str, Any]) -> str:
+    """Figures as the card's table has them: numbers, and the first digits of digests."""
     shown = []
     for name, value in figures.items():
-        if isinstance(value, str):
-            value = value[:12] if is_sha256(value) else value
-        elif isinstance(value, int | float):
-            value = f"{value:,}" if isinstance(value, int) else f"{value:g}"
-        else:
+        if isinstance(value, bool):
             continue
-        shown.append(f"{name.replace('_', ' ')} {value}")
+        if isinstance(value, int | float):
+            text = f"{value:,}" if isinstance(value, int) else f"{value:g}"
+        elif is_sha256(value):
+            text = value[:12]
+        elif value in _WORDS:
+            text = value
+        else:  # whatever a conversion.json from elsewhere may hold
+            continue
+        shown.append(f"{name.replace('_', ' ')} {text}")
     return ", ".join(shown)
 
 

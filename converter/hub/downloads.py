@@ -9,37 +9,14 @@ its turn, to a store that repositories share, where files have other names.
 
 import hashlib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeGuard
 
-from converter.errors import AccessError, UnreadableFileError
-from converter.hub.access import Access, explained, senseless_answer
+from converter.errors import AccessError, OutputError, UnreadableFileError
+from converter.hub.access import Access, Snapshot, explained, senseless_answer
 
 _SHA256, _GIT_ID = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{40}")
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A repository at one commit, as the Hub or the cache tells of it.
-
-    Attributes:
-        repo_id: as it was asked for.
-        revision: branch, tag or commit, as it was asked for.
-        commit: which that was at.
-        digests: of its files by name: SHA-256 of large files, git's blob ids of small ones, None
-            where the Hub gives neither. In the cache, of the files that are there.
-        private: whether only members see the repository.
-        moved_to: the repository's name today, where it is not ``repo_id`` any more.
-    """
-
-    repo_id: str
-    revision: str
-    commit: str
-    digests: Mapping[str, str | None]
-    private: bool = False
-    moved_to: str | None = None
 
 
 def look_up(repo_id: str, revision: str, token: str | bool | None = None) -> Snapshot:
@@ -53,12 +30,14 @@ def look_up(repo_id: str, revision: str, token: str | bool | None = None) -> Sna
     with explained(repo_id, revision):
         info = HfApi(token=token).model_info(repo_id, revision=revision, files_metadata=True)
     commit = str(info.sha)
-    if not _GIT_ID.fullmatch(commit):
-        raise senseless_answer(repo_id)
-    digests = {
-        file.rfilename: _as_digest(file.lfs.sha256 if file.lfs else file.blob_id)
+    listed = {
+        file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id
         for file in info.siblings or ()
     }
+    texts = [*listed, *filter(None, listed.values())]
+    if not _GIT_ID.fullmatch(commit) or not all(isinstance(text, str) for text in texts):
+        raise senseless_answer(repo_id)
+    digests = {name: _as_digest(digest) for name, digest in listed.items()}
     moved_to = info.id if info.id != repo_id else None
     return Snapshot(repo_id, revision, commit, digests, bool(info.private), moved_to)
 
@@ -80,19 +59,25 @@ def resolve(repo_id: str, revision: str, access: Access) -> Snapshot:
     return known[repo_id, revision]
 
 
-def download(snapshot: Snapshot, name: str, access: Access) -> Path:
+def download(snapshot: Snapshot, name: str, access: Access, *, check: bool = True) -> Path:
     """Fetches one file of a repository into the cache, unless it is there.
 
+    Args:
+        snapshot: the repository, which has this file.
+        name: of the file.
+        access: how the Hub is reached.
+        check: whether to hold the file against its digest, which reads all of it; what is digested
+            later anyway need not be.
+
     Raises:
+        AccessError: it is not in the cache when only that may be used.
         AccessError, HubUnavailableError: as `explained` tells.
-        UnreadableFileError: a small file arrived damaged, twice. A large one is checked by whoever
-            reads it.
+        UnreadableFileError: it arrived damaged twice, or is damaged where only the cache may be
+            used.
     """
-    if access.offline:
-        return _place(snapshot.repo_id, access) / "snapshots" / snapshot.commit / name
-    path = _bring(snapshot, name, access)
+    path = _find(snapshot, name, access) if access.offline else _bring(snapshot, name, access)
     digest = snapshot.digests.get(name)
-    if digest and not is_sha256(digest) and is_damaged(path, digest):
+    if check and digest and is_damaged(path, digest):
         path = download_again(snapshot.repo_id, name, snapshot.commit, access)
         if is_damaged(path, digest):
             raise arrived_damaged(snapshot.repo_id, name, path)
@@ -100,24 +85,38 @@ def download(snapshot: Snapshot, name: str, access: Access) -> Path:
 
 
 def download_again(repo_id: str, name: str, commit: str, access: Access) -> Path:
-    """Fetches a file that is in the cache already, in place of what is there.
+    """Fetches a file that is damaged in the cache, in place of what is there.
 
     Raises:
+        UnreadableFileError: only the cache may be used.
+        OutputError: the cache cannot be written to.
         AccessError, HubUnavailableError: as `explained` tells.
     """
     from huggingface_hub import hf_hub_download
 
-    with explained(repo_id, commit):
-        return Path(
-            hf_hub_download(
-                repo_id,
-                name,
-                revision=commit,
-                token=access.token,
-                cache_dir=access.cache,
-                force_download=True,
+    if access.offline:
+        raise damaged_in_cache(repo_id, name)
+    path = _place(repo_id, access) / "snapshots" / commit / name
+    try:
+        with explained(repo_id, commit):
+            if path.is_file() and not path.is_symlink():
+                path.unlink()  # the client replaces what links lead to, and leaves other files
+            return Path(
+                hf_hub_download(
+                    repo_id,
+                    name,
+                    revision=commit,
+                    token=access.token,
+                    cache_dir=access.cache,
+                    force_download=True,
+                )
             )
-        )
+    except OutputError as error:
+        raise OutputError(
+            f"{path} is damaged and cannot be replaced: {error.message}",
+            "Let somebody who may write to that cache delete the file, or give another with "
+            "--cache-dir.",
+        ) from error
 
 
 def is_sha256(digest: str | None) -> TypeGuard[str]:
@@ -125,12 +124,17 @@ def is_sha256(digest: str | None) -> TypeGuard[str]:
     return digest is not None and bool(_SHA256.fullmatch(digest))
 
 
+def sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def is_damaged(path: Path, digest: str) -> bool:
     """Whether a file is not the one of a digest, SHA-256 or git's blob id; reads all of it."""
-    with path.open("rb") as file:
-        if is_sha256(digest):
-            return hashlib.file_digest(file, "sha256").hexdigest() != digest
-        content = file.read()
+    if is_sha256(digest):
+        return sha256(path) != digest
+    content = path.read_bytes()
     header = b"blob %d\0" % len(content)
     return hashlib.sha1(header + content, usedforsecurity=False).hexdigest() != digest
 
@@ -164,14 +168,17 @@ def _bring(snapshot: Snapshot, name: str, access: Access) -> Path:
     """Finds a file in the cache, or lets the client download it there.
 
     The client notes which commit a branch is at when it is asked for a file by the branch's name;
-    runs without a connection need that. So it is asked that way until the note is right.
+    runs without a connection need that. So it is asked that way once, unless the note is right.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     repo_id, revision, commit = snapshot.repo_id, snapshot.revision, snapshot.commit
-    if _noted_commit(repo_id, revision, access) == commit:
+    asked_by_branch = access.answers.asked_by_branch
+    if (repo_id, revision) in asked_by_branch or _noted(repo_id, revision, access) == commit:
         revision = commit
-    cached = try_to_load_from_cache(repo_id, name, cache_dir=access.cache, revision=commit)
+    asked_by_branch.add((repo_id, revision))
+    with explained(repo_id, revision):
+        cached = try_to_load_from_cache(repo_id, name, cache_dir=access.cache, revision=commit)
     if isinstance(cached, str) and revision == commit:
         return Path(cached)
     # a branch may have moved since it was looked up
@@ -187,6 +194,13 @@ def _bring(snapshot: Snapshot, name: str, access: Access) -> Path:
     return path
 
 
+def _find(snapshot: Snapshot, name: str, access: Access) -> Path:
+    path = _place(snapshot.repo_id, access) / "snapshots" / snapshot.commit / name
+    if not path.is_file():
+        raise not_in_cache(snapshot.repo_id, snapshot.revision, f"{name} is missing")
+    return path
+
+
 def _look_up_in_cache(repo_id: str, revision: str, access: Access) -> Snapshot:
     """What the cache has of a repository at a branch, tag or commit.
 
@@ -194,7 +208,7 @@ def _look_up_in_cache(repo_id: str, revision: str, access: Access) -> Snapshot:
         AccessError: nothing.
     """
     place = _place(repo_id, access)
-    commit = _noted_commit(repo_id, revision, access)
+    commit = _noted(repo_id, revision, access)
     folder = place / "snapshots" / commit
     if not (_GIT_ID.fullmatch(commit) and folder.is_dir()):
         found = "other revisions of it" if (place / "snapshots").is_dir() else "nothing of it"
@@ -206,7 +220,7 @@ def _look_up_in_cache(repo_id: str, revision: str, access: Access) -> Snapshot:
     return Snapshot(repo_id, revision, commit, digests)
 
 
-def _noted_commit(repo_id: str, revision: str, access: Access) -> str:
+def _noted(repo_id: str, revision: str, access: Access) -> str:
     """The commit that a branch or tag was at when it was last asked for; a commit is itself."""
     names = revision.split("/")
     ref = (_place(repo_id, access) / "refs").joinpath(*names)

@@ -7,7 +7,6 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from converter.catalog import Checkpoint
-from converter.checks.recorded import in_words
 from converter.checks.verdict import Verdict
 from converter.checks.verification import verify
 from converter.configs import read_json_object, read_model_config
@@ -20,9 +19,9 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
-from converter.hub.access import Access, explained, not_found
+from converter.hub.access import Access, Snapshot, explained, not_found
 from converter.hub.card import LICENCE_FILE, ModelRecord, is_derived, model_card, updated
-from converter.hub.downloads import Snapshot, download
+from converter.hub.downloads import download
 from converter.hub.remote import (
     MAIN,
     Change,
@@ -37,7 +36,7 @@ from converter.hub.remote import (
     unchecked,
     wrong_files,
 )
-from converter.hub.sources import HubSource, LocalSource, fetch, fetch_first
+from converter.hub.sources import HubSource, LocalSource, fetch_first, listed_digests
 from converter.weights.backbones import published_repo
 
 if TYPE_CHECKING:
@@ -128,7 +127,8 @@ def publish(
         private: whether only members shall see the repository; by default, a new one is private
             and an old one stays as it is. It is made public last, when all is there.
         license_file: text of DINOv3's licence; by default from the backbone's repository.
-        allow_unverified: whether a model is pushed that was not held against recorded outputs.
+        allow_unverified: whether a model is pushed that was not shown to be right: that nothing, or
+            only the reference model, speaks for.
         verify_remote: whether to download the model into a fresh folder and verify that.
         recorded: recorded outputs for that; by default those of the offline checkpoints.
         dry_run: whether to stop at the list of changes.
@@ -148,13 +148,13 @@ def publish(
     """
     from huggingface_hub import HfApi
 
-    if create_pr and (revision or tag):
+    if create_pr and (revision or tag or private is False):
         raise UsageError(
-            "--create-pr goes with neither --revision nor --tag.",
-            "A pull request goes to main; tag the commit when it is merged.",
+            "--create-pr goes with none of --revision, --tag and --public.",
+            "A pull request goes to main; tag the commit, and show it, when it is merged.",
         )
     made, files = _read(Path(folder).expanduser(), allow_unverified=allow_unverified)
-    access = access or Access.of(token, cache_dir)
+    access = (access or Access.of(token, cache_dir)).online
     check_login([repo_id], access)
     if licence := _licence(made, license_file, access):
         files[LICENCE_FILE] = licence
@@ -168,8 +168,7 @@ def publish(
         files[REPORT] = Content.of(report)
     changes = compare(files, remote)
     if tag and remote:
-        commit_there = None if wrong_files(files, remote) else remote.commit
-        check_tag(api, repo_id, tag, commit_there, files)
+        check_tag(api, repo_id, tag, remote.commit if is_there(files, remote) else None, files)
     if dry_run:
         _check_may_write(api, repo_id, remote, access, create_pr=create_pr)
         hidden = private if private is not None else remote is None or remote.private
@@ -178,7 +177,14 @@ def publish(
 
     parent = _prepare(api, repo_id, branch, remote, private=private)
     done = _commit(
-        api, repo_id, branch, parent, files, commit_message or _message(made), create_pr=create_pr
+        api,
+        repo_id,
+        branch,
+        parent,
+        files,
+        commit_message or _message(made),
+        author=access.login(repo_id)["name"],
+        create_pr=create_pr,
     )
     arrived = _read_back(api, repo_id, done, files, access)
     verdict = None
@@ -223,7 +229,7 @@ def check_login(repo_ids: Sequence[str], access: Access) -> None:
             )
         with explained(repo_id):
             validate_repo_id(repo_id)
-    token = access.login().get("auth", {}).get("accessToken", {})
+    token = (access.login(repo_ids[0]).get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
         raise AccessError(
             f"The token that is logged in may only read, which is not enough for {repo_ids[0]}.",
@@ -233,7 +239,7 @@ def check_login(repo_ids: Sequence[str], access: Access) -> None:
 
 def check_licence(
     checkpoint: Checkpoint | None,
-    backbone: LocalSource | HubSource | None,
+    sources: Mapping[str, LocalSource | HubSource | None],
     given: str | Path | None,
     access: Access,
 ) -> Path | None:
@@ -241,7 +247,7 @@ def check_licence(
 
     Args:
         checkpoint: the catalogue's entry that is to be converted, if one was named.
-        backbone: where its backbone comes from; None where none was named.
+        sources: where ``delta`` and ``backbone`` come from; None where none was named.
         given: a file with the licence's text, which comes first.
         access: how the Hub is reached.
 
@@ -250,19 +256,21 @@ def check_licence(
 
     Raises:
         UsageError: it is needed, and nothing tells where it is.
-        UnreadableFileError: the backbone, or the file that was given, cannot be read.
+        UnreadableFileError: a local source, or the file that was given, cannot be read.
         AccessError, HubUnavailableError: the backbone's repository cannot be reached.
     """
     if given:
         path = Path(given).expanduser()
         _licence_text(path)
         return path
-    if isinstance(backbone, LocalSource):
-        found = fetch(backbone, access)
-        digests = [Content.of(path).sha256 for path in found.shards or (found.weights,)]
-        if not is_derived(checkpoint, digests):
+    access, backbone = access.online, sources["backbone"]
+    if checkpoint and checkpoint.offline:
+        digests = [listed_digests(source, access) for source in sources.values() if source]
+        if all(digests) and not is_derived(checkpoint, [one for each in digests for one in each]):
             return None
-        repo_id = next(filter(None, map(published_repo, digests)), None)
+    if isinstance(backbone, LocalSource):
+        published = map(published_repo, listed_digests(backbone, access))
+        repo_id = next(filter(None, published), None)
         backbone = HubSource(repo_id) if repo_id else None
     if backbone is None:
         raise UsageError(
@@ -289,6 +297,10 @@ def _read(folder: Path, *, allow_unverified: bool) -> tuple[ModelRecord, dict[st
         _check_verdict(made, folder, allow_unverified=allow_unverified)
     except (KeyError, TypeError, AttributeError) as error:
         raise UnreadableFileError(f"{history_file} lacks what it should hold: {error}.") from error
+    except ValueError as error:
+        raise UnreadableFileError(
+            f"The verdict in {history_file} makes no sense: {error}.", "Convert again."
+        ) from error
     files = {"conversion.json": Content.of(history_file)}
     for name, digest in expected.items():
         # conversion.json may come from anywhere: no file outside the folder is ever sent
@@ -307,20 +319,16 @@ def _read(folder: Path, *, allow_unverified: bool) -> tuple[ModelRecord, dict[st
 
 
 def _check_verdict(made: ModelRecord, folder: Path, *, allow_unverified: bool) -> None:
-    if made.verdict not in ("passed", "unverified"):
-        raise NotVerifiedError(f"{folder} is not right: its verdict is {made.verdict!r}.")
-    if made.basis in ("original", "published") or allow_unverified:
-        return
-    if made.basis:
-        against = in_words(made.basis, made.recorded_sha256)
-        reason = f"{folder} was not verified against the original: it was held against {against}."
-    else:
-        reason = f"{folder} was not verified: no recorded outputs were held against it."
-    raise NotVerifiedError(
-        reason,
-        "Convert with outputs recorded from the original (--recorded), or push with "
-        "--allow-unverified; the model card will say so.",
-    )
+    verdict = made.verdict
+    if verdict.verdict == "failed":
+        raise NotVerifiedError(f"{folder} is not right: its verdict is failed.")
+    if not verdict.proven and not allow_unverified:
+        reason = f" {verdict.shortfall}" if verdict.basis or verdict.reason else ""
+        raise NotVerifiedError(
+            f"{folder} was not verified against the original.{reason}",
+            "Convert with outputs recorded from the original (--recorded), or push with "
+            "--allow-unverified; the model card will say so.",
+        )
 
 
 def _licence(made: ModelRecord, given: str | Path | None, access: Access) -> Content | None:
@@ -422,13 +430,16 @@ def _commit(
     files: Mapping[str, Content],
     message: str,
     *,
+    author: str,
     create_pr: bool,
 ) -> Committed:
     if is_there(files, parent):
         return Committed(branch, parent.commit)
-    if create_pr and (found := find_pull_request(api, repo_id, files)):
+    if create_pr and (found := find_pull_request(api, repo_id, files, author)):
         return found
-    return commit(api, repo_id, branch, parent, files, message=message, create_pr=create_pr)
+    return commit(
+        api, repo_id, branch, parent, files, message=message, author=author, create_pr=create_pr
+    )
 
 
 def _check_may_write(
@@ -441,8 +452,9 @@ def _check_may_write(
         HubUnavailableError: as `explained` tells.
     """
     if remote is None:
-        login = access.login()
-        owners = [login["name"], *(org["name"] for org in login.get("orgs") or ())]
+        login = access.login(repo_id)
+        orgs = [org for org in login.get("orgs") or () if org.get("roleInOrg") != "read"]
+        owners = [login["name"], *(org["name"] for org in orgs)]
         if repo_id.partition("/")[0].lower() not in map(str.lower, owners):
             raise not_found(repo_id)
     elif not create_pr:  # which anybody may open
@@ -499,7 +511,9 @@ def _verify_again(
                 "Run again, over another connection or without a proxy.",
             )
         verdict = verify(folder, recorded=recorded, token=access.token, cache_dir=access.cache_dir)
-    if verdict.verdict not in (made.verdict, "passed"):
+    # what was sent has arrived; sources that are not in the cache prove nothing anew
+    as_before = verdict.proven or not made.verdict.proven or made.verdict.basis == "published"
+    if verdict.verdict == "failed" or not as_before:
         raise OutputsDifferError(
             f"{repo_id}, downloaded again, is {verdict.verdict}: {verdict.reason}",
             f"Do not announce commit {done.commit}.",

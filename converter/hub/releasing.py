@@ -30,6 +30,7 @@ class Step:
         repo_id: where it goes.
         status: what became of it last; the next run tries again what failed.
         verdict: on the conversion; None while there is none that can be published.
+        basis: what that rests on; None where it is not passed.
         commit: which was published; None before.
         url: where people see it; None before.
         error: why it failed; None if it did not.
@@ -39,6 +40,7 @@ class Step:
     repo_id: str
     status: Literal["waiting", "converted", "published", "failed"] = "waiting"
     verdict: str | None = None
+    basis: str | None = None
     commit: str | None = None
     url: str | None = None
     error: str | None = None
@@ -68,8 +70,8 @@ class Release:
     def markdown(self) -> str:
         """The table for release notes."""
         lines = [
-            "| checkpoint | published figure | model | verdict | commit |",
-            "|---|---|---|---|---|",
+            "| checkpoint | published figure | model | verdict | basis | commit |",
+            "|---|---|---|---|---|---|",
         ]
         for step in self.steps:
             metric = find(step.checkpoint).metric
@@ -78,6 +80,7 @@ class Release:
                 f"{metric.name} {metric.value}" if metric else "",
                 f"[{step.repo_id}]({step.url})" if step.url else step.repo_id,
                 step.verdict or "",
+                step.basis or "",
                 f"`{step.commit[:12]}`" if step.commit else step.status,
             )
             lines.append(f"| {' | '.join(cells)} |")
@@ -156,7 +159,8 @@ def release(
         if step.verdict and (folder / step.checkpoint).is_dir():
             return step  # an earlier run has converted it
         entry = find(step.checkpoint)
-        check_licence(entry, entry.source("backbone"), license_file, access)
+        sources = {"delta": entry.source("delta"), "backbone": entry.source("backbone")}
+        check_licence(entry, sources, license_file, access)
         conversion = convert(
             step.checkpoint,
             folder / step.checkpoint,
@@ -167,7 +171,8 @@ def release(
             progress=progress,
             access=access,
         )
-        return replace(step, status="converted", verdict=conversion.verdict.verdict)
+        found = conversion.verdict
+        return replace(step, status="converted", verdict=found.verdict, basis=found.basis)
 
     def to_hub(step: Step) -> Step:
         published = publish(

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from converter.errors import EomtConvertError, NotFoundError
-from converter.hub.access import explained
-from converter.hub.downloads import Snapshot, look_up
+from converter.hub.access import Snapshot, explained
+from converter.hub.downloads import look_up
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -153,6 +153,7 @@ def commit(
     files: Mapping[str, Content],
     *,
     message: str,
+    author: str,
     create_pr: bool,
 ) -> Committed:
     """Makes one commit that brings a branch from its parent's state to these files.
@@ -160,7 +161,8 @@ def commit(
     An answer that was lost on its way is not taken for a failure: the Hub is asked what it has.
 
     Raises:
-        EomtConvertError: somebody else has committed since the parent was read.
+        EomtConvertError: somebody else has committed since the parent was read, or it cannot be
+            told who has.
         AccessError, HubUnavailableError: as `explained` tells; nothing has changed then.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -182,11 +184,17 @@ def commit(
                 parent_commit=parent.commit,
             )
     except EomtConvertError as error:
-        landed = _landed(api, repo_id, branch, files, create_pr=create_pr)
+        landed = _landed(api, repo_id, branch, files, author, create_pr=create_pr)
         if landed:
             return landed
         now = read_remote(api, repo_id, branch)
         if now and now.commit != parent.commit:
+            if unchecked(files, now) and not wrong_files(files, now):
+                raise EomtConvertError(
+                    f"Whether this push arrived cannot be told: {repo_id} has a new commit, and "
+                    f"the Hub gives no digest of {', '.join(unchecked(files, now))} in it.",
+                    "Look at it, and run again if it is somebody else's.",
+                ) from error
             raise EomtConvertError(
                 f"Somebody else has committed to {repo_id} since this push began; nothing of it "
                 "was published.",
@@ -197,16 +205,24 @@ def commit(
 
 
 def _landed(
-    api: "HfApi", repo_id: str, branch: str, files: Mapping[str, Content], *, create_pr: bool
+    api: "HfApi",
+    repo_id: str,
+    branch: str,
+    files: Mapping[str, Content],
+    author: str,
+    *,
+    create_pr: bool,
 ) -> Committed | None:
     if create_pr:
-        return find_pull_request(api, repo_id, files)
+        return find_pull_request(api, repo_id, files, author)
     remote = read_remote(api, repo_id, branch)
-    return Committed(branch, remote.commit) if remote and not wrong_files(files, remote) else None
+    return Committed(branch, remote.commit) if remote and is_there(files, remote) else None
 
 
-def find_pull_request(api: "HfApi", repo_id: str, files: Mapping[str, Content]) -> Committed | None:
-    """The latest open pull request that would bring a repository to these files, if there is one.
+def find_pull_request(
+    api: "HfApi", repo_id: str, files: Mapping[str, Content], author: str
+) -> Committed | None:
+    """Somebody's latest open pull request that would bring a repository to these files, if any.
 
     Raises:
         AccessError, HubUnavailableError: as `explained` tells.
@@ -214,7 +230,10 @@ def find_pull_request(api: "HfApi", repo_id: str, files: Mapping[str, Content]) 
     with explained(repo_id):
         opened = list(
             api.get_repo_discussions(
-                repo_id, discussion_type="pull_request", discussion_status="open"
+                repo_id,
+                author=author,
+                discussion_type="pull_request",
+                discussion_status="open",
             )
         )
     for request in sorted(opened, key=lambda request: request.num, reverse=True):
@@ -241,8 +260,7 @@ def check_tag(
         tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).tags}
     if tag not in tags or tags[tag] == commit:
         return tag in tags
-    tagged = read_remote(api, repo_id, tags[tag])
-    if commit is None or tagged is None or wrong_files(files, tagged):
+    if commit is None or not is_there(files, read_remote(api, repo_id, tags[tag])):
         raise EomtConvertError(
             f"{repo_id} has a tag {tag} already, on commit {tags[tag]}.", "Choose another tag."
         )

@@ -5,21 +5,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from converter.errors import AccessError, UnreadableFileError, UsageError
-from converter.hub.access import Access
+from converter.hub.access import Access, Snapshot
 from converter.hub.downloads import (
-    Snapshot,
-    arrived_damaged,
-    damaged_in_cache,
     download,
     download_again,
     is_damaged,
+    is_sha256,
     not_in_cache,
     resolve,
+    sha256,
 )
 from converter.weights.tensorfiles import WEIGHT_SUFFIXES, WEIGHTS, WEIGHTS_INDEX, shard_names
 
 # the file names that weights are published under, the safer format first
 _WEIGHT_FILES = (WEIGHTS, WEIGHTS_INDEX, "pytorch_model.bin")
+
+_INDEX_SUFFIX = ".index.json"
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def parse_source(text: str) -> LocalSource | HubSource:
         path.exists()
         or path.is_absolute()
         or text.startswith((".", "~"))
-        or text.endswith((*WEIGHT_SUFFIXES, ".index.json"))
+        or text.endswith((*WEIGHT_SUFFIXES, _INDEX_SUFFIX))
     ):
         return LocalSource(path)
     repo_id, _, revision = text.partition("@")
@@ -112,42 +113,34 @@ def parse_source(text: str) -> LocalSource | HubSource:
 
 
 def fetch(
-    source: LocalSource | HubSource, access: Access, *, beside: Sequence[str] = ()
+    source: LocalSource | HubSource,
+    access: Access,
+    *,
+    beside: Sequence[str] = (),
+    check_weights: bool = True,
 ) -> Fetched:
     """Finds a source's file of weights and its config.json, downloading what is not here yet.
+
+    Files of a repository are held against the digests that the Hub gives; a damaged one is fetched
+    once more.
 
     Args:
         source: a file, a folder or a repository.
         access: how the Hub is reached.
         beside: other files to download from a repository, where it has them.
+        check_weights: whether weights are held against their digests; not for whoever digests them
+            while they are read.
 
     Raises:
-        UnreadableFileError: a local file is missing, or a folder has no weights or several.
+        UnreadableFileError: a local file is missing, a folder has no weights or several, or a file
+            of a repository is damaged and one more download is no better.
         AccessError: a repository or a file in it is missing, gated, or not in the cache when only
             that may be used.
         HubUnavailableError: the Hub is down, out of reach, or asks to wait.
     """
-    return (
-        _find(source.path) if isinstance(source, LocalSource) else _download(source, access, beside)
-    )
-
-
-def fetch_checked(
-    source: LocalSource | HubSource, access: Access, *, beside: Sequence[str] = ()
-) -> Fetched:
-    """Like `fetch`, for files that nobody digests later: reads all of a repository's.
-
-    Raises:
-        UnreadableFileError: a file is not what the Hub lists, and one more download is no better;
-            or as `fetch`.
-        AccessError, HubUnavailableError: as `fetch`.
-    """
-    found = fetch(source, access, beside=beside)
-    if damaged := found.damaged():
-        fetch_again([(found, name) for name in damaged], access)
-        for name in found.damaged():
-            raise arrived_damaged(found.title, name, found.weights.with_name(name))
-    return found
+    if isinstance(source, LocalSource):
+        return _find(source.path)
+    return _download(source, access, beside, check_weights=check_weights)
 
 
 def fetch_config(source: LocalSource | HubSource, access: Access) -> Path | None:
@@ -176,11 +169,17 @@ def fetch_first(source: HubSource, names: Sequence[str], access: Access) -> Path
 
 
 def fetched_already(source: LocalSource | HubSource | None, access: Access) -> Fetched | None:
-    """What the cache has of a repository; None for local files, and where it lacks any."""
+    """What this command has fetched of a repository; None for local files, and if it was not all.
+
+    Raises:
+        UnreadableFileError: a small file of it is damaged in the cache.
+    """
     if not isinstance(source, HubSource):
         return None
+    if known := access.answers.snapshots.get((source.repo_id, source.revision)):
+        source = HubSource(source.repo_id, known.commit)
     try:
-        return fetch(source, replace(access, local_files_only=True))
+        return fetch(source, replace(access, local_files_only=True), check_weights=False)
     except AccessError:
         return None
 
@@ -197,9 +196,22 @@ def fetch_again(files: Sequence[tuple[Fetched, str]], access: Access) -> None:
         AccessError, HubUnavailableError: as `explained` tells.
     """
     for found, name in files:
-        if access.offline:
-            raise damaged_in_cache(found.title, name)
         download_again(found.title, name, str(found.revision), access)
+
+
+def listed_digests(source: LocalSource | HubSource, access: Access) -> list[str]:
+    """SHA-256 of a source's weights, without fetching them; empty where nothing tells.
+
+    Raises:
+        UnreadableFileError: local weights cannot be read.
+        AccessError, HubUnavailableError: the repository cannot be reached.
+    """
+    if isinstance(source, LocalSource):
+        found = _find(source.path)
+        return [sha256(path) for path in found.shards or (found.weights,)]
+    listed = resolve(source.repo_id, source.revision, access).digests
+    digest = listed.get(_choose_weights(sorted(listed)) or "")
+    return [digest] if is_sha256(digest) else []
 
 
 def _find(path: Path) -> Fetched:
@@ -227,7 +239,7 @@ def _shards(weights: Path) -> tuple[Path, ...]:
 
 
 def _named_shards(weights: Path) -> Sequence[str]:
-    return shard_names(weights) if weights.name.endswith(".index.json") else ()
+    return shard_names(weights) if weights.name.endswith(_INDEX_SUFFIX) else ()
 
 
 def _choose_weights(names: Sequence[str]) -> str | None:
@@ -246,7 +258,9 @@ def _no_weights(place: str, names: Sequence[str]) -> str:
     return f"{place} has no file of weights ({', '.join(_WEIGHT_FILES)} or another *.safetensors)."
 
 
-def _download(source: HubSource, access: Access, beside: Sequence[str]) -> Fetched:
+def _download(
+    source: HubSource, access: Access, beside: Sequence[str], *, check_weights: bool
+) -> Fetched:
     found = resolve(source.repo_id, source.revision, access)
     name = _choose_weights(sorted(found.digests))
     if name is None:
@@ -257,7 +271,8 @@ def _download(source: HubSource, access: Access, beside: Sequence[str]) -> Fetch
         if other in found.digests:
             download(found, other, access)
     config = download(found, "config.json", access) if "config.json" in found.digests else None
-    weights = download(found, name, access)
+    is_index = name.endswith(_INDEX_SUFFIX)
+    weights = download(found, name, access, check=check_weights or is_index)
     shards = _named_shards(weights)
     if missing := [shard for shard in shards if shard not in found.digests]:
         raise _without(found, ", ".join(missing), access)
@@ -271,7 +286,7 @@ def _download(source: HubSource, access: Access, beside: Sequence[str]) -> Fetch
         config,
         source.repo_id,
         found.commit,
-        tuple(download(found, shard, access) for shard in shards),
+        tuple(download(found, shard, access, check=check_weights) for shard in shards),
         digests,
         found.moved_to,
     )

@@ -77,6 +77,8 @@ class Evaluation:
         dataset: one of DATASETS.
         images: number of pictures that counted.
         metrics: figures by name, the most telling one first, in percent.
+        means_over: which classes the metrics are means over, and what the original does with the
+            others.
         per_class: for each class ``class``, its name, its figures in percent, and counts.
         published: the published figure, where the catalogue has one.
     """
@@ -85,6 +87,7 @@ class Evaluation:
     dataset: str
     images: int
     metrics: Mapping[str, float]
+    means_over: str
     per_class: tuple[Mapping[str, Any], ...]
     published: Published | None
 
@@ -95,6 +98,7 @@ class Evaluation:
             "dataset": self.dataset,
             "images": self.images,
             "metrics": _for_json(self.metrics),
+            "means_over": self.means_over,
             "per_class": [_for_json(row) for row in self.per_class],
             "published": _for_json(vars(self.published)) if self.published else None,
         }
@@ -173,6 +177,7 @@ def evaluate(
         dataset,
         figures.images,
         figures.overall,
+        figures.means_over,
         tuple(
             {"class": name} | row
             for name, row in zip(examples.names, figures.per_class, strict=True)

@@ -27,11 +27,13 @@ class Figures(NamedTuple):
     Attributes:
         images: number of pictures.
         overall: the metric itself first, then its parts; in percent, NaN for the mean of nothing.
+        means_over: which classes those are means over, and what the original does with the others.
         per_class: the same and counts for every class, in the order of the class ids.
     """
 
     images: int
     overall: dict[str, float]
+    means_over: str
     per_class: list[dict[str, float]]
 
 
@@ -44,11 +46,15 @@ class PanopticQuality(Metric):
     - Pixels that a prediction leaves without a segment count against it.
     - A predicted segment that lies for more than half in unannotated pixels, or in a crowd of its
       class, is no false positive. A crowd is never matched, and never a false negative.
+    - Of several crowds of a class in a picture only one counts: here the last. The original takes
+      the last of a Python set, whose order means nothing, and panopticapi's evaluation.py the last
+      that the file of annotations lists.
     - All stuff of a picture counts as crowd where the first annotated segment is one: the original
       gives stuff the instance id 0, and looks up by instance id what is a crowd. It happens in few
       of COCO's pictures, and published figures contain it.
 
-    Means are over the classes that occur, among annotations or predictions.
+    Means are over the classes with a segment that counts, annotated or predicted; the original
+    counts the others as 0.
     """
 
     higher_is_better = True
@@ -87,7 +93,9 @@ class PanopticQuality(Metric):
         union = areas[:, None] + predicted_areas - unannotated - common
         iou = common / union
         matched = same_class & ~crowd[:, None] & (iou > 0.5)
-        ignored = unannotated + (common * (same_class & crowd[:, None])).sum(0)
+        last_crowds = {class_id: i for i, class_id in enumerate(classes.tolist()) if crowd[i]}
+        forgives = np.isin(np.arange(len(classes)), list(last_crowds.values()))
+        ignored = unannotated + (common * (same_class & forgives[:, None])).sum(0)
 
         missed = ~matched.any(1) & ~crowd
         wrong = ~matched.any(0) & (ignored / predicted_areas <= 0.5)
@@ -124,6 +132,11 @@ class PanopticQuality(Metric):
                 for group, chosen in groups.items()
                 for name, values in qualities.items()
             },
+            _describe_classes(
+                rq,
+                "with a segment that counts, annotated or predicted; the original counts the "
+                "others as 0",
+            ),
             _rows(columns),
         )
 
@@ -153,7 +166,8 @@ class PanopticQuality(Metric):
 class MaskAveragePrecision(Metric):
     """Mask AP as COCO's own tool counts it, with up to 100 objects per picture.
 
-    As in the original, the area that makes an object small, medium or large is that of its mask.
+    As in the original, the area that makes an object small, medium or large is that of its mask,
+    and means are over the classes with an annotated object of that size that is no crowd.
     """
 
     higher_is_better = True
@@ -218,6 +232,9 @@ class MaskAveragePrecision(Metric):
                 name: 100 * value if value >= 0 else np.nan
                 for name, value in zip(names, evaluation.stats[:6].tolist(), strict=True)
             },
+            _describe_classes(ap.mean((0, 1)), "with an annotated object that is no crowd")
+            + "; AP_small, AP_medium and AP_large over those with an object of that size; "
+            "as in the original",
             _rows({"AP": 100 * ap.mean((0, 1)), "AP_50": 100 * ap[0].mean(0)}),
         )
 
@@ -225,7 +242,8 @@ class MaskAveragePrecision(Metric):
 class MeanIoU(Metric):
     """Mean intersection over union of the classes' pixels in all pictures together.
 
-    The mean is over the classes that occur, among annotations or predictions.
+    The mean is over the classes with an annotated or a predicted pixel among the annotated ones;
+    the original counts the others as 0.
     """
 
     higher_is_better = True
@@ -258,13 +276,29 @@ class MeanIoU(Metric):
         union = confusion.sum(0) + confusion.sum(1) - common
         with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: the class does not occur
             iou = 100 * common / union
-        return Figures(int(self.images), {"mIoU": _mean(iou)}, _rows({"IoU": iou}))
+        return Figures(
+            int(self.images),
+            {"mIoU": _mean(iou)},
+            _describe_classes(
+                iou,
+                "annotated or predicted in annotated pixels; the original counts the others as 0",
+            ),
+            _rows({"IoU": iou}),
+        )
 
 
 def _mean(values: NDArray[np.float64]) -> float:
     """The mean of what is not NaN; NaN if there is nothing."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else float("nan")
+
+
+def _describe_classes(values: NDArray[np.float64], counted: str) -> str:
+    """The classes with a value, in words: how many of how many, and which, unless it is all."""
+    number = np.count_nonzero(~np.isnan(values))
+    if number == len(values):
+        return f"all {len(values)} classes"
+    return f"the {number} of {len(values)} classes {counted}"
 
 
 def _rows(columns: Mapping[str, NDArray[Any]]) -> list[dict[str, float]]:

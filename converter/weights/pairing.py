@@ -330,6 +330,7 @@ def _run_backbone(files: Files, plan: Plan, picture: Path) -> "torch.Tensor":
 
     from converter.checks.numbers import bare_backbone
     from converter.checks.pixels import read_picture
+    from converter.checks.precision import full_float32
     from converter.checks.provenance import Provenance
 
     # resized as where the outputs were recorded: on float pixels, antialiased
@@ -342,6 +343,6 @@ def _run_backbone(files: Files, plan: Plan, picture: Path) -> "torch.Tensor":
     channels = (1, -1, 1, 1)
     mean, std = torch.tensor(IMAGE_MEAN), torch.tensor(IMAGE_STD)
     model = bare_backbone(Provenance(files, plan))
-    with torch.inference_mode():
+    with torch.inference_mode(), full_float32():
         tokens: torch.Tensor = model((resized - mean.view(channels)) / std.view(channels))
     return tokens
