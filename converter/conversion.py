@@ -289,6 +289,7 @@ def _carry_out(
                         recorded=job.recorded,
                         published=_published(job),
                         task=job.task,
+                        size_is_meant=True,
                         sources=Provenance(inputs.files, plan),
                         of_published=_published(job) is not None and "delta" in inputs.files,
                         recipes=merged.tensors,

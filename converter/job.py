@@ -294,6 +294,8 @@ def choose_class_names(job: Job, inputs: Inputs, count: int) -> ClassNames:
             f"{origin} has {len(classes.names)} class names, the weights have {count} classes.",
             "--labels takes a file with as many names, in the order of the class ids.",
         )
+    if job.task in ("semantic", "instance"):  # which have no stuff apart
+        return replace(classes, stuff=())
     if job.labels and job.checkpoint and not classes.stuff:
         # names alone do not tell which classes are stuff; of a checkpoint that is known
         known = job.checkpoint.class_names(count)

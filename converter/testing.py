@@ -13,6 +13,9 @@ from converter.report import verdict
 def assert_matches_recorded(model: str | Path, path: str | Path, *, device: str = "cpu") -> None:
     """Asserts that a model's files are sound and that it computes what was recorded.
 
+    Recorded pictures, and so how the model's image processor prepares them, are not checked:
+    `converter.verify` does that.
+
     Args:
         model: folder of the model, or a Hub repository.
         path: a folder with recorded outputs, or its recorded.safetensors.

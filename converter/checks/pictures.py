@@ -27,7 +27,10 @@ from reference_model import (
 )
 
 # what may be wrong in a model whose recorded pictures all come out right
-NOT_SHOWN = ("names of classes, and their order, in id2label",)
+NOT_SHOWN = (
+    "names of classes, and their order, in id2label",
+    "scores of instances and classes",
+)
 
 _PREPROCESSOR = "preprocessor_config.json"
 
@@ -41,6 +44,8 @@ def check_pictures(
     task: str | None,
     recorded: Recorded,
     tolerance: Tolerance,
+    *,
+    size_is_meant: bool,
 ) -> Level:
     """Takes the recorded pictures through the processor, the network and the post-processing.
 
@@ -50,6 +55,7 @@ def check_pictures(
         task: what it was converted to segment, where that is known.
         recorded: what to hold it against.
         tolerance: how far apart logits, and how many pixels of the results, may be.
+        size_is_meant: whether the model is known to be meant for the size in its configuration.
 
     Raises:
         UnreadableFileError: the pictures of the recording are not those that it was made from.
@@ -59,18 +65,22 @@ def check_pictures(
     pictures = read_pictures(recorded)
     if isinstance(pictures, str):
         return Level("pictures", "not checked", pictures)
-    problems, unchecked = _check_labels(model.config, folder, task, pictures)
+    recorded_size, size = tuple(pictures.pixels.shape[-2:]), model.config.input_size
+    if size_is_meant and size != recorded_size:
+        reason = "The pictures were recorded at {}x{} pixels, the model is for {}x{}."
+        return Level("pictures", "not checked", reason.format(*recorded_size, *size))
+    problems, unchecked, stuff = _check_labels(model.config, folder, task, pictures)
     figures: dict[str, Any] = {}
     inputs = _prepare(folder, {}, pictures)
     if isinstance(inputs, str) or _difference(inputs, pictures):
         problems += _blame_preparation(folder, model.config.input_size, pictures)
     else:
-        found, figures = _check_outputs(model, folder, inputs, pictures, tolerance)
+        found, figures = _check_outputs(model, folder, inputs, pictures, tolerance, stuff)
         problems += found
         unchecked += _unchecked_results(pictures, figures.get("results", {}))
     figures |= {
         "pictures": len(pictures.images),
-        "task": pictures.task,
+        **({"task": pictures.task} if pictures.task else {}),
         "not_checked": unchecked,
         "not_shown": list(NOT_SHOWN),
     }
@@ -86,9 +96,14 @@ def check_pictures(
 
 def _check_labels(
     config: EomtDinov3Config, folder: Path, task: str | None, pictures: RecordedPictures
-) -> tuple[list[str], list[str]]:
-    """What is wrong with task and stuff classes, and what of them cannot be told."""
-    problems, unchecked = [], []
+) -> tuple[list[str], list[str], tuple[int, ...] | None]:
+    """What is wrong with task and stuff classes, and what of them cannot be told.
+
+    Returns:
+        Both in sentences; and the stuff classes to use in place of the processor's, if it has none.
+    """
+    problems: list[str] = []
+    unchecked: list[str] = []
     if pictures.task is None:
         unchecked.append("the task, which recorded.json does not say")
     elif task is None:
@@ -99,27 +114,33 @@ def _check_labels(
             f"says {pictures.task}."
         )
     if pictures.stuff_classes is None:
-        return problems, [*unchecked, "stuff_classes, which recorded.json does not say"]
+        return problems, [*unchecked, "stuff_classes, which recorded.json does not say"], None
+    # transformers has no such key there, but the reference model's processor prefers it
+    theirs = read_json_object(folder / _PREPROCESSOR).get("stuff_classes")
     names = config.id2label.values()
     placeholders = set(names) == set(unnamed(len(names)).names)
-    if pictures.stuff_classes and not config.stuff_classes and placeholders:
+    if pictures.stuff_classes and placeholders and not config.stuff_classes and not theirs:
         unchecked.append(
             "stuff_classes, of which config.json has none, nor names of classes; those of "
             "recorded.json were used"
         )
-    else:
+        return problems, unchecked, pictures.stuff_classes
+    if theirs is None or config.stuff_classes:
         problems += _differing_stuff("config.json", list(config.stuff_classes or ()), pictures)
-    # transformers has no such key, but the reference model's processor prefers it
-    stuff = read_json_object(folder / _PREPROCESSOR).get("stuff_classes")
-    if stuff is not None:
-        problems += _differing_stuff(_PREPROCESSOR, stuff, pictures)
-    return problems, unchecked
+    if theirs is not None:
+        problems += _differing_stuff(_PREPROCESSOR, theirs, pictures)
+    return problems, unchecked, None
 
 
 def _differing_stuff(file: str, found: Any, pictures: RecordedPictures) -> Iterator[str]:
     recorded = list(pictures.stuff_classes or ())
-    if not isinstance(found, list) or sorted(map(str, found)) != sorted(map(str, recorded)):
-        yield f"stuff_classes in {file} is {found}, recorded.json says {recorded}."
+    ids = found if isinstance(found, list) else [None]
+    if any(type(each) is not int for each in ids) or set(ids) != set(recorded):
+        yield (
+            f"stuff_classes in {file} is {json.dumps(found)}, recorded.json says {recorded}. "
+            "Categories with isthing, given with --labels, tell a conversion which classes are "
+            "stuff."
+        )
 
 
 # preprocessing ----------------------------------------------------------------------------------
@@ -133,11 +154,14 @@ def _prepare(folder: Path, settings: Mapping[str, Any], pictures: RecordedPictur
         settings: to be other than in its preprocessor_config.json.
         pictures: to make fit.
     """
+    recorded = tuple(pictures.pixels.shape[-2:])
     try:
         processor = EomtImageProcessor.from_pretrained(folder, **settings)
+        if processor.do_resize and processor.image_size != recorded:  # however large it may be
+            return f"its size is {list(processor.image_size)}, that of the recording {[*recorded]}"
         return prepare(processor, pictures.images)
-    except (ValueError, TypeError) as error:
-        return str(error)
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        return f"it cannot be used ({error})"
 
 
 def _difference(inputs: Inputs, pictures: RecordedPictures) -> str:
@@ -183,8 +207,11 @@ def _blame_preparation(
             break
     else:
         inputs = _prepare(folder, {}, pictures)
-        reason = inputs if isinstance(inputs, str) else _difference(inputs, pictures)
-        problems = [f"By {_PREPROCESSOR} the recorded pictures become other pixels: {reason}."]
+        if isinstance(inputs, str):
+            problems = [f"By {_PREPROCESSOR} the recorded pictures have no pixels: {inputs}."]
+        else:
+            reason = _difference(inputs, pictures)
+            problems = [f"By {_PREPROCESSOR} the recorded pictures become other pixels: {reason}."]
     if input_size != (height, width):
         problems.append(
             f"image_size in config.json is {list(input_size)}, that of the recorded pictures is "
@@ -202,6 +229,7 @@ def _check_outputs(
     inputs: Inputs,
     pictures: RecordedPictures,
     tolerance: Tolerance,
+    stuff: tuple[int, ...] | None,
 ) -> tuple[list[str], dict[str, Any]]:
     """What is wrong with logits and results, and the figures."""
     try:
@@ -224,7 +252,7 @@ def _check_outputs(
     # Which queries become segments is decided at a threshold, to either side of which a right
     # model's rounding may fall: on class logits as recorded, now that the model's own are compared.
     decided = logits | {"pipeline.class_logits": pictures.tensors["pipeline.class_logits"]}
-    results = _equal_results(folder, decided, inputs, pictures)
+    results = _equal_results(folder, decided, inputs, pictures, stuff)
     if results:
         least = min(results, key=lambda name: results[name])
         figures |= {
@@ -233,15 +261,20 @@ def _check_outputs(
             "least_equal_pixels": tolerance.equal_pixels,
         }
         if results[least] < tolerance.equal_pixels:
+            what = "" if least.endswith("_areas") else "the pixels of "
             problems.append(
-                f"{results[least]:.2%} of the pixels of {least} are as recorded, less than "
+                f"{results[least]:.2%} of {what}{least} are as recorded, less than "
                 f"{tolerance.equal_pixels:.1%}."
             )
     return problems, figures
 
 
 def _equal_results(
-    folder: Path, logits: Mapping[str, Tensor], inputs: Inputs, pictures: RecordedPictures
+    folder: Path,
+    logits: Mapping[str, Tensor],
+    inputs: Inputs,
+    pictures: RecordedPictures,
+    stuff: tuple[int, ...] | None,
 ) -> dict[str, float]:
     """The share of every recorded result that comes out again, by the result's name."""
     if pictures.task is None:
@@ -252,7 +285,7 @@ def _equal_results(
         pictures.task,
         logits,
         inputs,
-        stuff_classes=pictures.stuff_classes,
+        stuff_classes=stuff,
         top_k=max(map(len, areas), default=0),
     )
     return equal_results(found, pictures.tensors)

@@ -192,10 +192,12 @@ def read_pictures(recorded: Recorded) -> RecordedPictures | str:
     if not tensors:
         return "Nothing is recorded of pictures."
     _check_pipeline(recorded.path, tensors)
-    path = recorded.path.with_name(PROVENANCE_FILE)
+    path = known_recordings().get(recorded.sha256, recorded.path.with_name(PROVENANCE_FILE))
     if not path.is_file():
         return f"There is no {PROVENANCE_FILE}, which tells of the recorded pictures."
     content = read_json_object(path)
+    if recorded.sha256 not in _member(content, "sha256").values():
+        return f"{PROVENANCE_FILE} does not tell of this recording."
     count = len(tensors.get("pipeline.pixels", ()))
     if "pipeline.origins" in tensors:
         count = 1 + int(tensors["pipeline.origins"][:, 0].max())
@@ -209,7 +211,10 @@ def read_pictures(recorded: Recorded) -> RecordedPictures | str:
             return f"{name} of the recording is missing."
         images.append(_read_image(recorded.path.parent / name, digest))
     task, stuff = content.get("task"), content.get("stuff_classes")
-    if not isinstance(stuff, list) or not all(isinstance(i, int) for i in stuff):
+    if task in get_args(Task) and (task == "semantic") != ("pipeline.crops" in tensors):
+        raise UnreadableFileError(f"{recorded.path} has no pictures as for {task} segmentation.")
+    classes = range(recorded.tensors["class_logits"].shape[-1] - 1)
+    if not isinstance(stuff, list) or not all(type(i) is int and i in classes for i in stuff):
         stuff = None
     return RecordedPictures(
         tuple(images),
@@ -238,13 +243,21 @@ def _check_pipeline(file: Path, tensors: "Mapping[str, Tensor]") -> None:
             raise UnreadableFileError(f"{name} in {file} is not as long as {inputs}.")
     if tensors[inputs].dtype != torch.uint8:
         raise UnreadableFileError(f"{inputs} in {file} is not uint8.")
+    for name in ("pipeline.mask_logits", "pipeline.class_logits"):
+        if not tensors[name].is_floating_point():
+            raise UnreadableFileError(f"{name} in {file} holds no floating point numbers.")
+    origins = tensors.get("pipeline.origins")
+    if origins is not None and (
+        origins.shape[1] != 3 or origins.is_floating_point() or int(origins.min()) < 0
+    ):
+        raise UnreadableFileError(f"pipeline.origins in {file} are not of pictures and pixels.")
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise UnreadableFileError(f"{name} in {file} holds NaN or infinity.")
         stem, _, kind = name.rpartition("_")
         if kind == "areas":
             parts = [tensors.get(f"{stem}_{part}") for part in ("queries", "labels")]
-            if any(part is None or part.shape != (tensor.numel(),) for part in parts):
+            if tensor.ndim != 1 or any(p is None or p.shape != tensor.shape for p in parts):
                 raise UnreadableFileError(f"{name} in {file} has not a query and a label each.")
 
 
@@ -309,7 +322,10 @@ def _member(content: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 @cache
-def known_recordings() -> frozenset[str]:
-    """SHA-256 of the recorded.safetensors that come with the package, all of the original."""
+def known_recordings() -> Mapping[str, Path]:
+    """The recorded.json of the recordings that come with the package, all of the original.
+
+    They are by the SHA-256 of the recorded.safetensors beside them.
+    """
     files = [entry.recorded / PROVENANCE_FILE for entry in CATALOG if entry.recorded]
-    return frozenset(read_json_object(file)["sha256"][FILE] for file in files)
+    return {read_json_object(file)["sha256"][FILE]: file for file in files}

@@ -168,7 +168,7 @@ def record(
         description = {
             "model": _describe(folder, repo_id, verdict),
             "task": task,
-            "stuff_classes": list(network.config.stuff_classes or ()),
+            "stuff_classes": list(_load_processor(folder).stuff_classes or ()),
             "input": {"random": random, "seed": seed} if random else {"images": _digests(files)},
             "provenance": _provenance(device),
         }

@@ -36,6 +36,7 @@ _KEPT = (
     "pictures",
     "task",
     "least_equal_pixels",
+    "not_checked",
 )
 
 
@@ -238,6 +239,8 @@ class Verdict:
         levels = []
         for level in self.levels:
             figures = {key: level.figures[key] for key in _KEPT if key in level.figures}
+            if left_out := figures.pop("not_checked", []):
+                figures["not_checked"] = "; ".join(left_out)
             levels.append({"level": level.level, "status": level.status, "figures": figures})
         return {"verdict": self.verdict, "basis": self.basis, "levels": levels}
 

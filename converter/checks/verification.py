@@ -82,6 +82,7 @@ class Evidence:
         task: what it was converted to segment, where that is known.
         history: what its conversion.json says, if there is one.
         sources: the files it was made from; or, in a sentence, why they are not at hand.
+        size_is_meant: whether the model is known to be meant for the size in its configuration.
         of_published: whether the sources are the published delta, as its repository's main branch
             has it, and a backbone.
         recipes: SHA-256 of every tensor as its recipe makes it; None without the sources.
@@ -93,6 +94,7 @@ class Evidence:
     published: Checkpoint | None = None
     task: str | None = None
     history: History | None = None
+    size_is_meant: bool = False
     sources: Provenance | str = "The sources are not at hand."
     of_published: bool = False
     recipes: Mapping[str, str] | None = None
@@ -213,6 +215,7 @@ def verify(
             published=checkpoint if has_weights_of(checkpoint, history) else None,
             task=history.task if history else (checkpoint.task if checkpoint else None),
             history=history,
+            size_is_meant=history is not None and not _changed_files(folder, history),
             sources=sources,
             of_published=isinstance(sources, Provenance)
             and "delta" in sources.files
@@ -606,7 +609,14 @@ def _check_pictures(
 
     if recorded is None:
         return Level("pictures", "not checked", NOTHING_RECORDED)
-    return check_pictures(model, found.folder, evidence.task, recorded, _tolerance(found))
+    return check_pictures(
+        model,
+        found.folder,
+        evidence.task,
+        recorded,
+        _tolerance(found),
+        size_is_meant=evidence.size_is_meant,
+    )
 
 
 def _check_peers(

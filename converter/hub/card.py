@@ -8,9 +8,9 @@ the people who edit it on the Hub.
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, get_args
 
-from converter.catalog import Checkpoint, Metric, fixtures
+from converter.catalog import Checkpoint, Metric, Task, fixtures
 from converter.checks.provenance import find_named
 from converter.checks.recorded import known_recordings
 from converter.checks.verdict import BASES, Verdict, read_record
@@ -28,7 +28,7 @@ BEGIN = (
 END = "<!-- eomt-convert end -->"
 
 # what figures say in words
-_WORDS = (*BASES, "sources", "conversion.json")
+_WORDS = (*BASES, "sources", "conversion.json", *get_args(Task))
 
 LICENCE_FILE = "LICENSE.md"  # as in Meta's own repositories
 LICENCE_LINK = "https://ai.meta.com/resources/models-and-libraries/dinov3-license"
@@ -237,6 +237,8 @@ def _figures(figures: Mapping[str, Any]) -> str:
     """Figures as the card's table has them: numbers, and the first digits of digests."""
     shown = []
     for name, value in figures.items():
+        if name == "not_checked" and value:
+            shown.append("not all of it: conversion.json says what not")
         if isinstance(value, bool):
             continue
         if isinstance(value, int | float):
