@@ -9,12 +9,7 @@ import torch
 from torch import Tensor
 
 from converter.catalog import Task
-from converter.checks.comparison import (
-    Tolerance,
-    compare,
-    equal_results,
-    largest_difference,
-)
+from converter.checks.comparison import Tolerance, compare, equal_results, largest_difference
 from converter.checks.pipeline import Inputs, compute_logits, prepare, segment
 from converter.checks.recorded import Recorded, RecordedPictures, read_pictures
 from converter.checks.verdict import Level
@@ -73,7 +68,7 @@ def check_pictures(
     figures: dict[str, Any] = {}
     inputs = _prepare(folder, {}, pictures)
     if isinstance(inputs, str) or _difference(inputs, pictures):
-        problems += _blame_preparation(folder, model.config.input_size, pictures)
+        problems += _blame_preparation(folder, model.config.input_size, inputs, pictures)
     else:
         found, figures = _check_outputs(model, folder, inputs, pictures, tolerance, stuff)
         problems += found
@@ -178,7 +173,7 @@ def _difference(inputs: Inputs, pictures: RecordedPictures) -> str:
 
 
 def _blame_preparation(
-    folder: Path, input_size: tuple[int, int], pictures: RecordedPictures
+    folder: Path, input_size: tuple[int, int], inputs: Inputs | str, pictures: RecordedPictures
 ) -> list[str]:
     """What in the model's files keeps the pictures from becoming the recorded pixels.
 
@@ -188,17 +183,20 @@ def _blame_preparation(
     Args:
         folder: of the model.
         input_size: (height, width) by its config.json.
-        pictures: that do not become the recorded pixels.
+        inputs: what `_prepare` makes of the pictures, which are not the recorded pixels.
+        pictures: that they were to be made of.
     """
     found = read_json_object(folder / _PREPROCESSOR)
     height, width = pictures.pixels.shape[-2:]
     task: Task = "semantic" if "pipeline.crops" in pictures.tensors else "panoptic"
     right = preprocessor_config(task, (height, width))
     differing = {key: right[key] for key in _PREPARATION if found.get(key) != right[key]}
-    problems = []
-    for settings in (*({key: value} for key, value in differing.items()), differing):
-        inputs = _prepare(folder, settings, pictures)
-        if not isinstance(inputs, str) and not _difference(inputs, pictures):
+    tries = [{key: value} for key, value in differing.items()]
+    if len(differing) > 1:
+        tries.append(differing)
+    for settings in tries:
+        mended = _prepare(folder, settings, pictures)
+        if not isinstance(mended, str) and not _difference(mended, pictures):
             problems = [
                 f"{key} in {_PREPROCESSOR} is {json.dumps(found.get(key))}, the recorded pictures "
                 f"were prepared with {json.dumps(value)}."
@@ -206,7 +204,6 @@ def _blame_preparation(
             ]
             break
     else:
-        inputs = _prepare(folder, {}, pictures)
         if isinstance(inputs, str):
             problems = [f"By {_PREPROCESSOR} the recorded pictures have no pixels: {inputs}."]
         else:
