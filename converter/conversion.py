@@ -1,6 +1,5 @@
 """The whole job: from the name of a checkpoint to a verified folder that transformers loads."""
 
-import hashlib
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any, Literal
 from converter.catalog import Checkpoint, Task, find
 from converter.checks.provenance import Provenance
 from converter.checks.published import PUBLISHED
-from converter.checks.recorded import find_recorded
+from converter.checks.recorded import CONFIGS, find_recorded
 from converter.checks.verdict import Verdict, unverified
 from converter.checks.verification import Evidence, Findings, Options, check, write_page
 from converter.class_names import ClassNames
@@ -24,7 +23,7 @@ from converter.errors import (
     UsageError,
 )
 from converter.hub.access import Access
-from converter.hub.downloads import arrived_damaged, is_damaged, is_sha256
+from converter.hub.downloads import arrived_damaged, is_damaged, is_sha256, sha256
 from converter.hub.sources import Fetched, fetch_again, fetched_already
 from converter.job import (
     DTYPES,
@@ -50,8 +49,6 @@ _SMALL_FILES = 1 << 20
 
 # what was found, as a page; it has measured figures, which differ a little from machine to machine
 REPORT = "verdict.html"
-
-_CONFIGS = ("config.json", "preprocessor_config.json")
 
 # what a file that arrived damaged may end in
 _SIGNS_OF_DAMAGE = (UnreadableFileError, PlanError, MismatchError)
@@ -392,7 +389,7 @@ def _made_by(job: Job, place: Path) -> bool:
         return False
     history = read_json_object(place / "conversion.json")
     files = history.get("files")
-    configs = [path for path in map(place.joinpath, _CONFIGS) if path.is_file()]
+    configs = [path for path in map(place.joinpath, CONFIGS) if path.is_file()]
     return (
         history.get("command") == job.command()
         and isinstance(files, dict)
@@ -515,7 +512,7 @@ def _write_history(
     Returns:
         Size and digest of every file in the folder.
     """
-    configs = [folder / name for name in _CONFIGS]
+    configs = [folder / name for name in CONFIGS]
     files = dict(sorted({**merged.files, **_digests(configs)}.items()))
     history = {
         "tool": {"name": "eomt-convert", "version": __version__},
@@ -556,10 +553,7 @@ def _write_history(
 
 
 def _digests(paths: list[Path]) -> Digests:
-    return {
-        path.name: (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
-        for path in paths
-    }
+    return {path.name: (path.stat().st_size, sha256(path)) for path in paths}
 
 
 def _listed(files: Digests) -> dict[str, dict[str, Any]]:

@@ -10,13 +10,7 @@ from converter.configs import read_json_object
 from converter.errors import UnreadableFileError, UsageError
 from converter.hub.access import Access
 from converter.hub.downloads import not_in_cache
-from converter.hub.sources import (
-    HubSource,
-    LocalSource,
-    fetch,
-    fetch_first,
-    parse_source,
-)
+from converter.hub.sources import HubSource, LocalSource, fetch, fetch_first, parse_source
 
 if TYPE_CHECKING:
     from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor

@@ -62,7 +62,7 @@ def test_the_card_survives_a_round_trip(card: ModelCard, tmp_path: Path) -> None
 
     assert str(loaded) == str(card)
     assert metadata(loaded).eval_results == metadata(card).eval_results
-    assert loaded.data.to_dict() == card.data.to_dict()  # type: ignore[no-untyped-call]
+    assert loaded.data.to_dict() == card.data.to_dict()  # type: ignore[no-untyped-call]  # no types in huggingface_hub
 
 
 def test_the_text_tells_verdict_command_sources_and_use(

@@ -1,7 +1,7 @@
 """Tensors held against recorded ones: how far apart they are, and what a user would notice."""
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -50,11 +50,12 @@ class Tolerance:
         return max(self.absolute, self.share * float(values.max() - values.min()))
 
 
-def tolerance_for(dtypes: Set[str]) -> Tolerance:
-    """The tolerance for weights of these element types, by safetensors' names."""
-    relative = max((ROUNDED_TOLERANCES.get(dtype, 0.0) for dtype in dtypes), default=0.0)
-    equal_pixels = (EQUAL_PIXELS[dtype] for dtype in dtypes if dtype in EQUAL_PIXELS)
-    return Tolerance(relative=relative, equal_pixels=min(equal_pixels, default=EQUAL_PIXELS["F32"]))
+def tolerance_for(dtype: str) -> Tolerance:
+    """The tolerance for weights of this element type, by safetensors' name."""
+    return Tolerance(
+        relative=ROUNDED_TOLERANCES.get(dtype, 0.0),
+        equal_pixels=EQUAL_PIXELS.get(dtype, EQUAL_PIXELS["F32"]),
+    )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Records what a model computes today, so that tomorrow's can be held against it."""
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from converter.errors import (
     UsageError,
 )
 from converter.hub.access import Access
+from converter.hub.downloads import sha256
 from converter.models import fetch_model, find_task, repository_of, torch_device
 from converter.staging import check_place, staged
 from converter.version import __version__
@@ -385,12 +385,7 @@ def _describe(folder: Path, repo_id: str | None, verdict: Verdict) -> dict[str, 
 
 def _digests(files: Iterable[Path]) -> list[dict[str, str]]:
     """Names and SHA-256 of files."""
-    digests = []
-    for path in files:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-        digests.append({"name": path.name, "sha256": digest.hexdigest()})
-    return digests
+    return [{"name": path.name, "sha256": sha256(path)} for path in files]
 
 
 def _write(
@@ -415,7 +410,7 @@ def _write(
         for index, picture in enumerate(pictures):
             path = stage.folder / IMAGES / f"{index}.png"
             picture.save(path, "PNG")
-            digests[f"{IMAGES}/{path.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            digests[f"{IMAGES}/{path.name}"] = sha256(path)
         write_json(stage.folder / PROVENANCE_FILE, {**description, "sha256": digests})
         stage.publish(place)
     return recording

@@ -196,11 +196,6 @@ class Verdict:
             return f"The model was only held against {self.held_against}."
         return f"The model is unverified. {self.reason}".strip()
 
-    @property
-    def recorded_sha256(self) -> str | None:
-        """Digest of the recording that the model was held against; None where there was none."""
-        return self._figures_of("numbers").get("recorded_sha256")
-
     def _figures_of(self, name: str) -> Mapping[str, Any]:
         return next((level.figures for level in self.levels if level.level == name), {})
 

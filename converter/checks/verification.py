@@ -590,13 +590,10 @@ def _tolerance(found: _Model) -> "Tolerance":
     """The tolerance of the type that config.json declares, or else of the one that all have."""
     from converter.checks.comparison import tolerance_for
 
-    declared, types = (
-        DTYPES.get(_dtype_in(found.values)),
-        {info.dtype for info in found.tensors.values()},
-    )
-    if declared is None and len(types) == 1:
-        (declared,) = types
-    return tolerance_for({declared or "F32"})
+    if declared := DTYPES.get(_dtype_in(found.values)):
+        return tolerance_for(declared)
+    types = {info.dtype for info in found.tensors.values()}
+    return tolerance_for(types.pop() if len(types) == 1 else "F32")
 
 
 def _check_pictures(
