@@ -7,6 +7,10 @@ and prints the largest differences beside the tolerances, as a table in Markdown
 random weights, so wide that its logits reach 60, as those of the published models do. Results are
 segments by every task that the inputs allow, from the masks of one way and the classes of the usual
 one, as verification makes them; their difference is the share of a picture's pixels.
+
+Further tables are of single layers, each run on what was computed before it, and of what rounding
+does to models; then of faults that verification finds in rounded models, and of how alike two
+trainings are (benchmarks/rounded.py).
 """
 
 import argparse
@@ -26,21 +30,30 @@ from unittest.mock import patch
 import torch
 from forward import config_of
 from PIL import Image
+from rounded import print_faults, print_trainings, table
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import converter
 from converter.catalog import CATALOG
 from converter.checks.comparison import (
-    EQUAL_PIXELS,
-    ROUNDED_TOLERANCES,
+    FLOAT32,
+    ROUNDED,
     TOLERANCE,
+    agreement,
     equal_results,
 )
 from converter.checks.numbers import LOGITS, masked_predictions, run
 from converter.checks.pipeline import Inputs, prepare, segment
 from converter.checks.pixels import read_normalisation
-from converter.checks.recorded import read_pictures, read_recorded
+from converter.checks.recorded import Origin, Recorded, read_pictures, read_recorded
+from converter.checks.rounding import (
+    EXCESS,
+    RIGHT_EXCESS,
+    allowing_for_rounding,
+    with_rounding_error,
+)
+from converter.checks.stages import STAGE_RIGHT, STAGE_TOLERANCE, Network, Skeleton, Stage, cut
 from reference_model import EomtDinov3ForUniversalSegmentation as Model
 from reference_model import EomtImageProcessor
 
@@ -71,7 +84,8 @@ class Subject:
 
     Attributes:
         folder: of the model.
-        inputs: (batch, channels, height, width), normalised.
+        pixels: (batch, channels, height, width) uint8.
+        inputs: the same, normalised.
         recorded: what the original computed on another machine; empty if nothing was recorded.
         masks: the mask logits that mask each block's attention, as verification takes them from a
             recording; empty to leave masked attention out.
@@ -80,6 +94,7 @@ class Subject:
     """
 
     folder: Path
+    pixels: Tensor
     inputs: Tensor
     recorded: Outputs
     masks: Sequence[Tensor]
@@ -115,7 +130,7 @@ def offline_subject(name: str, recorded: Path, place: Path) -> Subject:
     converter.convert(name, place, verify=False)
     found = read_recorded(recorded)
     masks = found.numbered("masked.mask_logits")[:-1]
-    return Subject(place, _normalised(found.pixels, place), found.tensors, masks)
+    return Subject(place, found.pixels, _normalised(found.pixels, place), found.tensors, masks)
 
 
 def offline_pictures(recorded: Path, place: Path) -> Subject:
@@ -125,7 +140,7 @@ def offline_pictures(recorded: Path, place: Path) -> Subject:
         raise TypeError(pictures)
     inputs = prepare(EomtImageProcessor.from_pretrained(place), pictures.images)
     theirs = {name: pictures.tensors[f"pipeline.{name}"] for name in LOGITS}
-    return Subject(place, inputs.values, theirs, (), inputs)
+    return Subject(place, inputs.pixels, inputs.values, theirs, (), inputs)
 
 
 def random_subject(place: Path, image_size: int) -> Subject:
@@ -141,7 +156,7 @@ def random_subject(place: Path, image_size: int) -> Subject:
     )
     found = masked_predictions(model.eval(), inputs.values)
     masks = [found[f"masked.mask_logits.{block}"] for block in range(config.num_blocks)]
-    return Subject(place, inputs.values, {}, masks, inputs, slow=True)
+    return Subject(place, inputs.pixels, inputs.values, {}, masks, inputs, slow=True)
 
 
 def _normalised(pixels: Tensor, folder: Path) -> Tensor:
@@ -218,19 +233,19 @@ class Row:
     Attributes:
         title: what is different.
         compute: a model's outputs in that way.
-        dtype: safetensors' name of the weights' type.
+        dtype: torch's name of the weights' type.
         checked: whether verification meets this way at all.
     """
 
     title: str
     compute: Callable[[Subject], Outputs]
-    dtype: str = "F32"
+    dtype: str = "float32"
     checked: bool = True
 
     @property
     def of_range(self) -> bool:
         """Whether the tolerance is a share of the recorded range."""
-        return self.dtype != "F32"
+        return self.dtype != "float32"
 
     def measure(self, subject: Subject, expected: Outputs) -> dict[str, float]:
         """The largest difference in each kind of outputs; NaN where there are none."""
@@ -253,13 +268,14 @@ class Row:
             measured: of each kind of outputs.
             results: shares of pixels.
         """
-        tolerance = ROUNDED_TOLERANCES[self.dtype] if self.of_range else TOLERANCE
+        limits = ROUNDED.get(self.dtype, FLOAT32)
+        tolerance = limits.relative if self.of_range else TOLERANCE
         return [
             self.title,
             *(_shown(value, of_range=self.of_range) for value in measured),
             *self._limit(measured, tolerance, of_range=self.of_range),
             *(_shown(value, of_range=True) for value in results),
-            *self._limit(results, round(1 - EQUAL_PIXELS[self.dtype], 9), of_range=True),
+            *self._limit(results, round(1 - limits.equal_pixels, 9), of_range=True),
         ]
 
     def _limit(self, measured: list[float], tolerance: float, *, of_range: bool) -> list[str]:
@@ -299,11 +315,137 @@ def rows(avx2: Executor, without_avx: Executor, threads: int) -> list[Row]:
         Row("instructions before AVX", partial(in_process, without_avx)),
         Row("the original on a CPU with AVX-512", as_recorded),
         Row("computed in float64", partial(computed_in, torch.float64)),
-        Row("weights in bfloat16", partial(with_weights_in, torch.bfloat16), "BF16"),
-        Row("weights in float16", partial(with_weights_in, torch.float16), "F16"),
-        Row("computed in bfloat16", partial(computed_in, torch.bfloat16), "BF16", checked=False),
-        Row("computed in float16", partial(computed_in, torch.float16), "F16", checked=False),
+        Row("weights in bfloat16", partial(with_weights_in, torch.bfloat16), "bfloat16"),
+        Row("weights in float16", partial(with_weights_in, torch.float16), "float16"),
+        Row(
+            "computed in bfloat16", partial(computed_in, torch.bfloat16), "bfloat16", checked=False
+        ),
+        Row("computed in float16", partial(computed_in, torch.float16), "float16", checked=False),
     ]
+
+
+# layers by themselves ----------------------------------------------------------------------------
+
+
+def network_of(subject: Subject) -> Network:
+    model = subject.load()
+    normalisation = read_normalisation(subject.folder / "preprocessor_config.json", 3)
+    return Network(Skeleton(model.config), model.state_dict(), normalisation)
+
+
+def layers_of(subject: Subject, expected: Outputs, network: Network) -> tuple[Stage, ...]:
+    """The network in layers, each to be run on what is expected before it."""
+    tensors = {**expected, "pixels": subject.pixels}
+    return cut(Recorded(Path(), "", Origin(), tensors), network.config)
+
+
+def layer_error(subject: Subject, expected: Outputs) -> float:
+    """The largest difference of a layer, as a share of the largest value that it puts out."""
+    network = network_of(subject)
+    return max(
+        stage.difference(network) / float(stage.end.abs().max())
+        for stage in layers_of(subject, expected, network)
+    )
+
+
+def layer_error_with_plain_attention(subject: Subject, expected: Outputs) -> float:
+    with sdpa_kernel(SDPBackend.MATH):
+        return layer_error(subject, expected)
+
+
+def layer_error_in_process(pool: Executor, subject: Subject, expected: Outputs) -> float:
+    return pool.submit(layer_error, subject, expected).result()
+
+
+def print_layers(
+    groups: list[list[Subject]], expected: list[list[Outputs]], avx2: Executor, plain: Executor
+) -> None:
+    ways: list[tuple[str, Callable[[Subject, Outputs], float]]] = [
+        ("attention by its definition, not fused", layer_error_with_plain_attention),
+        ("instructions up to AVX2", partial(layer_error_in_process, avx2)),
+        ("instructions before AVX", partial(layer_error_in_process, plain)),
+    ]
+
+    def rows() -> Iterator[Sequence[str]]:
+        for title, way in ways:
+            errors = [max(map(way, *pair)) for pair in zip(groups, expected, strict=True)]
+            limits = (STAGE_RIGHT, STAGE_TOLERANCE)
+            yield [title, *(f"{value:.1e}" for value in (*errors, *limits))]
+
+    table(["each layer by itself", "offline", "ViT-S", "right", "tolerance"], rows())
+
+
+# weights in 16 bits ------------------------------------------------------------------------------
+
+# of other weights that round to the same values, so many draws
+DRAWS = 20
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding does to a model.
+
+    Attributes:
+        excess: how far a layer is off, beside what random weights that round to the same do.
+        best_class, mask_iou: least agreement with outputs before rounding.
+    """
+
+    excess: float
+    best_class: float
+    mask_iou: float
+
+
+def rounding_of(dtype: str, subject: Subject, expected: Outputs) -> Rounding:
+    network = network_of(subject)
+    exact = network.weights
+    kind = getattr(torch, dtype)
+    network = network.with_weights({n: tensor.to(kind).float() for n, tensor in exact.items()})
+    types = dict.fromkeys(exact, dtype)
+    excess = [
+        EXCESS * stage.difference(network) / stage.tolerance
+        for stage in allowing_for_rounding(layers_of(subject, expected, network), network, types)
+        if stage.mean_square
+    ]
+    rounded = network.run(subject.pixels)
+    agreed = [agreement(rounded, expected)]
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(DRAWS):
+        drawn = {
+            name: with_rounding_error(tensor, dtype, generator)
+            for name, tensor in network.weights.items()
+        }
+        agreed.append(agreement(rounded, network.with_weights(drawn).run(subject.pixels)))
+    least = {key: min(each[key] or 0.0 for each in agreed) for key in ("best_class", "mask_iou")}
+    return Rounding(max(excess), **least)
+
+
+def print_rounding(groups: list[list[Subject]], expected: list[list[Outputs]]) -> None:
+    titles = ("offline", "ViT-S")
+    header = ["weights in"]
+    for measure, limits in (
+        ("a layer, beside rounding", ["right", "at most"]),
+        ("same best class", ["at least"]),
+        ("mask IoU", ["at least"]),
+    ):
+        header += [*(f"{title}: {measure}" for title in titles), *limits]
+
+    def rows() -> Iterator[Sequence[str]]:
+        for dtype, limits in ROUNDED.items():
+            found = [
+                list(map(partial(rounding_of, dtype), *pair))
+                for pair in zip(groups, expected, strict=True)
+            ]
+            excess = [max(each.excess for each in group) for group in found]
+            classes = [min(each.best_class for each in group) for group in found]
+            masks = [min(each.mask_iou for each in group) for group in found]
+            yield [
+                dtype,
+                *(f"{value:.2f}" for value in (*excess, RIGHT_EXCESS, EXCESS)),
+                *(f"{value:.1%}" for value in (*classes, limits.best_class)),
+                *(f"{value:.4f}" for value in (*masks, limits.mask_iou)),
+            ]
+
+    table(header, rows())
 
 
 def main() -> None:
@@ -342,6 +484,10 @@ def main() -> None:
                 measured += [max((f[kind] for f in found), key=_or_least) for kind in KINDS]
                 shares.append(max((f[RESULTS] for f in found), key=_or_least))
             print(f"| {' | '.join(row.cells(measured, shares))} |", flush=True)
+        print_layers(groups, expected, avx2, without_avx)
+        print_rounding(groups, expected)
+        print_faults(place)
+        print_trainings(place)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.catalog import CATALOG
-from converter.checks.verdict import Level, Verdict
+from converter.checks.verdict import Level, Trial, Verdict
 from converter.conversion import Conversion
 from converter.hub.publishing import Publication
 from converter.hub.releasing import Release
@@ -96,7 +96,7 @@ def verdict(found: Verdict) -> list[str]:
         said = _finding(level)
         if level.reason and (level.reason != found.reason or level.status == "not checked"):
             parts = [level.reason, said]
-            if level.level == "pictures":  # what was found, then what could not be
+            if level.level in ("numbers", "pictures"):  # what was found, then what could not be
                 parts = [f"{said}." if said else "", level.reason]
             said = " ".join(filter(None, parts))
         line = f"  {level.level:<10} {level.status}" + (f": {said}" if said else "")
@@ -184,9 +184,13 @@ def _diagnosis(found: Verdict) -> list[str]:
         elif trial.status == "explains nothing":
             by_reason.setdefault("tried in vain", []).append(trial.name)
         elif not cause or trial.name != cause.name:
-            lines.append(f"besides   {trial.name}: {trial.reason}")
+            lines.append(f"besides   {trial.name}: {trial.reason}{_explained(trial)}")
     lines += [f"          {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
     return [wrapped for line in lines for wrapped in _wrapped(line)]
+
+
+def _explained(trial: Trial) -> str:
+    return "" if trial.explained is None else f" It explains {trial.explained:.0%}."
 
 
 def publication(found: Publication) -> str:

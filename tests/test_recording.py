@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import converter
-from converter.checks.comparison import EQUAL_PIXELS, TOLERANCE, equal_pixels
+from converter.checks.comparison import FLOAT32, TOLERANCE, equal_pixels
 from converter.checks.recording import Recording, record
 from converter.checks.verdict import LEVELS
 from converter.errors import (
@@ -119,7 +119,7 @@ def test_pictures_and_their_segments_are_recorded_as_those_of_the_original(
     assert {tensor for tensor in ours if tensor.startswith("pipeline.")} == pipeline - scores
     for tensor in pipeline:
         if tensor.endswith((".semantic", "@0.8", "@0.3")):
-            assert equal_pixels(ours[tensor], original[tensor]) >= EQUAL_PIXELS["F32"]
+            assert equal_pixels(ours[tensor], original[tensor]) >= FLOAT32.equal_pixels
     for index, picture in enumerate(pictures):
         kept = tmp_path / "recorded" / "images" / f"{index}.png"
         with Image.open(kept) as found, Image.open(picture) as expected:

@@ -463,7 +463,7 @@ def test_json_has_the_first_difference_the_cause_and_what_was_tried(model: Path)
     assert list(content) == ["verdict", "basis", "levels", "first_difference", "cause", "tried"]
     assert content["first_difference"]["layer"] == "layers.1"
     assert content["cause"]["tensors"] == ["layers.1.norm1.bias"]
-    assert set(content["cause"]) == {"name", "tensors", "residual"}
+    assert set(content["cause"]) == {"name", "tensors", "residual", "explained"}
     assert {trial["name"] for trial in content["tried"]} >= {"rope-base", "tensor-replaced"}
 
 

@@ -1,5 +1,6 @@
 """Which fault changed a tensor, told by its values and digests, before anything is run."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,9 +15,12 @@ from converter.checks.stages import PATCH_WEIGHT
 # what the model has instead of base + delta, and how many deltas it lacks
 DELTA_FAULTS = {"delta-added-twice": -1, "delta-not-added": 1, "delta-subtracted": 2}
 
-# of sums that were taken in another order and rounded to a type, and of rounding to 16 bits
+# of sums that were taken in another order and rounded to a type
 _SUM_ERROR = {"F32": 2**-21, "F16": 2**-9, "BF16": 2**-6}
-_ROUNDING_ERROR = 2**-8
+
+# The weights of two trainings have a correlation of 0, but for chance; those of one that went
+# further, or was rounded, have more (benchmarks/tolerances.py).
+UNRELATED = 0.2
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def faults_by_value(
         digests: their SHA-256 as they are stored.
         reference: what they should be.
     """
-    wrong = [name for name in weights if digests[name] != reference.digests.get(name)]
+    wrong = wrong_tensors(weights, digests, reference)
     home = _home(wrong, digests, reference.digests)
     whole_layers = _whole_layers(home, digests, reference.digests)
     faults: dict[str, dict[str, Tensor | None]] = {}
@@ -80,6 +84,13 @@ def faults_by_value(
     for fault, names in _replaced(others, weights, provenance).items():
         faults[fault] = {name: _right(name, {}, weights, provenance) for name in names}
     return dict(faults)
+
+
+def wrong_tensors(
+    weights: Mapping[str, Tensor], digests: Mapping[str, str], reference: Reference
+) -> list[str]:
+    """The tensors that are not what they should be, by their digests."""
+    return [name for name in weights if digests[name] != reference.digests.get(name)]
 
 
 def _right(
@@ -140,10 +151,23 @@ def _fault_of(
     dtype = provenance.rows[name].dtype
     if name == PATCH_WEIGHT and torch.equal(found.flip(1), right):
         return "channel-order"
-    near = ((found - right).abs() <= _ROUNDING_ERROR * right.abs() + 2**-24).all()
-    if dtype == "F32" and bool(near) and is_coarse(found):
+    coarse = is_coarse(found)
+    if dtype == "F32" and coarse and _is_rounded(found, right, getattr(torch, coarse)):
         return "rounded-to-16-bits"
     return _delta_fault(name, found, right, provenance)
+
+
+def _is_rounded(found: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
+    """Whether values are others, rounded to nearest or towards zero, and nothing besides."""
+    if dtype == torch.bfloat16 and torch.equal(
+        found.view(torch.int32), right.contiguous().view(torch.int32) & -0x10000
+    ):
+        return True
+    # a sum that was taken in another order may lie on the other side of the middle
+    error = 2**-21 * right.abs()
+    low, high = ((right + sign * error).to(dtype).float() for sign in (-1, 1))
+    lower, upper = torch.minimum(low, high), torch.maximum(low, high)
+    return bool(((lower <= found) & (found <= upper)).all())
 
 
 def _delta_fault(name: str, found: Tensor, right: Tensor, provenance: Provenance) -> str | None:
@@ -171,7 +195,7 @@ def _replaced(
     added = {row.name: row.size for row in rows if row.operation == "add"}
     foreign = [name for name in names if name in added]
     most = 2 * sum(added[name] for name in foreign) > sum(added.values())
-    if provenance and most and _holds_delta_once(foreign, weights, provenance):
+    if provenance and most and _is_of_other_training(foreign, weights, provenance):
         others = [name for name in names if name not in added]
         return {"other-backbone": foreign} | ({"tensor-replaced": others} if others else {})
     if not names or (added and 2 * len(foreign) > len(added)):
@@ -179,22 +203,43 @@ def _replaced(
     return {"tensor-replaced": names}
 
 
-def _holds_delta_once(
+def _is_of_other_training(
     names: list[str], weights: Mapping[str, Tensor], provenance: Provenance
 ) -> bool:
-    """Whether the delta was added to tensors, once, whatever it was added to.
+    """Whether tensors are the delta and something that has nothing to do with the backbone.
 
     The projection of model - base on the delta is 1 then, but for chance: what another backbone
-    differs by has nothing to do with the delta.
+    differs by has nothing to do with the delta. And what the delta was added to has no correlation
+    with the base; that of the same backbone, trained further or with noise, has.
     """
     product = square = variance = 0.0
+    pairs: list[tuple[Tensor, Tensor]] = []
     for name in names:
         base, delta = (provenance.operand(name, source) for source in ("backbone", "delta"))
         if base is None or delta is None:
             continue
         change = delta.astype(np.float64)
-        rest = weights[name].numpy().astype(np.float64) - base - change
+        other = weights[name].numpy().astype(np.float64) - change
+        rest = other - base
         product += float((rest * change).sum())
         square += float((change**2).sum())
         variance += float(((rest * change) ** 2).sum())
-    return bool(abs(product) <= max(0.5 * square, 5 * variance**0.5))
+        if base.ndim > 1:  # norms, biases and scales are alike in all trainings
+            pairs.append((torch.from_numpy(other).flatten(1), torch.from_numpy(base).flatten(1)))
+    once = abs(product) <= max(0.5 * square, 5 * variance**0.5)
+    return bool(pairs) and once and abs(correlation(pairs)) <= UNRELATED
+
+
+def correlation(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """The correlation of two sets of tensors, from -1 to 1, without what their columns have alike.
+
+    Args:
+        pairs: of matrices of one shape; the mean of every column is taken away.
+    """
+    product = ours = theirs = 0.0
+    for pair in pairs:
+        a, b = (matrix.double() - matrix.double().mean(0) for matrix in pair)
+        product += float((a * b).sum())
+        ours += float(a.square().sum())
+        theirs += float(b.square().sum())
+    return product / math.sqrt(ours * theirs) if ours and theirs else 0.0

@@ -4,10 +4,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from converter.checks.by_value import Reference, faults_by_value
-from converter.checks.comparison import Tolerance
-from converter.checks.hypotheses import HYPOTHESES, ROUNDING_MARGIN, Case, Explanation
+from converter.checks.by_value import Reference, faults_by_value, wrong_tensors
+from converter.checks.comparison import RIGHT, Tolerance
+from converter.checks.hypotheses import HYPOTHESES, Case, Explanation
 from converter.checks.recorded import Recorded
+from converter.checks.rounding import allowing_for_rounding
 from converter.checks.stages import Network, cut
 from converter.checks.verdict import Cause, Trial
 
@@ -23,8 +24,9 @@ class _Outcome:
         name: of the fault.
         explanation: what was undone.
         left: the case without it.
-        mended: how many of the stages that were off are not any more.
-        residual: largest difference left in the stages that were off; None if nothing was run.
+        mended: how many of the stages that were off are as right models are, not merely within
+            their tolerance.
+        residual: how far the stages that were off still are, at most; None if nothing was run.
         complete: whether nothing is off any more.
     """
 
@@ -40,24 +42,34 @@ class _Outcome:
         """Whether it accounts for something."""
         return self.complete or self.mended > 0 or self.explanation.by_value
 
+    @property
+    def is_undone(self) -> bool:
+        """Whether the model was seen without the fault, or its tensors tell all that is asked."""
+        undone = self.explanation.repaired is not None and self.explanation.stages is None
+        return undone or self.left.recorded is None
+
 
 def diagnose(
     network: Network,
     recorded: Recorded | None,
     tolerance: Tolerance,
+    rounded_to: str | None,
     digests: Mapping[str, str],
     reference: Reference | None,
 ) -> tuple[Cause | None, tuple[Trial, ...]]:
     """Looks for the fault of a model that is not right.
 
     Every hypothesis is tried in turn, until one accounts for all of the difference. If none does,
-    the one that accounts for most is undone, and the others are tried on what is left.
+    the one that accounts for most is undone, and the others are tried on what is left. A fault is
+    named only if parts of the network are as right without it as right models were measured to be,
+    or if the tensors' values prove it.
 
     Args:
         network: the model.
         recorded: what it should put out; None where there is no recording, or its numbers are
             right.
         tolerance: how far the numbers may be off.
+        rounded_to: ``bfloat16`` or ``float16``, if the weights may be off by rounding to it.
         digests: SHA-256 of its tensors.
         reference: what its tensors should be, where that is known.
 
@@ -65,26 +77,42 @@ def diagnose(
         The cause, if one was found, and everything that was tried.
     """
     faults = faults_by_value(network.weights, digests, reference) if reference else {}
-    stages = cut(recorded, network.config, tolerance) if recorded else ()
-    case = _measured(Case(network, recorded, tolerance, stages, {}, reference, faults))
+    wrong = frozenset(wrong_tensors(network.weights, digests, reference) if reference else ())
+    stages = cut(recorded, network.config) if recorded else ()
+    if rounded_to:
+        types = dict.fromkeys(network.weights, rounded_to)
+        stages = allowing_for_rounding(stages, network, types)
+    case = _measured(Case(network, recorded, tolerance, stages, {}, reference, faults, wrong))
     trials = {trial.name: trial for trial in not_tried("The cause was found before.")}
     found: list[_Outcome] = []
+    left = case
     while len(found) < _MOST_FAULTS and not (found and found[-1].complete):
-        best = _try_all(case, trials, first=not found)
+        best = _try_all(left, trials, first=not found)
         if best is None:
             break
         found.append(best)
-        case = best.left
+        left = best.left
     if not found:
         return None, tuple(trials.values())
     for outcome in found:
-        alone = outcome.complete and len(found) == 1
+        alone = outcome.complete and len(found) == 1 and outcome.is_undone
         trials[outcome.name] = replace(
-            trials[outcome.name], status="explains all" if alone else "explains part"
+            trials[outcome.name],
+            status="explains all" if alone else "explains part",
+            explained=_share(outcome, case),
         )
-    cause = _cause(found, recorded, tolerance)
+    cause = _cause(found, case)
     trials[cause.name] = replace(trials[cause.name], reason=cause.explanation)
     return cause, tuple(trials.values())
+
+
+def _share(outcome: _Outcome, case: Case) -> float | None:
+    """How much a fault explains: of the stages that are off or, if none is, of wrong tensors."""
+    if case.failing:
+        return outcome.mended / len(case.failing)
+    if case.wrong:
+        return len(case.wrong.intersection(outcome.explanation.tensors)) / len(case.wrong)
+    return None
 
 
 def not_tried(reason: str) -> tuple[Trial, ...]:
@@ -110,7 +138,8 @@ def _try_all(case: Case, trials: dict[str, Trial], *, first: bool) -> _Outcome |
         outcome = _try(name, proposal, case)
         if first or outcome.counts:
             reason = f"Tried: {proposal.action}."
-            trials[name] = Trial(name, "explains nothing", _number(outcome.residual), reason)
+            residual = _number(outcome.residual)
+            trials[name] = Trial(name, "explains nothing", residual, reason, explained=0.0)
         if outcome.complete:
             return outcome
         if outcome.counts and (best is None or outcome.mended > best.mended):
@@ -123,22 +152,26 @@ def _try(name: str, explanation: Explanation, case: Case) -> _Outcome:
         fault: {name: right for name, right in tensors.items() if name not in explanation.tensors}
         for fault, tensors in case.faults.items()
     }
-    left = replace(case, faults={fault: tensors for fault, tensors in faults.items() if tensors})
+    left = replace(
+        case,
+        faults={fault: tensors for fault, tensors in faults.items() if tensors},
+        wrong=case.wrong.difference(explanation.tensors),
+    )
     if explanation.repaired is None:
         return _try_without_repair(name, explanation, left)
-    left = replace(left, network=explanation.repaired)
-    if explanation.noise:
-        left = _with_allowance(left, explanation.noise)
-    left = _measured(left)
-    off = [stage.name for stage in case.failing]
+    left = _measured(
+        replace(left, network=explanation.repaired, stages=explanation.stages or left.stages)
+    )
+    off = {stage.name for stage in case.failing}
+    right = {s.name for s in left.stages if left.differences[s.name] <= s.right}
     broken = [stage for stage in left.failing if stage.name not in off]
     return _Outcome(
         name,
         explanation,
         left,
-        mended=0 if broken else len(off) - len(left.failing),
+        mended=0 if broken else len(off & right),
         residual=max((left.differences[stage] for stage in off), default=None),
-        complete=not left.failing and _is_right(left, explanation),
+        complete=not left.failing and off <= right and _is_right(left, explanation),
     )
 
 
@@ -153,30 +186,21 @@ def _try_without_repair(name: str, explanation: Explanation, left: Case) -> _Out
         replace(stage, tolerance=math.inf) if stage.name in using else stage
         for stage in left.stages
     )
-    complete = 0 < len(using) == len(left.failing) if left.recorded else not left.faults
+    complete = len(using) == len(left.failing) and not left.wrong
+    if left.recorded:
+        complete = complete and bool(using)
     return _Outcome(name, explanation, replace(left, stages=stages), len(using), None, complete)
 
 
-def _with_allowance(case: Case, noise: Network) -> Case:
-    """The case with stages that may be off by as much as errors of this size make them."""
-    stages = []
-    for stage in case.stages:
-        usual = float((stage.run(noise) - stage.run(case.network)).abs().max())
-        stages.append(replace(stage, tolerance=max(stage.tolerance, ROUNDING_MARGIN * usual)))
-    return replace(case, stages=tuple(stages))
-
-
 def _is_right(case: Case, explanation: Explanation) -> bool:
-    """Whether a whole network gives what was recorded, or its tensors are what they should be."""
-    if case.recorded is None:
-        return not case.faults
-    return (
-        explanation.noise is not None or _residual(case.network, case.recorded, case.tolerance)[1]
-    )
+    """Whether all tensors are what they should be, and the network gives what was recorded."""
+    if case.wrong or case.recorded is None or explanation.stages is not None:
+        return not case.wrong
+    return _residual(case.network, case.recorded, case.tolerance)[1]
 
 
 def _residual(network: Network, recorded: Recorded, tolerance: Tolerance) -> tuple[float, bool]:
-    """Largest difference of a whole network's outputs, and whether all are within tolerance."""
+    """Largest difference of a whole network's outputs, and whether a right one has as little."""
     outputs = network.run(recorded.pixels)
     largest, right = 0.0, True
     for name, output in outputs.items():
@@ -184,7 +208,7 @@ def _residual(network: Network, recorded: Recorded, tolerance: Tolerance) -> tup
         if theirs is not None:
             difference = float((output[: len(theirs)] - theirs).abs().max())
             largest = max(largest, difference)
-            right = right and difference <= tolerance.of(theirs)
+            right = right and difference <= RIGHT * tolerance.of(theirs)
     return largest, right
 
 
@@ -193,23 +217,34 @@ def _number(residual: float | None) -> float | None:
     return residual if residual is not None and math.isfinite(residual) else None
 
 
-def _cause(found: list[_Outcome], recorded: Recorded | None, tolerance: Tolerance) -> Cause:
+def _cause(found: list[_Outcome], case: Case) -> Cause:
     first, last = found[0], found[-1]
+    explanation = first.explanation
     residual = None
-    if recorded and first.explanation.repaired:
-        residual, _ = _residual(first.explanation.repaired, recorded, tolerance)
-    action = first.explanation.action
-    if first.explanation.repaired is None:
-        sentence = action
-    elif residual is None:
-        sentence = f"{action} makes the tensors what they should be"
-    elif first.explanation.noise:
-        sentence = f"{action} moves the outputs as far as they are off, by up to {residual:.2g}"
-    elif first.complete:
-        sentence = f"{action} reproduces the recording: largest difference {residual:.2g}"
-    else:
-        sentence = f"{action} explains a part: largest difference left {residual:.2g}"
+    if case.recorded and explanation.repaired:
+        residual, _ = _residual(explanation.repaired, case.recorded, case.tolerance)
+    sentence = explanation.action
+    if explanation.stages is not None:
+        sentence = (
+            f"{sentence} moves {_parts(first, case)} as far as they are off; that nothing else is "
+            "wrong, only the sources can show"
+        )
+    elif residual is None and explanation.repaired:
+        sentence += " makes the tensors what they should be"
+    elif case.recorded and residual is not None:
+        before, _ = _residual(case.network, case.recorded, case.tolerance)
+        does = "reproduces the recording" if first.complete else "explains a part"
+        if any(stage.mean_square for stage in case.stages):
+            does += ", as far as rounded weights show it"
+        sentence += f" {does}: largest difference {residual:.2g}, before it was {before:.2g}"
+        if not first.complete:
+            sentence += f", with {_parts(first, case)} right"
     if len(found) > 1:
         others = " and ".join(outcome.name for outcome in found[1:])
         sentence += f"; {others} explains {'the rest' if last.complete else 'another part'}"
-    return Cause(first.name, first.explanation.tensors, _number(residual), sentence)
+    return Cause(first.name, explanation.tensors, _number(residual), sentence, _share(first, case))
+
+
+def _parts(outcome: _Outcome, case: Case) -> str:
+    """How many of the parts that are off, in words."""
+    return f"{outcome.mended} of {len(case.failing)} parts"

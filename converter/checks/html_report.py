@@ -553,6 +553,8 @@ def _figures(level: Level) -> list[tuple[str, str]]:
         "max_abs": ("largest difference", _figure),
         "tolerance": ("tolerance", "{:g}".format),
         "relative_tolerance": ("or, of the range", "{:g}".format),
+        "rounded_to": ("weights rounded to", str),
+        "rounding_excess": ("beside what rounding does, at most", "{:.1f} times".format),
         "best_class": ("same best class", _share),
         "mask_iou": ("mask IoU", "{:.4f}".format),
         "same_segment": ("pixels in the same segment", _share),

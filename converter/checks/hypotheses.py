@@ -13,16 +13,26 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from converter.checks.by_value import DELTA_FAULTS, Reference, Tensors, is_coarse, layer_of
-from converter.checks.comparison import Tolerance
+from converter.checks.by_value import (
+    DELTA_FAULTS,
+    UNRELATED,
+    Reference,
+    Tensors,
+    correlation,
+    is_coarse,
+    layer_of,
+)
+from converter.checks.comparison import FLOAT32, Tolerance
 from converter.checks.numbers import bare_backbone
 from converter.checks.pixels import Normalisation
+from converter.checks.provenance import Provenance
 from converter.checks.recorded import Recorded
+from converter.checks.rounding import EXCESS, RIGHT_EXCESS, allowing_for_rounding
 from converter.checks.stages import PATCH_WEIGHT, Network, Stage, first_block
 from reference_model.activations import ACTIVATIONS, Activation
 
-# How much further than a sample of its rounding errors a rounded network may be off.
-ROUNDING_MARGIN = 3.0
+# What is off by less than this share of what rounding does is not off by rounding.
+_LEAST_ROUNDING = 1 / 3
 
 # Where more stages than these are off, exchanges between two of them are not looked for: with each
 # stage the number of pairs grows, and falls the likelihood that exchanges are what they share.
@@ -44,6 +54,7 @@ class Case:
         differences: by stage, how far it is off.
         reference: what its tensors should be, where that is known.
         faults: the tensors of each fault that their values tell.
+        wrong: every tensor that is not what it should be, where that is known.
     """
 
     network: Network
@@ -53,6 +64,7 @@ class Case:
     differences: Mapping[str, float]
     reference: Reference | None
     faults: Mapping[str, Tensors]
+    wrong: frozenset[str] = frozenset()
 
     @property
     def failing(self) -> list[Stage]:
@@ -87,14 +99,15 @@ class Explanation:
         action: what undoes it, as the subject of a sentence; a whole sentence where nothing does.
         repaired: the network without it; None where it can be told but not be undone.
         by_value: whether the tensors' values alone prove it.
-        noise: the network with errors of the fault's size, where they can only be told by size.
+        stages: the network's, each with what the fault may make it be off by, where it can be told
+            by size only; ``repaired`` is the network as it is then.
     """
 
     tensors: tuple[str, ...]
     action: str
     repaired: Network | None
     by_value: bool = False
-    noise: Network | None = None
+    stages: tuple[Stage, ...] | None = None
 
 
 # What a hypothesis proposes; or, in a sentence, why there is nothing to try.
@@ -165,15 +178,17 @@ def image_normalisation(case: Case) -> Proposal:
     if bool((gains <= 0).any()):
         return "No normalisation comes near the recorded patch embeddings."
     fitted = _as_normalisation(gains, offsets, current)
-    rounded = Normalisation(
-        float(f"{fitted.scale:.4g}") if fitted.scale != current.scale else current.scale,
-        tuple(round(value, 4) for value in fitted.mean),
-        tuple(round(value, 4) for value in fitted.std),
-    )
-    found = min(
-        (fitted, rounded, Normalisation(1 / 255, rounded.mean, rounded.std)),
-        key=lambda candidate: stage.difference(network.with_normalisation(candidate)),
-    )
+    candidates = [fitted]
+    for digits in (4, 3, 2):
+        mean, std = (
+            tuple(round(value, digits) for value in values) for values in (fitted.mean, fitted.std)
+        )
+        scales = (fitted.scale, current.scale, 1 / 255)  # the likeliest last
+        candidates += [Normalisation(scale, mean, std) for scale in scales]
+    offs = {each: stage.difference(network.with_normalisation(each)) for each in candidates}
+    # the roundest of those that are right, for fitted values have errors
+    right = [each for each, off in offs.items() if off <= stage.right]
+    found = right[-1] if right else min(offs, key=lambda each: offs[each])
     action = (
         f"normalising with the factor {found.scale:.4g}, mean {_listed(found.mean)} and standard "
         f"deviation {_listed(found.std)}"
@@ -382,8 +397,8 @@ def layers_permuted(case: Case) -> Proposal:
     home: dict[str, str] = {}
     for layer, stage in places.items():
         for other in places:
-            if other not in (layer, *home.values()) and _fixes(
-                stage, network.with_weights(_moved(network, other, layer))
+            if other not in (layer, *home.values()) and stage.is_right(
+                network.with_weights(_moved(network, other, layer))
             ):
                 home[layer] = other
                 break
@@ -406,10 +421,6 @@ def _moved(network: Network, layer: str, to: str) -> dict[str, Tensor]:
         for name, tensor in network.weights.items()
         if layer_of(name) == layer
     }
-
-
-def _fixes(stage: Stage, network: Network) -> bool:
-    return stage.difference(network) <= stage.tolerance
 
 
 def tensors_swapped(case: Case) -> Proposal:
@@ -472,7 +483,7 @@ def _find_swap(swaps: Iterable[Swap], network: Network, stages: tuple[Stage, ...
     """The first exchange that mends all of these stages."""
     for swap in swaps:
         changed = network.with_weights(swap)
-        if all(_fixes(stage, changed) for stage in stages):
+        if all(stage.is_right(changed) for stage in stages):
             return swap
     return None
 
@@ -495,7 +506,7 @@ def _delta_fault(fault: str, action: str) -> Hypothesis:
                 delta = provenance.operand(name, "delta")
                 if delta is not None and delta.any():
                     mended[name] = network.weights[name] + lacking * torch.from_numpy(delta)
-            if mended and _fixes(stage, network.with_weights(mended)):
+            if mended and stage.is_right(network.with_weights(mended)):
                 changed |= mended
         if not changed:
             return "No part that is off is right with it."
@@ -513,31 +524,17 @@ def rounded_to_16_bits(case: Case) -> Proposal:
     types = {name: dtype for name, dtype in coarse.items() if dtype}
     if not types:
         return "No tensor has values of 16 bits only."
-    generator = torch.Generator().manual_seed(0)
-    noisy = network.with_weights(
-        {
-            name: _with_rounding_error(network.weights[name], types[name], generator)
-            for name in types
-        }
-    )
-    for stage in case.failing:
-        found, other = stage.run(network), stage.run(noisy)
-        usual = float((found - other).abs().max())
-        ratio = case.differences[stage.name] / usual if usual else math.inf
-        if 1 / ROUNDING_MARGIN <= ratio <= ROUNDING_MARGIN:
-            break
-    else:
+    stages = allowing_for_rounding(case.stages, network, types)
+    off = {stage.name for stage in case.failing}
+    ratios = [
+        EXCESS * stage.difference(network) / stage.tolerance
+        for stage in stages
+        if stage.mean_square and stage.name in off
+    ]
+    if not any(_LEAST_ROUNDING <= ratio <= RIGHT_EXCESS for ratio in ratios):
         return "What is off is not off by as much as rounding makes it."
     action = f"rounding to {' and '.join(sorted(set(types.values())))}"
-    return Explanation(tuple(types), action, network, noise=noisy)
-
-
-def _with_rounding_error(values: Tensor, dtype: str, generator: torch.Generator) -> Tensor:
-    """Values as they may have been before they were rounded, drawn from all that round to them."""
-    half_step = float(torch.finfo(getattr(torch, dtype)).eps) / 2
-    _, exponent = torch.frexp(values)
-    error = torch.rand(values.shape, generator=generator) * 2 - 1
-    return values + error * half_step * torch.ldexp(torch.ones_like(values), exponent - 1)
+    return Explanation(tuple(types), action, network, stages=stages)
 
 
 def other_backbone(case: Case) -> Proposal:
@@ -546,6 +543,13 @@ def other_backbone(case: Case) -> Proposal:
         return proven
     if provenance is None:
         return _NO_SOURCES
+    added = [name for name, row in provenance.rows.items() if row.operation == "add"]
+    if wrong := case.wrong.intersection(added):
+        return (
+            f"{len(wrong)} of the {len(added)} tensors that the delta is added to are not what the "
+            f"sources give, by {_distance(case.network, provenance, wrong):.2g} of their size, but "
+            "not as another training and the delta would make them."
+        )
     recorded = case.recorded.tensors.get("backbone.last_hidden_state") if case.recorded else None
     if case.recorded is None or recorded is None or "backbone" not in provenance.files:
         return "The tensors follow their sources, and no output of the bare backbone is recorded."
@@ -554,12 +558,32 @@ def other_backbone(case: Case) -> Proposal:
         return "Parts of the backbone are right."
     inputs = case.network.normalisation(case.recorded.pixels[: len(recorded)])
     with torch.inference_mode():
-        difference = (bare_backbone(provenance)(inputs) - recorded).abs().max()
-    if float(difference) <= case.tolerance.of(recorded):
+        tokens = bare_backbone(provenance)(inputs)
+    difference = float((tokens - recorded).abs().max())
+    if difference <= FLOAT32.of(recorded):
         return "The bare backbone gives what was recorded of it."
-    added = tuple(name for name, row in provenance.rows.items() if row.operation == "add")
-    action = f"the bare backbone is off by {float(difference):.2g} by itself, in all of its parts"
-    return Explanation(added, action, None)
+    # what a channel has in all tokens alike, other trainings may have as well
+    alike = correlation([(tokens.flatten(0, -2), recorded.flatten(0, -2))])
+    if abs(alike) > UNRELATED:
+        return (
+            f"The bare backbone is off by {difference:.2g}, and what it puts out has a correlation "
+            f"of {alike:.2g} with what was recorded; another training has none."
+        )
+    action = (
+        f"the bare backbone is off by {difference:.2g} by itself, in all of its parts, and has a "
+        f"correlation of {alike:.2g} with what was recorded"
+    )
+    return Explanation(tuple(added), action, None)
+
+
+def _distance(network: Network, provenance: Provenance, names: Iterable[str]) -> float:
+    """How far tensors are from what they should be, as a share of its size (Euclidean norm)."""
+    square = size = 0.0
+    for name in names:
+        right = torch.from_numpy(provenance.tensor(name)).double()
+        square += float((network.weights[name].double() - right).square().sum())
+        size += float(right.square().sum())
+    return math.sqrt(square / size) if size else math.inf
 
 
 def tensor_replaced(case: Case) -> Proposal:

@@ -65,7 +65,7 @@ def check_transformers(
         "peer": "transformers",
         "version": version("transformers"),
         "tolerance": Tolerance().absolute,
-        "relative_tolerance": Tolerance().share,
+        "relative_tolerance": Tolerance().relative,
         "max_abs": largest_difference(compared),
         "compared": {name: comparison.to_dict() for name, comparison in compared.items()},
     }
@@ -129,7 +129,7 @@ def _run_layer_by_layer(peer: Any, inputs: Tensor) -> dict[str, Tensor]:
 
 def _compare(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, Comparison]:
     tolerance = Tolerance()
-    return {name: compare(name, ours[name], theirs[name], tolerance) for name in ours}
+    return {name: compare(name, ours[name], theirs[name], tolerance) for name in theirs}
 
 
 @contextmanager

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from converter.catalog import Task
-from converter.checks.comparison import Tolerance, compare, equal_results, largest_difference
+from converter.checks.comparison import Tolerance, equal_results, largest_difference
+from converter.checks.numbers import LOGITS, compare_outputs
 from converter.checks.pipeline import Inputs, compute_logits, prepare, segment
 from converter.checks.recorded import Recorded, RecordedPictures, read_pictures
 from converter.checks.verdict import Level
@@ -229,18 +230,16 @@ def _check_outputs(
     stuff: tuple[int, ...] | None,
 ) -> tuple[list[str], dict[str, Any]]:
     """What is wrong with logits and results, and the figures."""
+    recorded = {f"pipeline.{name}": pictures.tensors[f"pipeline.{name}"] for name in LOGITS}
     try:
-        logits = compute_logits(model, inputs)
+        found = compare_outputs(lambda: compute_logits(model, inputs), [model], recorded, tolerance)
     except ValueError as error:
         return [f"The recorded pictures do not suit the model: {error}."], {}
-    compared = {
-        name: compare(name, ours, pictures.tensors[name], tolerance)
-        for name, ours in logits.items()
-    }
+    logits, compared = found.outputs, found.compared
     problems = [comparison.failure for comparison in compared.values() if comparison.failure]
     figures: dict[str, Any] = {
-        "tolerance": tolerance.absolute,
-        "relative_tolerance": tolerance.share,
+        "tolerance": found.tolerance.absolute,
+        "relative_tolerance": found.tolerance.relative,
         "max_abs": largest_difference(compared),
         "compared": {name: comparison.to_dict() for name, comparison in compared.items()},
     }

@@ -56,15 +56,22 @@ class Provenance:
             digests[row.name] = digest.hexdigest()
         return digests
 
-    def tensor(self, name: str) -> "Array":
-        """A tensor as its recipe makes it, rounded to the model's type, as float32."""
+    def tensor(self, name: str, *, rounded: bool = True) -> "Array":
+        """A tensor as its recipe makes it, as float32.
+
+        Args:
+            name: of the tensor.
+            rounded: whether it is rounded to the model's type.
+        """
         import numpy as np
 
         row = self.rows[name]
         buffer, addend = np.empty((2, row.size), np.float32)
-        values = round_to(compute(row, self.files, 0, row.size, buffer, addend), row.dtype)
-        if row.dtype == "BF16":
-            values = (values.astype(np.uint32) << 16).view(np.float32)
+        values = compute(row, self.files, 0, row.size, buffer, addend)
+        if rounded:
+            values = round_to(values, row.dtype)
+            if row.dtype == "BF16":
+                values = (values.astype(np.uint32) << 16).view(np.float32)
         return values.astype(np.float32, copy=False).reshape(row.shape)
 
     def operand(self, name: str, source: Source) -> "Array | None":

@@ -21,6 +21,9 @@ Status = Literal["passed", "failed", "not checked"]
 Basis = Literal["original", "published", "reference"]
 BASES: tuple[Basis, ...] = ("original", "published", "reference")
 
+# a larger share of the range is only allowed to weights that were rounded
+_OF_FLOAT32 = 1e-4
+
 # figures that are the same wherever and whenever they are taken
 _KEPT = (
     "tensors",
@@ -33,6 +36,8 @@ _KEPT = (
     "known_recording",
     "tolerance",
     "relative_tolerance",
+    "rounded_to",
+    "unrounded",
     "pictures",
     "task",
     "least_equal_pixels",
@@ -91,16 +96,24 @@ class Cause:
         residual: largest difference from the recording that is left once it is undone; None where
             it is known from digests alone.
         explanation: what was tried and how well that does, in a sentence.
+        explained: how much it explains, from 0 to 1: of the parts of the network that are off or,
+            if none is, of the tensors that are not what they should be; None where neither is.
     """
 
     name: str
     tensors: tuple[str, ...]
     residual: float | None
     explanation: str
+    explained: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The cause as JSON shows it."""
-        return {"name": self.name, "tensors": list(self.tensors), "residual": self.residual}
+        return {
+            "name": self.name,
+            "tensors": list(self.tensors),
+            "residual": self.residual,
+            "explained": self.explained,
+        }
 
 
 @dataclass(frozen=True)
@@ -109,16 +122,20 @@ class Trial:
 
     Attributes:
         name: of the fault.
-        status: whether undoing it accounts for all of the difference, for some of it, or not.
+        status: whether undoing it accounts for all of the difference, for some of it, or not. What
+            cannot be undone never accounts for all of it.
         residual: largest difference that is left in the parts of the network that were wrong, each
-            run on what was recorded before it; None where nothing was run.
+            run on what was recorded before it, or root mean square where weights were rounded; None
+            where nothing was run.
         reason: in a sentence, what was tried, or why nothing was.
+        explained: as in `Cause`.
     """
 
     name: str
     status: Literal["explains all", "explains part", "explains nothing", "not tried"]
     residual: float | None
     reason: str
+    explained: float | None = None
 
 
 @dataclass(frozen=True)
@@ -169,12 +186,27 @@ class Verdict:
     @property
     def held_against(self) -> str:
         """What a passed verdict rests on, to go on with "it was held against"."""
-        numbers = self._figures_of("numbers")
         if self.basis == "published":
             return (
                 "its published sources, from which every tensor was proven, and a spot check of "
                 "the published numbers"
             )
+        return self._recorded_by + self._rounded
+
+    @property
+    def _rounded(self) -> str:
+        """What was compared of weights that were rounded, to go on with."""
+        numbers = self._figures_of("numbers")
+        dtype = numbers.get("rounded_to")
+        if dtype is None:
+            return ""
+        if numbers.get("unrounded"):
+            return f", with the float32 sums that its weights in {dtype} are rounded from"
+        return f", as far as weights in {dtype} allow: a fault smaller than rounding does not show"
+
+    @property
+    def _recorded_by(self) -> str:
+        numbers = self._figures_of("numbers")
         if numbers.get("recorded_by") == "original":
             stated = "" if numbers.get("known_recording") else ", as recorded.json states"
             return f"outputs recorded from the original implementation{stated}"
@@ -262,10 +294,18 @@ def read_record(content: Mapping[str, Any], known_recordings: Collection[str]) -
             known = figures.get("recorded_sha256") in known_recordings
             figures |= {"known_recording": known, "basis": "original" if known else "reference"}
             figures["recorded_by"] = "original" if known else "unknown"
+        if entry["level"] == "numbers" and figures.get("relative_tolerance", 0) > _OF_FLOAT32:
+            figures.setdefault("rounded_to", "16 bits")  # which 0.1 did not keep
         if figures.get("basis", "original") not in BASES:
             raise ValueError(f"there is no basis {figures['basis']!r}")
         levels.append(Level(entry["level"], entry["status"], figures=figures))
     found = Verdict(tuple(levels))
+    of = {level.level: level.figures for level in levels}
+    if (
+        of.get("numbers", {}).get("unrounded")
+        and of.get("arithmetic", {}).get("against") != "sources"
+    ):
+        raise ValueError("it has numbers of sums that nothing shows to be the weights")
     stated = content["verdict"], content.get("basis")
     if "basis" in content and stated != (found.verdict, found.basis):
         raise ValueError(f"it says {stated[0]!r} on the basis {stated[1]!r}, its levels do not")

@@ -41,6 +41,7 @@ from converter.weights.merge import round_to
 from converter.weights.tensorfiles import WEIGHTS, WEIGHTS_INDEX, open_tensors
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from converter.checks.comparison import Tolerance
@@ -50,6 +51,9 @@ if TYPE_CHECKING:
 
 # what an unverified verdict says of a model that there are no outputs of
 NOTHING_RECORDED = "not verified numerically: nothing recorded"
+
+# torch's names of the types that weights are rounded to, by safetensors'
+ROUNDED_DTYPES = {stored: name for name, stored in DTYPES.items() if name != "float32"}
 
 # What a backbone's config.json and a model's must have in common; the rest is for training.
 _SHARED = (
@@ -195,7 +199,8 @@ def verify(
         level, against, Path(image).expanduser() if image else None, device, threads, access=access
     )
     folder = fetch_model(model, access)
-    _find_weights(folder)
+    with open_tensors(_find_weights(folder)) as file:
+        tensors = dict(file.tensors)
     history = read_history(folder)
     checkpoint = history.checkpoint if history else find_named(repository_of(model))
     place = Path(recorded).expanduser() if recorded else checkpoint and checkpoint.recorded
@@ -206,7 +211,7 @@ def verify(
                 Given(delta, backbone),
                 history,
                 read_model_config(folder / "config.json"),
-                DTYPES.get(_dtype_in(read_json_object(folder / "config.json")), "F32"),
+                _dtype_of(read_json_object(folder / "config.json"), tensors),
                 access,
                 stack,
             )
@@ -264,7 +269,7 @@ def _check(found: "_Model", evidence: Evidence, options: Options) -> Findings:
     levels = {"structure": structure}
     if options.level >= _number("arithmetic"):
         levels["arithmetic"] = _check_arithmetic(found, evidence)
-    numbers, recorded = None, None
+    judged, recorded = None, None
     if evidence.recorded and options.level >= _number("numbers"):
         recorded = read_recorded(evidence.recorded)
     if found.misfits:
@@ -272,20 +277,20 @@ def _check(found: "_Model", evidence: Evidence, options: Options) -> Findings:
             if _is_asked(name, options):
                 levels[name] = Level(name, "not checked", "The model cannot be built.")
     elif options.level >= _number("numbers"):
-        model = _build(found, options.device)
-        numbers = _check_numbers(model, found, evidence, recorded)
-        levels["numbers"] = numbers.level
+        model = _build(found.config, found.weights, options.device)
+        judged = _check_numbers(model, found, evidence, recorded, levels["arithmetic"])
+        levels["numbers"] = judged.numbers.level
         if _is_asked("pictures", options):
-            levels["pictures"] = _check_pictures(model, found, evidence, recorded)
+            levels["pictures"] = _check_pictures(judged, found, evidence, recorded)
         if options.level >= _number("peers"):
-            levels["peers"] = _check_peers(model, found, options, recorded, numbers)
+            levels["peers"] = _check_peers(model, found, options, recorded, judged.numbers)
         if options.level >= _number("published"):
-            levels["published"] = _check_published(model, found, evidence, options)
+            levels["published"] = _check_published(model, found, evidence, options, levels)
     for name in LEVELS:
         if name not in levels:
             levels[name] = Level(name, "not checked", _not_asked(options))
-    verdict = _with_diagnosis(tuple(levels.values()), found, evidence, recorded, numbers)
-    return Findings(verdict, recorded, numbers.outputs if numbers else {})
+    verdict = _with_diagnosis(tuple(levels.values()), found, evidence, recorded, judged)
+    return Findings(verdict, recorded, judged.numbers.outputs if judged else {})
 
 
 def _number(level: str) -> int:
@@ -319,6 +324,7 @@ class _Model:
         nonfinite: names of those that hold NaN or infinity.
         misfits: in sentences, why no model can be built of them.
         drawn: in a sentence, why its outputs are random; empty if they are not.
+        dtype: of its weights, by safetensors' name.
     """
 
     folder: Path
@@ -331,6 +337,7 @@ class _Model:
     nonfinite: tuple[str, ...]
     misfits: tuple[str, ...]
     drawn: str
+    dtype: str
 
 
 def _read_model(folder: Path, *, keep: bool) -> _Model:
@@ -374,6 +381,7 @@ def _read_model(folder: Path, *, keep: bool) -> _Model:
         tuple(nonfinite),
         tuple(_misfits(tensors, shapes)),
         drawn,
+        _dtype_of(values, tensors),
     )
 
 
@@ -420,15 +428,17 @@ def _misfits(
             yield f"{name} is unknown: the model of config.json has no place for it."
 
 
-def _build(found: _Model, device: str) -> "EomtDinov3ForUniversalSegmentation":
-    """The model; rounded weights are computed with in float32."""
+def _build(
+    config: "EomtDinov3Config", weights: "Mapping[str, Tensor]", device: "str | torch.device"
+) -> "EomtDinov3ForUniversalSegmentation":
+    """A model of float32 weights; rounded ones are computed with in float32, too."""
     import torch
 
     from reference_model import EomtDinov3ForUniversalSegmentation
 
     with torch.device("meta"):
-        model = EomtDinov3ForUniversalSegmentation(found.config)
-    model.load_state_dict(dict(found.weights), assign=True)
+        model = EomtDinov3ForUniversalSegmentation(config)
+    model.load_state_dict(dict(weights), assign=True)
     return model.eval().to(device)
 
 
@@ -499,6 +509,14 @@ def _dtype_in(values: Mapping[str, Any]) -> str:
     return str(values.get("dtype") or values.get("torch_dtype"))
 
 
+def _dtype_of(values: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
+    """The type that a config.json declares, or else the one that all tensors have."""
+    if declared := DTYPES.get(_dtype_in(values)):
+        return declared
+    types = {info.dtype for info in tensors.values()}
+    return types.pop() if len(types) == 1 else "F32"
+
+
 def _size_in(preprocessor: Mapping[str, Any]) -> tuple[int, int] | None:
     """(height, width) that pictures are made to fit, as far as a preprocessor_config.json says."""
     size = preprocessor.get("size")
@@ -564,40 +582,81 @@ def _changed_files(folder: Path, history: History) -> list[str]:
 # numbers and what comes after -------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Judged:
+    """The numbers of a model, and what they are the numbers of.
+
+    Attributes:
+        numbers: what came of running it; its outputs are always the model's own.
+        model: with its own weights or, where their rounding is proven, with the sums before it.
+        weights: of that model.
+        tolerance: that it was held against.
+        rounded_to: ``bfloat16`` or ``float16``, where rounding is allowed for; else None.
+    """
+
+    numbers: "Numbers"
+    model: "EomtDinov3ForUniversalSegmentation"
+    weights: "Mapping[str, Tensor]"
+    tolerance: "Tolerance"
+    rounded_to: str | None = None
+
+
 def _check_numbers(
     model: "EomtDinov3ForUniversalSegmentation",
     found: _Model,
     evidence: Evidence,
     recorded: Recorded | None,
-) -> "Numbers":
+    arithmetic: Level,
+) -> _Judged:
+    from converter.checks.comparison import FLOAT32, ROUNDED
     from converter.checks.numbers import Numbers, bare_backbone, check_numbers
+    from converter.checks.rounding import check_rounded, with_cost_of_rounding
+    from converter.checks.stages import Network, Skeleton
 
     if recorded is None:
-        return Numbers(Level("numbers", "not checked", NOTHING_RECORDED), {}, {})
+        nothing = Numbers(Level("numbers", "not checked", NOTHING_RECORDED), {}, {})
+        return _Judged(nothing, model, found.weights, FLOAT32)
     backbone = None
     if evidence.run_backbone and isinstance(evidence.sources, Provenance):
         backbone = bare_backbone(evidence.sources).to(model.device)
-    numbers = check_numbers(model, found.normalisation, recorded, _tolerance(found), backbone)
+    normalisation = found.normalisation
+    numbers = check_numbers(model, normalisation, recorded, FLOAT32, backbone)
+    judged = _Judged(numbers, model, found.weights, FLOAT32)
+    rounded = ROUNDED_DTYPES.get(found.dtype)
+    # what was recorded of these very weights they give as exactly as any others
+    if rounded and numbers.comparable and numbers.level.status == "failed":
+        if sums := _sums(found, evidence, arithmetic):
+            exact = _build(found.config, sums, model.device)
+            of_sums = check_numbers(exact, normalisation, recorded, FLOAT32, backbone)
+            told = with_cost_of_rounding(of_sums, numbers, recorded, rounded)
+            judged = _Judged(told, exact, sums, FLOAT32)
+        else:
+            network = Network(Skeleton(found.config), found.weights, normalisation)
+            told = check_rounded(model, network, recorded, rounded, backbone)
+            judged = _Judged(told, model, found.weights, ROUNDED[rounded], rounded)
     configs = {name: sha256(found.folder / name) for name in CONFIGS}
     rests_on = recorded.origin.figures({**found.digests, **configs})
-    level = replace(numbers.level, figures={**numbers.level.figures, **rests_on})
+    level = judged.numbers.level
+    level = replace(level, figures={**level.figures, **rests_on})
     if found.drawn and level.status == "passed":  # by chance
         level = replace(level, status="failed", reason=found.drawn)
-    return replace(numbers, level=level)
+    return replace(judged, numbers=replace(judged.numbers, level=level))
 
 
-def _tolerance(found: _Model) -> "Tolerance":
-    """The tolerance of the type that config.json declares, or else of the one that all have."""
-    from converter.checks.comparison import tolerance_for
+def _sums(found: _Model, evidence: Evidence, arithmetic: Level) -> "Mapping[str, Tensor] | None":
+    """The weights before they were rounded, if it is proven that these are them, rounded."""
+    import torch
 
-    if declared := DTYPES.get(_dtype_in(found.values)):
-        return tolerance_for(declared)
-    types = {info.dtype for info in found.tensors.values()}
-    return tolerance_for(types.pop() if len(types) == 1 else "F32")
+    figures, sources = arithmetic.figures, evidence.sources
+    if not isinstance(sources, Provenance) or figures.get("against") != "sources":
+        return None
+    if figures["different"]:
+        return None
+    return {name: torch.from_numpy(sources.tensor(name, rounded=False)) for name in found.tensors}
 
 
 def _check_pictures(
-    model: "EomtDinov3ForUniversalSegmentation",
+    judged: _Judged,
     found: _Model,
     evidence: Evidence,
     recorded: Recorded | None,
@@ -607,11 +666,11 @@ def _check_pictures(
     if recorded is None:
         return Level("pictures", "not checked", NOTHING_RECORDED)
     return check_pictures(
-        model,
+        judged.model,
         found.folder,
         evidence.task,
         recorded,
-        _tolerance(found),
+        judged.tolerance,
         size_is_meant=evidence.size_is_meant,
     )
 
@@ -636,15 +695,19 @@ def _check_published(
     found: _Model,
     evidence: Evidence,
     options: Options,
+    levels: Mapping[str, Level],
 ) -> Level:
     from converter.checks.published import PUBLISHED, check_published
 
     slices = PUBLISHED.get(evidence.published.name) if evidence.published else None
     if slices is None:
         return Level("published", "not checked", NOTHING_RECORDED)
-    if _tolerance(found).relative:
-        reason = "The published outputs are of float32 weights, these were rounded."
-        return Level("published", "not checked", reason)
+    if found.dtype in ROUNDED_DTYPES:
+        sums = _sums(found, evidence, levels["arithmetic"])
+        if sums is None:
+            reason = "The published outputs are of float32 weights, these were rounded."
+            return Level("published", "not checked", reason)
+        model = _build(found.config, sums, model.device)
     return check_published(model, found.normalisation, slices, options.image, options.access)
 
 
@@ -653,7 +716,7 @@ def _with_diagnosis(
     found: _Model,
     evidence: Evidence,
     recorded: Recorded | None,
-    numbers: "Numbers | None",
+    judged: _Judged | None,
 ) -> Verdict:
     failed = {level.level for level in levels if level.status == "failed"}
     if found.drawn and (found.misfits or not found.weights):
@@ -662,22 +725,25 @@ def _with_diagnosis(
     if found.misfits or not (found.drawn or failed & {"arithmetic", "numbers"}):
         return Verdict(levels)
     from converter.checks.by_value import Reference
+    from converter.checks.comparison import FLOAT32
     from converter.checks.diagnosis import diagnose, not_tried
     from converter.checks.numbers import first_difference
     from converter.checks.stages import Network, Skeleton
 
     difference = None
-    if numbers and "numbers" in failed:
-        difference = first_difference(numbers.compared, found.config)
-        if not numbers.comparable:
+    if judged and "numbers" in failed:
+        difference = first_difference(judged.numbers.compared, found.config)
+        if not judged.numbers.comparable:
             tried = not_tried("The recorded outputs are those of a model of other sizes.")
             return Verdict(levels, difference, None, tried)
     provenance = evidence.sources if isinstance(evidence.sources, Provenance) else None
     digests = evidence.recipes or (evidence.history and evidence.history.tensors)
+    weights = judged.weights if judged else found.weights
     cause, tried = diagnose(
-        Network(Skeleton(found.config), found.weights, found.normalisation),
+        Network(Skeleton(found.config), weights, found.normalisation),
         recorded if "numbers" in failed else None,
-        _tolerance(found),
+        judged.tolerance if judged else FLOAT32,
+        judged.rounded_to if judged else None,
         found.digests,
         Reference(digests, provenance) if digests else None,
     )

@@ -28,7 +28,7 @@ BEGIN = (
 END = "<!-- eomt-convert end -->"
 
 # what figures say in words
-_WORDS = (*BASES, "sources", "conversion.json", *get_args(Task))
+_WORDS = (*BASES, "sources", "conversion.json", *get_args(Task), "bfloat16", "float16")
 
 LICENCE_FILE = "LICENSE.md"  # as in Meta's own repositories
 LICENCE_LINK = "https://ai.meta.com/resources/models-and-libraries/dinov3-license"
