@@ -1,6 +1,5 @@
 """The configuration files: a backbone's config.json read, a model's two files written."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -10,6 +9,7 @@ from typing import Any, get_args
 from converter.catalog import Task
 from converter.class_names import ClassNames
 from converter.errors import UnreadableFileError
+from converter.files import read_json_object
 
 # ImageNet's statistics, as github.com/tue-mps/eomt models/vit.py has them
 IMAGE_MEAN = (0.485, 0.456, 0.406)
@@ -183,23 +183,6 @@ def _check_sizes(config: BackboneConfig, path: Path) -> None:
         )
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Reads a JSON file that holds an object.
-
-    Raises:
-        UnreadableFileError: there is no such file, or it holds something else.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UnreadableFileError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise UnreadableFileError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise UnreadableFileError(f"{path} holds no JSON object.")
-    return content
-
-
 def model_config(
     backbone: BackboneConfig,
     heads: HeadSizes,
@@ -269,8 +252,3 @@ def preprocessor_config(task: Task, image_size: tuple[int, int]) -> dict[str, An
         "rescale_factor": 1 / 255,
         "size": size,
     }
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file as transformers does: two spaces, keys as given, a newline at the end."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

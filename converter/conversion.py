@@ -13,7 +13,7 @@ from converter.checks.recorded import CONFIGS, find_recorded
 from converter.checks.verdict import Verdict, unverified
 from converter.checks.verification import Evidence, Findings, Options, check, write_page
 from converter.class_names import ClassNames
-from converter.configs import model_config, preprocessor_config, read_json_object, write_json
+from converter.configs import model_config, preprocessor_config
 from converter.errors import (
     MismatchError,
     NotVerifiedError,
@@ -22,8 +22,9 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
+from converter.files import read_json_object, sha256, write_json
 from converter.hub.access import Access
-from converter.hub.downloads import arrived_damaged, is_damaged, is_sha256, sha256
+from converter.hub.downloads import arrived_damaged, is_damaged, is_sha256
 from converter.hub.sources import Fetched, fetch_again, fetched_already
 from converter.job import (
     DTYPES,

@@ -14,10 +14,10 @@ from converter.configs import (
     BackboneConfig,
     find_backbone_config,
     read_backbone_config,
-    read_json_object,
     read_model_config,
 )
 from converter.errors import EomtConvertError, UsageError
+from converter.files import read_json_object
 from converter.hub.access import Access
 from converter.hub.sources import (
     Fetched,

@@ -22,8 +22,8 @@ from torch import Tensor
 from converter.checks.comparison import Tolerance, segments
 from converter.checks.recorded import Recorded
 from converter.checks.verdict import NUMBERED, Level, Verdict
-from converter.configs import read_json_object
 from converter.errors import OutputError, UnreadableFileError
+from converter.files import read_json_object
 from converter.pictures.drawing import Colour, class_colour
 from converter.version import __version__
 from converter.weights.tensorfiles import WEIGHTS, WEIGHTS_INDEX, open_tensors

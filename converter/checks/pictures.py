@@ -15,7 +15,8 @@ from converter.checks.pipeline import Inputs, compute_logits, prepare, segment
 from converter.checks.recorded import Recorded, RecordedPictures, read_pictures
 from converter.checks.verdict import Level
 from converter.class_names import unnamed
-from converter.configs import preprocessor_config, read_json_object
+from converter.configs import preprocessor_config
+from converter.files import read_json_object
 from reference_model import (
     EomtDinov3Config,
     EomtDinov3ForUniversalSegmentation,

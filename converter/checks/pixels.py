@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from converter.configs import read_json_object
 from converter.errors import UnreadableFileError
+from converter.files import read_json_object
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from converter.catalog import Checkpoint, find
-from converter.configs import BackboneConfig, find_backbone_config, read_json_object
+from converter.configs import BackboneConfig, find_backbone_config
 from converter.errors import AccessError, UnreadableFileError, UsageError
+from converter.files import read_json_object
 from converter.hub.access import Access
 from converter.hub.downloads import resolve
 from converter.hub.sources import Fetched, HubSource, fetch, parse_source

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from converter.catalog import CATALOG, Task
 from converter.checks.pixels import open_picture
 from converter.checks.verdict import BASES, Basis
-from converter.configs import read_json_object
 from converter.errors import UnreadableFileError
+from converter.files import read_json_object
 from converter.weights.tensorfiles import TensorFile
 
 if TYPE_CHECKING:

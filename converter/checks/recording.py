@@ -11,7 +11,6 @@ from converter.checks.provenance import read_history
 from converter.checks.recorded import FILE, IMAGES, PROVENANCE_FILE
 from converter.checks.verdict import LEVELS, NUMBERED, Verdict
 from converter.checks.verification import verify
-from converter.configs import write_json
 from converter.errors import (
     EomtConvertError,
     OutputError,
@@ -19,8 +18,8 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
+from converter.files import sha256, write_json
 from converter.hub.access import Access
-from converter.hub.downloads import sha256
 from converter.models import fetch_model, find_task, repository_of, torch_device
 from converter.staging import check_place, staged
 from converter.version import __version__

@@ -21,15 +21,10 @@ from converter.checks.provenance import (
 )
 from converter.checks.recorded import CONFIGS, Recorded, find_recorded, read_recorded
 from converter.checks.verdict import LEVELS, NOT_ASKED, NUMBERED, Cause, Level, Verdict
-from converter.configs import (
-    BackboneConfig,
-    find_backbone_config,
-    read_json_object,
-    read_model_config,
-)
+from converter.configs import BackboneConfig, find_backbone_config, read_model_config
 from converter.errors import UnreadableFileError, UsageError
+from converter.files import read_json_object, sha256
 from converter.hub.access import Access
-from converter.hub.downloads import sha256
 from converter.hub.sources import (
     fetch_config,
     parse_source,

@@ -14,8 +14,8 @@ from converter.catalog import Checkpoint, Metric, Task, fixtures
 from converter.checks.provenance import find_named
 from converter.checks.recorded import known_recordings
 from converter.checks.verdict import BASES, Verdict, read_record
-from converter.configs import read_json_object
 from converter.errors import EomtConvertError
+from converter.files import read_json_object
 from converter.hub.downloads import is_sha256
 from converter.weights.backbones import published_repo
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from converter.errors import AccessError, OutputError, UnreadableFileError
+from converter.files import sha256
 from converter.hub.access import Access, Snapshot, explained, senseless_answer
 
 _SHA256, _GIT_ID = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{40}")
@@ -122,12 +123,6 @@ def download_again(repo_id: str, name: str, commit: str, access: Access) -> Path
 def is_sha256(digest: str | None) -> TypeGuard[str]:
     """Whether a digest is SHA-256, as the Hub gives it for large files."""
     return digest is not None and bool(_SHA256.fullmatch(digest))
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_damaged(path: Path, digest: str) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from converter.catalog import Checkpoint
 from converter.checks.verdict import Verdict
 from converter.checks.verification import verify
-from converter.configs import read_json_object, read_model_config
+from converter.configs import read_model_config
 from converter.conversion import REPORT
 from converter.errors import (
     AccessError,
@@ -19,6 +19,7 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
+from converter.files import read_json_object
 from converter.hub.access import Access, Snapshot, explained, not_found
 from converter.hub.card import LICENCE_FILE, ModelRecord, is_derived, model_card, updated
 from converter.hub.downloads import download

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from converter.catalog import CATALOG, Checkpoint, find
-from converter.configs import read_json_object, write_json
 from converter.conversion import Progress, convert
 from converter.errors import EomtConvertError, UnreadableFileError, UsageError
+from converter.files import read_json_object, write_json
 from converter.hub.access import Access, without_token
 from converter.hub.publishing import check_licence, check_login, publish
 from converter.job import Dtype

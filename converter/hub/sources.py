@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from converter.errors import AccessError, UnreadableFileError, UsageError
+from converter.files import sha256
 from converter.hub.access import Access, Snapshot
 from converter.hub.downloads import (
     download,
@@ -13,7 +14,6 @@ from converter.hub.downloads import (
     is_sha256,
     not_in_cache,
     resolve,
-    sha256,
 )
 from converter.weights.tensorfiles import WEIGHT_SUFFIXES, WEIGHTS, WEIGHTS_INDEX, shard_names
 

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from converter.configs import write_json
 from converter.errors import EomtConvertError, OutputError, UnreadableFileError, UsageError
+from converter.files import write_json
 from converter.hub.access import Access
 from converter.models import fetch_model, find_task, load_model, torch_device
 from converter.pictures.coco import Segment, document, encode_mask, id_map_image, measure

@@ -1,0 +1,142 @@
+"""Files of one's own and from elsewhere: read within limits, and replaced as a whole."""
+
+import hashlib
+import json
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from converter.errors import UnreadableFileError
+
+# bytes of a JSON file: the largest config.json of a published model has 100 kB
+JSON_LIMIT = 2**24
+
+
+def open_regular(path: str | Path) -> BufferedReader:
+    """Opens a regular file to be read, at once: a pipe or a device is never waited for.
+
+    Links are followed, as those of the Hub's cache.
+
+    Raises:
+        OSError: there is no such file, or it is a folder, a pipe, a socket or a device.
+    """
+    # without O_NONBLOCK, opening a pipe waits for somebody to write to it
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(None, "it is no regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: str | Path, limit: int) -> bytes:
+    """The content of a regular file.
+
+    Args:
+        path: of the file.
+        limit: in bytes.
+
+    Raises:
+        OSError: it is no regular file, cannot be read, or is larger than the limit.
+    """
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(None, f"it is larger than {limit:,} bytes", str(path))
+    return content
+
+
+def read_text(path: str | Path, limit: int = JSON_LIMIT, encoding: str = "utf-8") -> str:
+    """The text of a regular file.
+
+    Raises:
+        OSError: it is no regular file, cannot be read, or is larger than the limit in bytes.
+        UnicodeDecodeError: it is not in this encoding.
+    """
+    return read_bytes(path, limit).decode(encoding)
+
+
+def read_json_object(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
+
+    Args:
+        path: of the file.
+        limit: of its size in bytes.
+
+    Raises:
+        UnreadableFileError: there is no such file, it is no regular one or too large, or it holds
+            something else.
+    """
+    try:
+        content = json.loads(read_text(path, limit))
+    except OSError as error:
+        raise UnreadableFileError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise UnreadableFileError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise UnreadableFileError(f"{path} holds no JSON object.")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file as transformers does: two spaces, keys as given, a newline at the end.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    with replacing(path) as file:
+        file.write(text.encode("utf-8", errors="replace"))  # JSON may hold halves of characters
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a regular file.
+
+    Raises:
+        OSError: it is no regular file, or cannot be read.
+    """
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Opens a new file, which takes a path's place when it is complete and on the disk.
+
+    It is made beside the path under a name that cannot be foreseen, so that no link that somebody
+    has put there is followed. What stands at the path stays until then, and if anything fails.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    new = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}")
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(descriptor)
+        new.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            new.unlink()
+        raise
+    sync(path.parent)
+
+
+def sync(folder: Path) -> None:
+    """Has the names in a folder written to the disk, where the file system can.
+
+    Raises:
+        OSError: the folder is not there.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,69 @@
+"""Files: read as what they should be and within limits, replaced as a whole."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from converter.errors import UnreadableFileError
+from converter.files import open_regular, read_json_object, replacing, write_json
+
+
+def test_a_file_is_replaced_when_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    with replacing(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+    (tmp_path / "other").write_bytes(b"")
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "other").stat().st_mode)
+
+
+def test_what_fails_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    with pytest.raises(RuntimeError), replacing(path) as file:
+        file.write(b"half")
+        raise RuntimeError
+
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    (tmp_path / "file").symlink_to(victim)
+
+    write_json(tmp_path / "file", {"a": 1})
+
+    assert victim.read_bytes() == b"precious"
+    assert not (tmp_path / "file").is_symlink()
+    assert read_json_object(tmp_path / "file") == {"a": 1}
+
+
+def test_only_regular_files_are_opened_and_links_to_them(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "file").write_bytes(b"content")
+    (tmp_path / "link").symlink_to("file")
+
+    with open_regular(tmp_path / "link") as file:
+        assert file.read() == b"content"
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(OSError, match=r"no regular file|directory"):
+            open_regular(path)
+
+
+def test_json_is_read_up_to_a_limit(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    write_json(path, {"key": "x" * 100})
+
+    with pytest.raises(UnreadableFileError, match="larger than 50 bytes"):
+        read_json_object(path, 50)
+    assert read_json_object(path)["key"] == "x" * 100
