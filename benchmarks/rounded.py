@@ -113,6 +113,7 @@ FAULTS = (
     in_preprocessor("rescale_factor 1/256", rescale_factor=1 / 256),
     in_config("rope_theta 90, not 100", rope_parameters={"rope_type": "default", "rope_theta": 90}),
     in_config("layer_norm_eps 1e-6, not 1e-5", layer_norm_eps=1e-6),
+    in_config("layer_norm_eps 1e-4, not 1e-5", layer_norm_eps=1e-4),
     in_config("GELU's tanh approximation", hidden_act="gelu_pytorch_tanh"),
     zeroed("bias of the patch embedding 0", "embeddings.patch_embeddings.bias"),
     zeroed("bias of a norm 0", "layers.0.norm1.bias"),

@@ -120,7 +120,7 @@ def _finding(level: Level) -> str:
             )
             return f"{figures['tensors']} tensors are what {given}"
         case "arithmetic", "failed":
-            return f"{len(figures['different'])} of {figures['tensors']} tensors are other ones"
+            return f"{len(figures['different'])} of {figures['tensors']} tensors differ"
         case "numbers" | "peers" | "published", _ if figures:
             return _differences(figures)
         case "pictures", _ if "compared" in figures:

@@ -610,6 +610,29 @@ def test_what_has_no_name_is_given_none(
         assert "but not as another training and the delta would" in tried["other-backbone"]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", [PANOPTIC, WIDE, GATED, SHAPES])
+def test_a_scaled_patch_embedding_is_not_blamed_on_the_preprocessor(
+    name: str, dtype: torch.dtype, plant: Callable[[str], Planted]
+) -> None:
+    """Another factor would do the same; but it is none that is in use."""
+    planted = plant(name)
+    planted.without_history()
+
+    def scale(state: State, _: str) -> Iterable[str]:
+        key = "embeddings.patch_embeddings.weight"
+        state[key] = state[key] * 0.97
+        state |= {each: tensor.to(dtype) for each, tensor in state.items()}
+        return [key]
+
+    planted.weights(scale)
+    planted.file("config.json", dtype=str(dtype).removeprefix("torch."))
+
+    found = planted.verify()
+
+    assert (found.verdict, found.cause) == ("failed", None)
+
+
 @pytest.mark.parametrize("name", [PANOPTIC, WIDE, SEMANTIC])
 def test_rounding_is_not_blamed_for_what_was_trained_besides(
     name: str, plant: Callable[[str], Planted]

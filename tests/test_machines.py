@@ -524,3 +524,22 @@ def test_what_is_computed_again_in_float64_is_no_easier_to_pass(
 
     assert verdict.verdict == "failed"
     assert verdict.levels[2].figures["tolerance"] == TOLERANCE
+
+
+def test_a_tensor_that_float32_hardly_moves_is_allowed_no_more_for_others(
+    converted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Masks that rounding moves by several tolerances, and a class head that it does not."""
+    model = Path(shutil.copytree(converted("tiny_panoptic_64"), tmp_path / "model"))
+    (model / "conversion.json").unlink()
+    state = load_file(model / "model.safetensors")
+    for name in ("patch_embeddings.bias", "cls_token", "register_tokens"):
+        state[f"embeddings.{name}"] += 200
+    state["query.weight"] += 200
+    state["class_predictor.weight"] *= 0.01
+    save_file(state, model / "model.safetensors", metadata={"format": "pt"})
+    record(model, tmp_path / "recorded", random=1, layers=True)
+    state["class_predictor.bias"] += 3 * TOLERANCE
+    save_file(state, model / "model.safetensors", metadata={"format": "pt"})
+
+    assert verify_numbers(model, tmp_path / "recorded").verdict == "failed"

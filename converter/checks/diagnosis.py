@@ -8,8 +8,7 @@ from converter.checks.by_value import Reference, faults_by_value, wrong_tensors
 from converter.checks.comparison import RIGHT, Tolerance
 from converter.checks.hypotheses import HYPOTHESES, Case, Explanation
 from converter.checks.recorded import Recorded
-from converter.checks.rounding import allowing_for_rounding
-from converter.checks.stages import Network, cut
+from converter.checks.stages import Network, Stage, cut
 from converter.checks.verdict import Cause, Trial
 
 # Faults that are looked for one behind the other.
@@ -53,7 +52,7 @@ def diagnose(
     network: Network,
     recorded: Recorded | None,
     tolerance: Tolerance,
-    rounded_to: str | None,
+    stages: tuple[Stage, ...] | None,
     digests: Mapping[str, str],
     reference: Reference | None,
 ) -> tuple[Cause | None, tuple[Trial, ...]]:
@@ -69,7 +68,7 @@ def diagnose(
         recorded: what it should put out; None where there is no recording, or its numbers are
             right.
         tolerance: how far the numbers may be off.
-        rounded_to: ``bfloat16`` or ``float16``, if the weights may be off by rounding to it.
+        stages: its parts with their tolerances; None for those of float32 weights.
         digests: SHA-256 of its tensors.
         reference: what its tensors should be, where that is known.
 
@@ -78,10 +77,10 @@ def diagnose(
     """
     faults = faults_by_value(network.weights, digests, reference) if reference else {}
     wrong = frozenset(wrong_tensors(network.weights, digests, reference) if reference else ())
-    stages = cut(recorded, network.config) if recorded else ()
-    if rounded_to:
-        types = dict.fromkeys(network.weights, rounded_to)
-        stages = allowing_for_rounding(stages, network, types)
+    if recorded is None:
+        stages = ()
+    elif stages is None:
+        stages = cut(recorded, network.config)
     case = _measured(Case(network, recorded, tolerance, stages, {}, reference, faults, wrong))
     trials = {trial.name: trial for trial in not_tried("The cause was found before.")}
     found: list[_Outcome] = []
@@ -163,7 +162,13 @@ def _try(name: str, explanation: Explanation, case: Case) -> _Outcome:
         replace(left, network=explanation.repaired, stages=explanation.stages or left.stages)
     )
     off = {stage.name for stage in case.failing}
-    right = {s.name for s in left.stages if left.differences[s.name] <= s.right}
+    # a value fitted to noise makes a stage a little better, too
+    right = {
+        s.name
+        for s in left.stages
+        if left.differences[s.name] <= s.right
+        and (left.differences[s.name] <= case.differences[s.name] / 2 or explanation.stages)
+    }
     broken = [stage for stage in left.failing if stage.name not in off]
     return _Outcome(
         name,
@@ -207,7 +212,7 @@ def _residual(network: Network, recorded: Recorded, tolerance: Tolerance) -> tup
         theirs = recorded.tensors.get(name)
         if theirs is not None:
             difference = float((output[: len(theirs)] - theirs).abs().max())
-            largest = max(largest, difference)
+            largest = max(largest, difference if math.isfinite(difference) else math.inf)
             right = right and difference <= RIGHT * tolerance.of(theirs)
     return largest, right
 
@@ -230,7 +235,7 @@ def _cause(found: list[_Outcome], case: Case) -> Cause:
             "wrong, only the sources can show"
         )
     elif residual is None and explanation.repaired:
-        sentence += " makes the tensors what they should be"
+        sentence += " makes all tensors what the sources give"
     elif case.recorded and residual is not None:
         before, _ = _residual(case.network, case.recorded, case.tolerance)
         does = "reproduces the recording" if first.complete else "explains a part"

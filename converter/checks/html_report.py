@@ -327,11 +327,11 @@ def _charts(verdict: Verdict, recorded: Recorded | None) -> Iterator[Chart]:
         if level.level not in ("numbers", "peers") or not level.figures.get("compared"):
             continue
         figures = level.figures
-        beside = "what was recorded"
+        beside = "what was recorded" + (", before rounding" if figures.get("unrounded") else "")
         if level.level == "peers":
             beside = f"{figures['peer']} {figures['version']}"
         tolerance = Tolerance(figures["tolerance"], figures["relative_tolerance"])
-        theirs = recorded.tensors if recorded else {}
+        theirs, widened = recorded.tensors if recorded else {}, figures.get("widened", {})
         points = (
             Point(
                 name=name,
@@ -339,7 +339,8 @@ def _charts(verdict: Verdict, recorded: Recorded | None) -> Iterator[Chart]:
                 mean_abs=compared["mean_abs"],
                 relative=compared["relative"],
                 cosine=compared["cosine"],
-                tolerance=tolerance.of(theirs[name]) if name in theirs else tolerance.absolute,
+                tolerance=widened.get(name, 1.0)
+                * (tolerance.of(theirs[name]) if name in theirs else tolerance.absolute),
             )
             for name, compared in figures["compared"].items()
         )
@@ -554,12 +555,13 @@ def _figures(level: Level) -> list[tuple[str, str]]:
         "tolerance": ("tolerance", "{:g}".format),
         "relative_tolerance": ("or, of the range", "{:g}".format),
         "rounded_to": ("weights rounded to", str),
-        "rounding_excess": ("beside what rounding does, at most", "{:.1f} times".format),
+        "rounding_excess": ("largest error, of what rounding makes", "{:.2f} times".format),
         "best_class": ("same best class", _share),
         "mask_iou": ("mask IoU", "{:.4f}".format),
         "same_segment": ("pixels in the same segment", _share),
         "equal_pixels": ("pixels with the recorded result", _share),
         "least_equal_pixels": ("at least", _share),
+        "rounded_equal_pixels": ("with rounded weights", _share),
         "recorded_sha256": ("SHA-256 of the recording", str),
     }
     shown = [

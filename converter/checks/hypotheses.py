@@ -29,7 +29,11 @@ from converter.checks.provenance import Provenance
 from converter.checks.recorded import Recorded
 from converter.checks.rounding import EXCESS, RIGHT_EXCESS, allowing_for_rounding
 from converter.checks.stages import PATCH_WEIGHT, Network, Stage, first_block
+from converter.configs import IMAGE_MEAN, IMAGE_STD
 from reference_model.activations import ACTIVATIONS, Activation
+
+# That pixels are rescaled by, in DINOv3's preprocessor_config.json and everywhere else.
+_FACTOR = 1 / 255
 
 # What is off by less than this share of what rounding does is not off by rounding.
 _LEAST_ROUNDING = 1 / 3
@@ -159,7 +163,10 @@ def image_normalisation(case: Case) -> Proposal:
     stage = next((s for s in case.failing if s.modules == ("embeddings",)), None)
     if stage is None:
         return _NOTHING_FAILS
-    network, current = case.network, case.network.normalisation
+    network, usual = case.network, Normalisation(_FACTOR, IMAGE_MEAN, IMAGE_STD)
+    if stage.mean_square and network.normalisation == usual:
+        # within the errors of rounded weights other values do nearly the same
+        return "The normalisation is DINOv3's own."
     weight = network.weights[PATCH_WEIGHT].double()
     bias = network.weights["embeddings.patch_embeddings.bias"].double()
     patches = stage.end[:, network.config.num_prefix_tokens :].double()
@@ -177,36 +184,30 @@ def image_normalisation(case: Case) -> Proposal:
     gains, offsets = torch.linalg.lstsq(matrix, target[:, None]).solution.flatten().chunk(2)
     if bool((gains <= 0).any()):
         return "No normalisation comes near the recorded patch embeddings."
-    fitted = _as_normalisation(gains, offsets, current)
-    candidates = [fitted]
-    for digits in (4, 3, 2):
-        mean, std = (
-            tuple(round(value, digits) for value in values) for values in (fitted.mean, fitted.std)
+    # any factor is as good as this one, with another mean and deviation; only round ones are in use
+    std = _FACTOR / gains
+    mean = offsets * std
+    candidates = [
+        Normalisation(
+            _FACTOR,
+            tuple(round(value, digits) for value in mean.tolist()),
+            tuple(round(value, digits) for value in std.tolist()),
         )
-        scales = (fitted.scale, current.scale, 1 / 255)  # the likeliest last
-        candidates += [Normalisation(scale, mean, std) for scale in scales]
-    offs = {each: stage.difference(network.with_normalisation(each)) for each in candidates}
-    # the roundest of those that are right, for fitted values have errors
-    right = [each for each, off in offs.items() if off <= stage.right]
-    found = right[-1] if right else min(offs, key=lambda each: offs[each])
+        for digits in (2, 3)
+    ]
+    found = next(
+        (each for each in candidates if stage.is_right(network.with_normalisation(each))), None
+    )
+    if found is None:
+        return (
+            "No mean and standard deviation of up to three digits give the recorded patch "
+            "embeddings."
+        )
     action = (
         f"normalising with the factor {found.scale:.4g}, mean {_listed(found.mean)} and standard "
         f"deviation {_listed(found.std)}"
     )
     return Explanation((), action, network.with_normalisation(found))
-
-
-def _as_normalisation(gains: Tensor, offsets: Tensor, current: Normalisation) -> Normalisation:
-    """The normalisation of scale / std and mean / std, as near as can be to the current one.
-
-    They tell scale and std apart only if one of the two is taken to be right.
-    """
-    ratios = gains * torch.tensor(current.std, dtype=torch.float64)
-    scale = current.scale
-    if float(ratios.std()) < 1e-3 * float(ratios.mean()) or not 0 < scale < math.inf:
-        scale = float(ratios.mean())
-    std = scale / gains
-    return Normalisation(scale, tuple((offsets * std).tolist()), tuple(std.tolist()))
 
 
 def _listed(values: Iterable[float]) -> str:
@@ -587,7 +588,9 @@ def _distance(network: Network, provenance: Provenance, names: Iterable[str]) ->
 
 
 def tensor_replaced(case: Case) -> Proposal:
-    if proven := _by_value(case, "tensor-replaced", "what these tensors should hold"):
+    if proven := _by_value(
+        case, "tensor-replaced", "giving these tensors the values they should hold"
+    ):
         return proven
     names = tuple(case.faults.get("tensor-replaced", ()))
     if case.reference is None:

@@ -1,7 +1,7 @@
 """The reference model run on a recorded input, beside what was recorded."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -77,21 +77,50 @@ def check_numbers(
         return _no_numbers(f"it has {recorded.pixels.shape[1]} channels")
     inputs = normalisation(recorded.pixels)
     theirs = _comparable(recorded, bare=backbone is not None)
-
-    def compute() -> dict[str, Tensor]:
-        outputs = run(model, inputs)
-        outputs |= _masked_as_recorded(model, inputs, recorded, outputs["mask_logits"].shape)
-        if backbone and _BARE in theirs:
-            with torch.inference_mode():
-                tokens = backbone(inputs[: len(theirs[_BARE])].to(model.device))
-            outputs[_BARE] = tokens.cpu()
-        return outputs
-
     modules = [model, *([backbone] if backbone else [])]
     try:
-        found = compare_outputs(compute, modules, theirs, tolerance)
+        found = compare_outputs(
+            lambda: compute_outputs(model, inputs, recorded, backbone), modules, theirs, tolerance
+        )
     except ValueError as error:
         return _no_numbers(str(error))
+    return _judge(found, recorded, tolerance)
+
+
+def judge_again(numbers: Numbers, recorded: Recorded, tolerance: Tolerance) -> Numbers:
+    """The same outputs held against the same recording, with another tolerance."""
+    theirs = {name: recorded.tensors[name] for name in numbers.compared}
+    compared = _compare(numbers.outputs, theirs, tolerance)
+    return _judge(Compared(dict(numbers.outputs), compared), recorded, tolerance)
+
+
+def compute_outputs(
+    model: EomtDinov3ForUniversalSegmentation,
+    inputs: Tensor,
+    recorded: Recorded,
+    backbone: Dinov3Backbone | None = None,
+) -> dict[str, Tensor]:
+    """All that a recording has of a model's outputs, by the names of recorded tensors, on the CPU.
+
+    Args:
+        model: on any device.
+        inputs: (batch, channels, height, width), rescaled and normalised.
+        recorded: whose masks each block is masked by, if it has any.
+        backbone: the bare backbone, on the same device; None to leave its output out.
+
+    Raises:
+        ValueError: height or width is not a multiple of the patch size.
+    """
+    outputs = run(model, inputs)
+    outputs |= _masked_as_recorded(model, inputs, recorded, outputs["mask_logits"].shape)
+    bare = recorded.tensors.get(_BARE)
+    if backbone and bare is not None:
+        with torch.inference_mode():
+            outputs[_BARE] = backbone(inputs[: len(bare)].to(model.device)).cpu()
+    return outputs
+
+
+def _judge(found: "Compared", recorded: Recorded, tolerance: Tolerance) -> Numbers:
     agreed = agreement(found.outputs, recorded.tensors)
     # another shape says more than another number
     by_shape = sorted(found.compared.values(), key=lambda comparison: comparison.same_shape)
@@ -99,8 +128,9 @@ def check_numbers(
     failures += disagreement(agreed, recorded.tensors["class_logits"][..., 0].numel(), tolerance)
     figures = {
         "recorded_sha256": recorded.sha256,
-        "tolerance": found.tolerance.absolute,
-        "relative_tolerance": found.tolerance.relative,
+        "tolerance": tolerance.absolute,
+        "relative_tolerance": tolerance.relative,
+        "widened": dict(found.widened),
         "max_abs": largest_difference(found.compared),
         **agreed,
         "compared": {name: comparison.to_dict() for name, comparison in found.compared.items()},
@@ -145,13 +175,13 @@ class Compared:
     Attributes:
         outputs: in float32.
         compared: every recorded tensor beside the one that was computed, in the network's order.
-        tolerance: that they were held against.
+        widened: how many times the tolerance a tensor was allowed, where it is more than once.
         note: in a sentence, how they were computed, if not in float32.
     """
 
     outputs: dict[str, Tensor]
     compared: dict[str, Comparison]
-    tolerance: Tolerance
+    widened: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
 
 
@@ -165,7 +195,7 @@ def compare_outputs(
 
     Some networks magnify the rounding of float32 beyond any fixed tolerance, and how far depends on
     the machine. So where float32's outputs nearly agree, those in float64 are compared, which are
-    the same everywhere. What float32 was seen to do to the network, the recording may have as well,
+    the same everywhere. What float32 was seen to do to a tensor, the recording may have as well,
     within bounds.
 
     Args:
@@ -178,25 +208,31 @@ def compare_outputs(
         ValueError: height or width of the input is not a multiple of the patch size.
     """
     outputs = compute()
-    found = Compared(outputs, _compare(outputs, recorded, tolerance), tolerance)
+    found = Compared(outputs, _compare(outputs, recorded, tolerance))
     failed = {name: c.max_abs for name, c in found.compared.items() if c.failure}
     near = all(largest <= _NEAR * tolerance.of(recorded[n]) for n, largest in failed.items())
     if not failed or not near or tolerance.relative > FLOAT32.relative or not _has_float64(modules):
         return found
-    exact = _in_float64(compute, modules)
-    error = max(
-        float((outputs[name].double() - exact[name]).abs().max()) / tolerance.of(theirs)
+    try:
+        exact = _in_float64(compute, modules)
+    except torch.cuda.OutOfMemoryError:
+        return found
+    errors = {
+        name: float(
+            (outputs[name][: len(theirs)].double() - exact[name][: len(theirs)]).abs().max()
+        )
+        / tolerance.of(theirs)
         for name, theirs in recorded.items()
-    )
-    widened = tolerance.widened(min(max(1.0, _OWN_ERRORS * error), _WIDEST))
-    compared = _compare(exact, recorded, widened)
+    }
+    factors = {n: min(max(1.0, _OWN_ERRORS * e), _WIDEST) for n, e in errors.items()}
+    compared = _compare(exact, recorded, tolerance, factors)
     if any(comparison.failure for comparison in compared.values()):
         return found
     note = (
         "Computed in float64: float32 alone moves outputs of this network by up to "
-        f"{error:.2g} of the tolerance."
+        f"{max(errors.values()):.2g} of the tolerance."
     )
-    return Compared(outputs, compared, widened, note)
+    return Compared(outputs, compared, {n: f for n, f in factors.items() if f > 1}, note)
 
 
 def _has_float64(modules: Sequence[nn.Module]) -> bool:
@@ -217,8 +253,19 @@ def _in_float64(
 
 
 def _compare(
-    outputs: Mapping[str, Tensor], recorded: Mapping[str, Tensor], tolerance: Tolerance
+    outputs: Mapping[str, Tensor],
+    recorded: Mapping[str, Tensor],
+    tolerance: Tolerance,
+    factors: Mapping[str, float] | None = None,
 ) -> dict[str, Comparison]:
+    """Compares every recorded tensor with the one computed, in the network's order.
+
+    Args:
+        outputs: what was computed.
+        recorded: what was recorded.
+        tolerance: how far apart they may be.
+        factors: how many times that, by name; by default once.
+    """
     names = [name for name in outputs if name in recorded]
     # a recording may have more layers than the model: that is a difference too
     names += [name for name in recorded if name not in names]
@@ -228,7 +275,7 @@ def _compare(
             name,
             outputs.get(name, torch.empty(0))[: len(recorded[name])],
             recorded[name],
-            tolerance,
+            tolerance.widened((factors or {}).get(name, 1.0)),
         )
         for name in names
     }
@@ -328,6 +375,7 @@ def _layer_of(name: str, config: EomtDinov3Config) -> str:
         "class_logits": "class_predictor",
         "mask_logits": "mask_head",
         _BARE: "backbone",
+        "rope": "rope_embeddings",
     }[name]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from converter.catalog import Task
-from converter.checks.comparison import Tolerance, equal_results, largest_difference
+from converter.checks.comparison import ROUNDED, Tolerance, equal_results, largest_difference
 from converter.checks.numbers import LOGITS, compare_outputs
 from converter.checks.pipeline import Inputs, compute_logits, prepare, segment
 from converter.checks.recorded import Recorded, RecordedPictures, read_pictures
@@ -43,6 +43,8 @@ def check_pictures(
     tolerance: Tolerance,
     *,
     size_is_meant: bool,
+    rounded: EomtDinov3ForUniversalSegmentation | None = None,
+    rounded_to: str | None = None,
 ) -> Level:
     """Takes the recorded pictures through the processor, the network and the post-processing.
 
@@ -53,6 +55,9 @@ def check_pictures(
         recorded: what to hold it against.
         tolerance: how far apart logits, and how many pixels of the results, may be.
         size_is_meant: whether the model is known to be meant for the size in its configuration.
+        rounded: where ``model`` has the sums that weights were rounded from, the one with these
+            weights, whose results are looked at too.
+        rounded_to: ``bfloat16`` or ``float16``, the type of these weights.
 
     Raises:
         UnreadableFileError: the pictures of the recording are not those that it was made from.
@@ -66,6 +71,7 @@ def check_pictures(
     if size_is_meant and size != recorded_size:
         reason = "The pictures were recorded at {}x{} pixels, the model is for {}x{}."
         return Level("pictures", "not checked", reason.format(*recorded_size, *size))
+    notes: list[str] = []
     problems, unchecked, stuff = _check_labels(model.config, folder, task, pictures)
     figures: dict[str, Any] = {}
     inputs = _prepare(folder, {}, pictures)
@@ -74,6 +80,16 @@ def check_pictures(
     else:
         found, figures = _check_outputs(model, folder, inputs, pictures, tolerance, stuff)
         problems += found
+        if rounded and rounded_to and "results" in figures:
+            logits = compute_logits(rounded, inputs)
+            shares = _equal_results(folder, logits, inputs, pictures, stuff)
+            least = ROUNDED[rounded_to].equal_pixels
+            problems += _differing_results(shares, least, f" with weights in {rounded_to}")
+            figures["rounded_equal_pixels"] = min(shares.values())
+            notes.append(
+                f"With weights in {rounded_to} results are equal in "
+                f"{figures['rounded_equal_pixels']:.1%} of the pixels (at least {least:.1%})."
+            )
         unchecked += _unchecked_results(pictures, figures.get("results", {}))
     figures |= {
         "pictures": len(pictures.images),
@@ -83,7 +99,7 @@ def check_pictures(
     }
     if problems:
         return Level("pictures", "failed", " ".join(problems), figures)
-    notes = [f"Not checked: {'; '.join(unchecked)}."] if unchecked else []
+    notes += [f"Not checked: {'; '.join(unchecked)}."] if unchecked else []
     notes.append(f"Not shown by any recording: {'; '.join(NOT_SHOWN)}.")
     return Level("pictures", "passed", " ".join(notes), figures)
 
@@ -239,31 +255,31 @@ def _check_outputs(
     logits, compared = found.outputs, found.compared
     problems = [comparison.failure for comparison in compared.values() if comparison.failure]
     figures: dict[str, Any] = {
-        "tolerance": found.tolerance.absolute,
-        "relative_tolerance": found.tolerance.relative,
+        "tolerance": tolerance.absolute,
+        "relative_tolerance": tolerance.relative,
+        "widened": dict(found.widened),
         "max_abs": largest_difference(compared),
         "compared": {name: comparison.to_dict() for name, comparison in compared.items()},
     }
     if not all(comparison.same_shape for comparison in compared.values()):
         return problems, figures
-    # Which queries become segments is decided at a threshold, to either side of which a right
-    # model's rounding may fall: on class logits as recorded, now that the model's own are compared.
-    decided = logits | {"pipeline.class_logits": pictures.tensors["pipeline.class_logits"]}
-    results = _equal_results(folder, decided, inputs, pictures, stuff)
+    results = _equal_results(folder, logits, inputs, pictures, stuff)
     if results:
-        least = min(results, key=lambda name: results[name])
+        problems += _differing_results(results, tolerance.equal_pixels)
         figures |= {
             "results": results,
-            "equal_pixels": results[least],
+            "equal_pixels": min(results.values()),
             "least_equal_pixels": tolerance.equal_pixels,
         }
-        if results[least] < tolerance.equal_pixels:
-            what = "" if least.endswith("_areas") else "the pixels of "
-            problems.append(
-                f"{results[least]:.2%} of {what}{least} are as recorded, less than "
-                f"{tolerance.equal_pixels:.1%}."
-            )
     return problems, figures
+
+
+def _differing_results(shares: Mapping[str, float], least: float, how: str = "") -> Iterator[str]:
+    """The result that is least as recorded, in a sentence, if that is less than it must be."""
+    worst = min(shares, key=lambda name: shares[name])
+    if shares[worst] < least:
+        what = "" if worst.endswith("_areas") else "the pixels of "
+        yield f"{shares[worst]:.2%} of {what}{worst} are as recorded{how}, less than {least:.1%}."
 
 
 def _equal_results(
@@ -276,6 +292,9 @@ def _equal_results(
     """The share of every recorded result that comes out again, by the result's name."""
     if pictures.task is None:
         return {}
+    # Which queries become segments is decided at a threshold, to either side of which a right
+    # model's rounding may fall: on class logits as recorded; the model's own are compared before.
+    logits = {**logits, "pipeline.class_logits": pictures.tensors["pipeline.class_logits"]}
     areas = (t for name, t in pictures.tensors.items() if name.endswith(".instance_areas"))
     found = segment(
         EomtImageProcessor.from_pretrained(folder),

@@ -46,12 +46,15 @@ class Origin:
             rested on nothing, or nothing tells.
         model: SHA-256 of the recorded model's tensors and configuration files, by name; empty where
             nothing tells.
+        rounded: whether the recorded model's weights had been rounded to 16 bits, so that what was
+            recorded of it is as exact as of any other.
     """
 
     recorded_by: Literal["original", "reference", "unknown"] = "unknown"
     known: bool = False
     basis: Basis | None = None
     model: Mapping[str, str] = field(default_factory=dict)
+    rounded: bool = False
 
     def figures(self, model: Mapping[str, str]) -> dict[str, Any]:
         """What a verdict rests on for which a model was held against these outputs.
@@ -307,12 +310,14 @@ def _read_origin(file: Path, sha256: str) -> Origin:
         if entry["name"] in CONFIGS
     }
     basis = model.get("basis")
+    dtypes = model.get("dtypes")
     return Origin(
         "original"
         if implementation == ORIGINAL
         else ("reference" if "reference model" in implementation else "unknown"),
         basis=next((known for known in BASES if known == basis), None),
         model={**_member(model, "tensors"), **digests} if len(digests) == len(CONFIGS) else {},
+        rounded=isinstance(dtypes, list) and ("BF16" in dtypes or "F16" in dtypes),
     )
 
 

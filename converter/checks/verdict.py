@@ -24,6 +24,9 @@ BASES: tuple[Basis, ...] = ("original", "published", "reference")
 # a larger share of the range is only allowed to weights that were rounded
 _OF_FLOAT32 = 1e-4
 
+# what weights may have been rounded to; the last, where a conversion.json does not say more
+_ROUNDED = ("bfloat16", "float16", "16 bits")
+
 # figures that are the same wherever and whenever they are taken
 _KEPT = (
     "tensors",
@@ -290,11 +293,18 @@ def read_record(content: Mapping[str, Any], known_recordings: Collection[str]) -
             raise ValueError(f"there is no level {entry['level']!r} that is {entry['status']!r}")
         if any(not isinstance(value, str | int | float) for value in figures.values()):
             raise ValueError(f"the figures of {entry['level']} are not those of a level")
+        if figures.get("rounded_to", _ROUNDED[0]) not in _ROUNDED:
+            raise ValueError("weights are rounded to bfloat16 or float16")
+        if figures.get("unrounded", True) is not True or (
+            "unrounded" in figures and "rounded_to" not in figures
+        ):
+            raise ValueError("only of weights that were rounded there are sums")
         if entry["level"] == "numbers" and "basis" not in content:
             known = figures.get("recorded_sha256") in known_recordings
             figures |= {"known_recording": known, "basis": "original" if known else "reference"}
             figures["recorded_by"] = "original" if known else "unknown"
-        if entry["level"] == "numbers" and figures.get("relative_tolerance", 0) > _OF_FLOAT32:
+        share = figures.get("relative_tolerance", 0)
+        if entry["level"] == "numbers" and (isinstance(share, str) or share > _OF_FLOAT32):
             figures.setdefault("rounded_to", "16 bits")  # which 0.1 did not keep
         if figures.get("basis", "original") not in BASES:
             raise ValueError(f"there is no basis {figures['basis']!r}")

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from converter.checks.comparison import Tolerance
     from converter.checks.numbers import Numbers
+    from converter.checks.stages import Stage
     from converter.weights.tensorfiles import Array
     from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 
@@ -319,7 +320,6 @@ class _Model:
         nonfinite: names of those that hold NaN or infinity.
         misfits: in sentences, why no model can be built of them.
         drawn: in a sentence, why its outputs are random; empty if they are not.
-        dtype: of its weights, by safetensors' name.
     """
 
     folder: Path
@@ -332,7 +332,21 @@ class _Model:
     nonfinite: tuple[str, ...]
     misfits: tuple[str, ...]
     drawn: str
-    dtype: str
+
+    @property
+    def rounded(self) -> dict[str, str]:
+        """The type of every tensor that was rounded, ``bfloat16`` or ``float16``."""
+        return {
+            name: ROUNDED_DTYPES[info.dtype]
+            for name, info in self.tensors.items()
+            if info.dtype in ROUNDED_DTYPES
+        }
+
+    @property
+    def rounded_to(self) -> str | None:
+        """The coarsest of these types; None if nothing was rounded."""
+        types = set(self.rounded.values())
+        return "bfloat16" if "bfloat16" in types else next(iter(types), None)
 
 
 def _read_model(folder: Path, *, keep: bool) -> _Model:
@@ -376,7 +390,6 @@ def _read_model(folder: Path, *, keep: bool) -> _Model:
         tuple(nonfinite),
         tuple(_misfits(tensors, shapes)),
         drawn,
-        _dtype_of(values, tensors),
     )
 
 
@@ -466,6 +479,8 @@ def _check_structure(found: _Model, evidence: Evidence, options: Options) -> Lev
 def _disagreements(found: _Model, evidence: Evidence) -> Iterator[str]:
     """Where the model's files contradict each other, or the backbone's config.json."""
     declared = _dtype_in(found.values)
+    if declared not in (*DTYPES, "None"):
+        yield f"dtype in config.json is {declared!r}, expected one of {', '.join(DTYPES)}."
     for name, info in found.tensors.items():
         if DTYPES.get(declared, info.dtype) != info.dtype:
             yield f"{name} is {info.dtype}, config.json says {declared}."
@@ -586,14 +601,16 @@ class _Judged:
         model: with its own weights or, where their rounding is proven, with the sums before it.
         weights: of that model.
         tolerance: that it was held against.
-        rounded_to: ``bfloat16`` or ``float16``, where rounding is allowed for; else None.
+        stages: the network's, where they have tolerances for rounding.
+        rounded: the model with its own weights, where the other is of sums.
     """
 
     numbers: "Numbers"
     model: "EomtDinov3ForUniversalSegmentation"
     weights: "Mapping[str, Tensor]"
     tolerance: "Tolerance"
-    rounded_to: str | None = None
+    stages: "tuple[Stage, ...] | None" = None
+    rounded: "EomtDinov3ForUniversalSegmentation | None" = None
 
 
 def _check_numbers(
@@ -605,8 +622,12 @@ def _check_numbers(
 ) -> _Judged:
     from converter.checks.comparison import FLOAT32, ROUNDED
     from converter.checks.numbers import Numbers, bare_backbone, check_numbers
-    from converter.checks.rounding import check_rounded, with_cost_of_rounding
-    from converter.checks.stages import Network, Skeleton
+    from converter.checks.rounding import (
+        allowing_for_rounding,
+        check_rounded,
+        with_cost_of_rounding,
+    )
+    from converter.checks.stages import Network, Skeleton, cut
 
     if recorded is None:
         nothing = Numbers(Level("numbers", "not checked", NOTHING_RECORDED), {}, {})
@@ -617,18 +638,23 @@ def _check_numbers(
     normalisation = found.normalisation
     numbers = check_numbers(model, normalisation, recorded, FLOAT32, backbone)
     judged = _Judged(numbers, model, found.weights, FLOAT32)
-    rounded = ROUNDED_DTYPES.get(found.dtype)
-    # what was recorded of these very weights they give as exactly as any others
-    if rounded and numbers.comparable and numbers.level.status == "failed":
+    rounded = found.rounded_to
+    if rounded and not numbers.comparable:
+        judged = replace(judged, tolerance=ROUNDED[rounded])
+    elif rounded and numbers.level.status == "failed" and not recorded.origin.rounded:
         if sums := _sums(found, evidence, arithmetic):
             exact = _build(found.config, sums, model.device)
             of_sums = check_numbers(exact, normalisation, recorded, FLOAT32, backbone)
             told = with_cost_of_rounding(of_sums, numbers, recorded, rounded)
-            judged = _Judged(told, exact, sums, FLOAT32)
+            judged = _Judged(told, exact, sums, FLOAT32, rounded=model)
         else:
             network = Network(Skeleton(found.config), found.weights, normalisation)
-            told = check_rounded(model, network, recorded, rounded, backbone)
-            judged = _Judged(told, model, found.weights, ROUNDED[rounded], rounded)
+            stages = allowing_for_rounding(cut(recorded, found.config), network, found.rounded)
+            told = check_rounded(model, numbers, network, stages, recorded, found.rounded, rounded)
+            if told.level.status == "passed" and not isinstance(evidence.sources, Provenance):
+                reason = f"{told.level.reason} With --delta and --backbone it would show."
+                told = replace(told, level=replace(told.level, reason=reason))
+            judged = _Judged(told, model, found.weights, ROUNDED[rounded], stages)
     configs = {name: sha256(found.folder / name) for name in CONFIGS}
     rests_on = recorded.origin.figures({**found.digests, **configs})
     level = judged.numbers.level
@@ -666,6 +692,8 @@ def _check_pictures(
         evidence.task,
         recorded,
         judged.tolerance,
+        rounded=judged.rounded,
+        rounded_to=found.rounded_to,
         size_is_meant=evidence.size_is_meant,
     )
 
@@ -697,7 +725,7 @@ def _check_published(
     slices = PUBLISHED.get(evidence.published.name) if evidence.published else None
     if slices is None:
         return Level("published", "not checked", NOTHING_RECORDED)
-    if found.dtype in ROUNDED_DTYPES:
+    if found.rounded_to:
         sums = _sums(found, evidence, levels["arithmetic"])
         if sums is None:
             reason = "The published outputs are of float32 weights, these were rounded."
@@ -738,7 +766,7 @@ def _with_diagnosis(
         Network(Skeleton(found.config), weights, found.normalisation),
         recorded if "numbers" in failed else None,
         judged.tolerance if judged else FLOAT32,
-        judged.rounded_to if judged else None,
+        judged.stages if judged else None,
         found.digests,
         Reference(digests, provenance) if digests else None,
     )
