@@ -54,7 +54,7 @@ class Tolerance:
 FLOAT32 = Tolerance()
 
 # Rounding to bfloat16 and float16 moves outputs by up to 1.6% and 0.2% of their range; it changes
-# 1.7% and 0.24% of a result's pixels, 4.5% and 1.2% of the best classes, and leaves masks an IoU of
+# 1.7% and 0.24% of a result's pixels, 4.5% and 0.5% of the best classes, and leaves masks an IoU of
 # 0.981 and 0.996 (benchmarks/tolerances.py). The room is for smaller pictures and fewer queries, of
 # which one counts for more.
 ROUNDED = {

@@ -20,11 +20,10 @@ from converter.checks.recorded import Recorded
 from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 from reference_model.backbone import Layer, RotaryEmbedding
 
-# Largest difference of a right stage as a share of the largest recorded value, and what rounding
-# was seen to leave of it (benchmarks/tolerances.py).
+# Largest difference of a right stage as a share of the largest recorded value. 1.1e-6 was seen
+# (benchmarks/tolerances.py): the second is that and a little room.
 STAGE_TOLERANCE = 5e-6
 STAGE_RIGHT = 1.5e-6
-
 
 PATCH_WEIGHT = "embeddings.patch_embeddings.weight"
 
