@@ -1,5 +1,6 @@
 """The whole job: from the name of a checkpoint to a verified folder that transformers loads."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -50,6 +51,11 @@ _SMALL_FILES = 1 << 20
 
 # what was found, as a page; it has measured figures, which differ a little from machine to machine
 REPORT = "verdict.html"
+
+# what was done, for machines
+HISTORY = "conversion.json"
+
+TOOL = "eomt-convert"
 
 # what a file that arrived damaged may end in
 _SIGNS_OF_DAMAGE = (UnreadableFileError, PlanError, MismatchError)
@@ -172,7 +178,8 @@ def convert(
             ``<output>.unverified``.
         report: an HTML file to write that shows what was found, as the output's verdict.html does.
         allow_nonfinite: whether weights may be NaN or infinite.
-        force: whether an output that exists is replaced.
+        force: whether an output that exists is replaced: the files that its conversion.json names,
+            and nothing else.
         exist_ok: whether an output is replaced that the same command has made before.
         dry_run: whether to stop at the plan; no weights are read then.
         token: for the Hub, as everywhere in huggingface_hub; by default HF_TOKEN or the login.
@@ -218,9 +225,11 @@ def convert(
     place = _place(job, output)
     rejected = place.with_name(f"{place.name}.unverified")
     if not dry_run:
-        check_place(place, force=force or (exist_ok and _made_by(job, place)))
+        check_place(place, force=True, made=made_files)  # puts back first what a killed run left
+        force_here = force or (exist_ok and _made_by(job, place))
+        check_place(place, force=force_here, made=made_files)
         if keep_unverified:
-            check_place(rejected, force=force)
+            check_place(rejected, force=force, made=made_files)
 
     access = access or Access.of(token, cache_dir, local_files_only)
     if dry_run:
@@ -229,7 +238,14 @@ def convert(
     def carry_out() -> Conversion:
         kept = rejected if keep_unverified else None
         return _carry_out(
-            job, access, place, kept, progress, report=_path(report), required=require_verified
+            job,
+            access,
+            place,
+            kept,
+            progress,
+            force=force_here,
+            report=_path(report),
+            required=require_verified,
         )
 
     try:
@@ -263,6 +279,7 @@ def _carry_out(
     rejected: Path | None,
     progress: Progress,
     *,
+    force: bool,
     report: Path | None,
     required: bool,
 ) -> Conversion:
@@ -276,7 +293,7 @@ def _carry_out(
             pair += (check_outputs(inputs.files, plan, job.image, access),)
             _refuse_mismatch(pair, allow_mismatch=job.allow_mismatch)
         size = sharding_of(plan, job.max_shard_size).size + _SMALL_FILES
-        with staged(place, size=size) as stage:
+        with staged(place, size=size, force=force, made=made_files) as stage:
             merged = _merge(job, plan, inputs, stage, progress)
             pair += _check_digests(inputs, merged)
             _write_configs(job, inputs, plan, classes, stage.folder)
@@ -311,10 +328,13 @@ def _carry_out(
                 write_page([*pages, *asked_for], title, stage.folder, findings)
             files = {**files, **_digests(pages)}
             if verdict.verdict != "failed":
-                stage.publish(place)
+                stage.publish()
                 return Conversion(job, inputs, plan, pair, place, files, verdict)
             if rejected:
-                stage.publish(rejected)
+                with staged(rejected, size=0, force=force, made=made_files) as kept:
+                    kept.folder.rmdir()
+                    shutil.move(stage.folder, kept.folder)
+                    kept.publish()
             raise OutputsDifferError(
                 f"The converted model is not right: {verdict.reason}",
                 f"It was kept as {rejected}, to look at."
@@ -384,11 +404,23 @@ def _place(job: Job, output: str | Path | None) -> Path:
     return Path(name).expanduser().resolve()
 
 
+def made_files(folder: Path) -> set[str]:
+    """Names of the files in a folder that a conversion has written, by its conversion.json."""
+    try:
+        history = read_json_object(folder / HISTORY)
+    except UnreadableFileError:
+        return set()
+    tool, files = history.get("tool"), history.get("files")
+    if not (isinstance(tool, dict) and tool.get("name") == TOOL and isinstance(files, dict)):
+        return set()
+    return {HISTORY, REPORT, *(name for name in files if name == Path(name).name)}
+
+
 def _made_by(job: Job, place: Path) -> bool:
     """Whether an output is what this very job has made, and nobody has changed since."""
-    if not (place / "conversion.json").is_file():
+    if not (place / HISTORY).is_file():
         return False
-    history = read_json_object(place / "conversion.json")
+    history = read_json_object(place / HISTORY)
     files = history.get("files")
     configs = [path for path in map(place.joinpath, CONFIGS) if path.is_file()]
     return (
@@ -516,7 +548,7 @@ def _write_history(
     configs = [folder / name for name in CONFIGS]
     files = dict(sorted({**merged.files, **_digests(configs)}.items()))
     history = {
-        "tool": {"name": "eomt-convert", "version": __version__},
+        "tool": {"name": TOOL, "version": __version__},
         "command": job.command(),
         "checkpoint": job.checkpoint.name if job.checkpoint else None,
         "task": job.task,
@@ -549,8 +581,8 @@ def _write_history(
         "pair": [check.to_dict() for check in pair],
         "verdict": verdict.record(),
     }
-    write_json(folder / "conversion.json", history)
-    return dict(sorted({**files, **_digests([folder / "conversion.json"])}.items()))
+    write_json(folder / HISTORY, history)
+    return dict(sorted({**files, **_digests([folder / HISTORY])}.items()))
 
 
 def _digests(paths: list[Path]) -> Digests:

@@ -140,3 +140,16 @@ def sync(folder: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_tree(folder: Path) -> None:
+    """Has the files in a folder, and in those in it, written to the disk, and their names.
+
+    Raises:
+        OSError: the disk is full or broken.
+    """
+    for inner, _, names in os.walk(folder):
+        for name in names:
+            with open_regular(Path(inner, name)) as file:
+                os.fsync(file.fileno())
+        sync(Path(inner))

@@ -1,18 +1,50 @@
-"""All or nothing: an output is made beside its place and renamed into it when it is finished."""
+"""All or nothing: an output is made in a stage, and takes its place when it is finished.
+
+A stage is a new folder ``.NAME.eomt-convert-RANDOM`` beside the output, or in it where the output
+is a mount point or its parent cannot be written. It holds:
+
+- ``stage.json``: that it is a stage, of which output, and the number of the folder on its disk,
+  which tells it from folders that came in an archive or a repository;
+- ``lock``: which a living run has;
+- ``output``: what is being made, for as long as it is not published;
+- ``replaced``: the output that was there before, or the files in it;
+- ``moved.json``: files that go to an output file by file, and their numbers on the disk.
+
+So a stage that a run has left behind when it was killed tells what has to be undone.
+"""
 
 import errno
-import fcntl
+import json
 import os
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
+from tempfile import mkdtemp
+from typing import Any
 
-from converter.errors import OutputError
+from filelock import FileLock, Timeout
 
-# what an output folder has; --force replaces no other folder
-_MARKS = ("conversion.json", "config.json")
+from converter.errors import OutputError, UnreadableFileError
+from converter.files import read_json_object, sync, sync_tree
+from converter.locks import locked
+
+_MARKER, _LOCK, _OUTPUT, _REPLACED, _MOVED = (
+    "stage.json",
+    "lock",
+    "output",
+    "replaced",
+    "moved.json",
+)
+
+# names, relative to a folder, of the files in it that this tool has made
+Made = Callable[[Path], Collection[str]]
+
+
+def _nothing(_: Path) -> Collection[str]:
+    return ()
 
 
 @dataclass(frozen=True)
@@ -22,42 +54,87 @@ class Stage:
     Attributes:
         folder: where the output is made.
         area: the hidden folder around it, which goes away in the end.
+        place: where the output goes.
+        force: whether an output that is there is replaced.
+        made: tells what of it may be replaced.
+        last: the file without which an output is none.
     """
 
     folder: Path
     area: Path
+    place: Path
+    force: bool
+    made: Made
+    last: str
 
-    def publish(self, place: Path) -> None:
-        """Renames the finished folder to its place. What stands there goes away with the area."""
-        if place.exists():
-            replaced = self.area / "replaced"
-            replaced.mkdir(exist_ok=True)
-            place.rename(replaced / place.name)
-        self.folder.rename(place)
+    def publish(self) -> None:
+        """Moves the finished output to its place. What it replaces goes away with the area.
+
+        Raises:
+            OutputError: something is there by now that must not be replaced.
+            OSError: it cannot be written to the disk, or moved.
+        """
+        sync_tree(self.folder)
+        if self.area.parent == self.place:
+            self._publish_inside()
+        else:
+            self._publish_beside()
+
+    def _publish_beside(self) -> None:
+        if os.path.lexists(self.place):
+            replaced = self.area / _REPLACED
+            self.place.rename(replaced)
+            # looked at where nobody adds to it any more
+            _check(replaced, self.place, force=self.force, made=self.made)
+        self.folder.rename(self.place)
+        sync(self.place.parent)
+
+    def _publish_inside(self) -> None:
+        """Moves file by file: the old last one goes first, and the new one comes last."""
+        _check(self.place, self.place, force=self.force, made=self.made, area=self.area)
+        old = _in_order(_names(self.place) - {self.area.name}, self.last)
+        new = _in_order(_names(self.folder), self.last)
+        _write(self.area / _MOVED, {name: (self.folder / name).lstat().st_ino for name in new})
+        replaced = self.area / _REPLACED
+        replaced.mkdir()
+        for name in reversed(old):
+            (self.place / name).rename(replaced / name)
+        for name in new:
+            if os.path.lexists(self.place / name):
+                raise OutputError(f"{self.place / name} was made meanwhile.", "Run again.")
+            (self.folder / name).rename(self.place / name)
+        sync(self.place)
+        self.folder.rmdir()
 
 
-def check_place(place: Path, *, force: bool) -> None:
-    """Checks that an output may go to a place.
+def check_place(place: Path, *, force: bool, made: Made = _nothing) -> None:
+    """Checks that an output may go to a place; clears up first what a killed run has left of it.
+
+    Args:
+        place: absolute path of the output.
+        force: whether an output that is there is replaced.
+        made: tells what of it this tool has made; nothing else is ever replaced.
 
     Raises:
-        OutputError: something is there that must not be replaced.
+        OutputError: something is there that must not be replaced, or another process is writing
+            there.
     """
-    if place.is_dir():
-        names = {entry.name for entry in place.iterdir()}
-        if names and not force:
-            raise OutputError(f"{place} exists.", "--force replaces it.")
-        if names and not names.intersection(_MARKS):
-            raise OutputError(
-                f"{place} is a folder without a model in it ({', '.join(sorted(names)[:3])}, ...); "
-                "--force does not replace that.",
-                "Choose another output.",
-            )
-    elif os.path.lexists(place):
-        raise OutputError(f"{place} is a file.", "Choose another output.")
+    with _os_errors(place):
+        place = place.resolve()
+        with locked(place):
+            _clear(place)
+            _check(place, place, force=force, made=made)
 
 
 @contextmanager
-def staged(place: Path, *, size: int) -> Iterator[Stage]:
+def staged(
+    place: Path,
+    *,
+    size: int,
+    force: bool = False,
+    made: Made = _nothing,
+    last: str = "config.json",
+) -> Iterator[Stage]:
     """Opens a stage for an output; closing it leaves nothing but what was published.
 
     Only one process at a time has the stage of a place. What a process that died has left there is
@@ -66,32 +143,30 @@ def staged(place: Path, *, size: int) -> Iterator[Stage]:
     Args:
         place: absolute path of the output.
         size: bytes that will be needed.
+        force: whether an output that is there is replaced.
+        made: tells what of it this tool has made; nothing else is ever replaced.
+        last: the file without which an output is none, which comes last where files go one by one.
 
     Raises:
-        OutputError: another process is writing there, the disk is full, or the folder cannot be
-            written. Also for any OSError raised inside the with block.
+        OutputError: another process is writing there, something is there that must not be replaced,
+            the disk is full, or the folder cannot be written. Also for any OSError raised inside
+            the with block.
     """
-    area = place.parent / f".{place.name}.eomt-convert"
     with _os_errors(place):
-        missing = _missing_folders(place.parent)
-        try:
-            lock = _lock(area, place)
-            try:
-                _clear(area)
-                _check_space(place, size)
-                folder = area / "output"
-                folder.mkdir()
-                yield Stage(folder, area)
-            finally:
-                _clear(area)
-                (area / "lock").unlink()
-                with suppress(OSError):  # from here on another process may have the area
-                    area.rmdir()
-                os.close(lock)
-        finally:
-            for folder in missing:
-                with suppress(OSError):
-                    folder.rmdir()
+        place = place.resolve()
+        with locked(place), _parents(place):
+            _clear(place)
+            _check(place, place, force=force, made=made)
+            area = _make_area(place)
+            with FileLock(area / _LOCK, timeout=0):
+                try:
+                    _write(area / _MARKER, _marker(area, place))
+                    _check_space(area, place, size)
+                    folder = area / _OUTPUT
+                    folder.mkdir()
+                    yield Stage(folder, area, place, force, made, last)
+                finally:
+                    _dispose(area, place)
 
 
 @contextmanager
@@ -106,54 +181,199 @@ def _os_errors(place: Path) -> Iterator[None]:
         ) from error
 
 
-def _missing_folders(folder: Path) -> list[Path]:
-    """The folders that will have to be made for a folder to exist, innermost first."""
-    return [path for path in (folder, *folder.parents) if not path.exists()]
-
-
-def _lock(area: Path, place: Path) -> int:
-    """Takes the lock of an area, which the system releases when the process that has it is gone."""
-    while True:
+@contextmanager
+def _parents(place: Path) -> Iterator[None]:
+    """Makes the folders that a place needs; removes those that nothing was put into."""
+    missing = [path for path in place.parents if not path.exists()]  # innermost first
+    try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError):
-            area.mkdir()
+        yield
+    finally:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+# what is there --------------------------------------------------------------------------------
+
+
+def _check(folder: Path, place: Path, *, force: bool, made: Made, area: Path | None = None) -> None:
+    """Checks that what is in a folder may be replaced.
+
+    Args:
+        folder: to look into.
+        place: the output that it is, for the message.
+        force: whether an output is replaced.
+        made: tells what of it this tool has made.
+        area: the stage in it, if there is one.
+
+    Raises:
+        OutputError: it may not.
+    """
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir() or folder.is_symlink():
+        raise OutputError(f"{place} is a file.", "Choose another output.")
+    besides = {area.name} if area else set()
+    others = set(_others(folder, made(folder))) - besides
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise OutputError(
+            f"{place} has files in it that eomt-convert has not made "
+            f"({', '.join(sorted(others)[:3])}{more}); --force does not replace that.",
+            "Move them away, or choose another output.",
+        )
+    if not force and _names(folder) - besides:
+        raise OutputError(f"{place} exists.", "--force replaces it.")
+
+
+def _others(folder: Path, names: Collection[str]) -> Iterator[str]:
+    """What is in a folder besides these files, and the folders around them."""
+    around = {str(path) for name in names for path in PurePath(name).parents}
+
+    def walk(inner: Path) -> Iterator[str]:
+        for path in inner.iterdir():
+            name = str(path.relative_to(folder))
+            if not path.is_dir() or path.is_symlink():
+                if name not in names:
+                    yield name
+            elif name in around:
+                yield from walk(path)
+            else:
+                yield name
+
+    return walk(folder)
+
+
+# stages ---------------------------------------------------------------------------------------
+
+
+def _prefix(place: Path) -> str:
+    return f".{place.name[:50]}.eomt-convert-"  # the name of a file has 255 bytes
+
+
+def _make_area(place: Path) -> Path:
+    if not _is_mount(place):
         try:
-            lock = os.open(area / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        except FileNotFoundError:  # another process has removed the area since
+            return Path(mkdtemp(prefix=_prefix(place), dir=place.parent))
+        except OSError as error:
+            denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+            if not (denied and place.is_dir()):
+                raise
+    return Path(mkdtemp(prefix=_prefix(place), dir=place))
+
+
+def _is_mount(place: Path) -> bool:
+    if os.path.ismount(place):
+        return True
+    # a folder of the same file system, mounted here: only Linux tells
+    name = os.fsencode(place)
+    for character in b"\\ \t\n":
+        name = name.replace(bytes([character]), b"\\%03o" % character)
+    with suppress(OSError):
+        mounts = Path("/proc/self/mountinfo").read_bytes().splitlines()
+        return name in (line.split(b" ")[4] for line in mounts)
+    return False
+
+
+def _marker(area: Path, place: Path) -> dict[str, Any]:
+    return {"tool": "eomt-convert", "output": place.name, "folder": area.lstat().st_ino}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    """Writes a new file of a stage, with names of any bytes in it."""
+    with path.open("x", encoding="ascii") as file:
+        json.dump(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _is_stage(area: Path, place: Path) -> bool:
+    """Whether a folder is a stage that this user made for an output."""
+    found = area.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        return False
+    names = _names(area)
+    if names <= {_LOCK, _MARKER} and not any((area / name).lstat().st_size for name in names):
+        return not found.st_mode & 0o077  # as a run leaves it that was killed at once
+    try:
+        ours = read_json_object(area / _MARKER) == _marker(area, place)
+    except UnreadableFileError:
+        return False
+    return ours and not (area / _MARKER).is_symlink()
+
+
+def _clear(place: Path) -> None:
+    """Undoes and removes what runs for an output have left that were killed.
+
+    Raises:
+        OutputError: what was to be replaced cannot be put back, as something else is there by now.
+    """
+    for folder in (place.parent, place):
+        try:
+            names = _names(folder)
+        except OSError:  # it is not there, or is not for this user to see
             continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.read(lock, 20).decode(errors="replace")
-            os.close(lock)
+        for area in (folder / name for name in names if name.startswith(_prefix(place))):
+            if not _is_stage(area, place):
+                continue
+            lock = FileLock(area / _LOCK, timeout=0)
+            try:
+                lock.acquire()
+            except Timeout:  # of a run that has its locks elsewhere, as in another container
+                continue
+            try:
+                _dispose(area, place)
+            finally:
+                lock.release()
+
+
+def _dispose(area: Path, place: Path) -> None:
+    """Removes a stage. What was not published is undone."""
+    if (area / _OUTPUT).is_dir():
+        _undo(area, place)
+    for part in (_REPLACED, _OUTPUT):  # before the marker, so that a stage stays known as one
+        if (area / part).is_dir():
+            shutil.rmtree(area / part)
+    shutil.rmtree(area)
+
+
+def _undo(area: Path, place: Path) -> None:
+    """Takes back what has been moved into a place, and puts back what was moved away."""
+    replaced = area / _REPLACED
+    moves = [(replaced, place)] if os.path.lexists(replaced) else []
+    if area.parent == place:
+        moved = read_json_object(area / _MOVED) if (area / _MOVED).exists() else {}
+        for name, number in reversed(moved.items()):
+            with suppress(FileNotFoundError):
+                if (place / name).lstat().st_ino == number:
+                    (place / name).rename(area / _OUTPUT / name)
+        names = _names(replaced) if moves else set()
+        last = list(moved)[-1] if moved else ""
+        moves = [(replaced / name, place / name) for name in _in_order(names, last)]
+    for old, back in moves:
+        if back.is_dir():
+            with suppress(OSError):  # it has something in it
+                back.rmdir()
+        if os.path.lexists(back):
             raise OutputError(
-                f"Another eomt-convert (process {holder}) is writing to {place}.",
-                "Wait for it, or choose another output.",
-            ) from error
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock), (area / "lock").stat()):
-                os.ftruncate(lock, 0)
-                os.write(lock, str(os.getpid()).encode())
-                return lock
-        os.close(lock)  # of a file that its holder has removed since
+                f"{back} was to be replaced by a run that was stopped, and is now at {old}; "
+                f"something else is at {back}.",
+                "Move one of the two away.",
+            )
+        old.rename(back)
 
 
-def _clear(area: Path) -> None:
-    """Empties an area but for its lock; puts back what was moved away and not replaced."""
-    replaced = area / "replaced"
-    if replaced.is_dir():
-        for old in replaced.iterdir():
-            if not (area.parent / old.name).exists():
-                old.rename(area.parent / old.name)
-    for entry in area.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        elif entry.name != "lock":
-            entry.unlink()
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
 
 
-def _check_space(place: Path, size: int) -> None:
-    free = shutil.disk_usage(place.parent).free
+def _in_order(names: Collection[str], last: str) -> list[str]:
+    return sorted(names, key=lambda name: (name == last, name))
+
+
+def _check_space(area: Path, place: Path, size: int) -> None:
+    free = shutil.disk_usage(area).free
     if free < size:
         raise OutputError(
             f"{place} needs {size / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB left.",

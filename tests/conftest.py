@@ -65,6 +65,14 @@ def same_but_for_edges(ours: ArrayLike, expected: ArrayLike) -> bool:
     return ours.shape == expected.shape and float((ours != expected).mean()) <= EDGES
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _locks_of_ones_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps locks of outputs that are gone out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The converted folder of an offline checkpoint, made once; not to be written to."""

@@ -354,7 +354,9 @@ def test_an_interrupted_run_ends_in_130_and_leaves_nothing(
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "merging\n"
-    assert names(tmp_path) == [".tiny_panoptic_64.eomt-convert"]
+    assert [name.rpartition("-")[0] for name in names(tmp_path)] == [
+        ".tiny_panoptic_64.eomt-convert"
+    ]
     process.send_signal(number)
     _, stderr = process.communicate(timeout=HANGS)
 

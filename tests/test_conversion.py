@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -291,6 +292,77 @@ def test_an_output_that_exists_is_kept_unless_forced(tmp_path: Path) -> None:
     converter.convert("tiny_panoptic_64", tmp_path / "out", force=True)
     assert history(tmp_path / "out")["verdict"]["verdict"] == "passed"
     assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(("force", "exist_ok"), [(True, False), (False, True), (False, False)])
+def test_files_that_others_put_into_an_output_stop_the_run(
+    tmp_path: Path, force: bool, exist_ok: bool
+) -> None:
+    converter.convert("tiny_panoptic_64", tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").write_text("precious")
+
+    with pytest.raises(OutputError, match=r"has not made \(notes\.txt\)"):
+        converter.convert("tiny_panoptic_64", tmp_path / "out", force=force, exist_ok=exist_ok)
+
+    assert (tmp_path / "out" / "notes.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("history", [None, "[]", '{"tool": {"name": "other"}, "files": {"a": {}}}'])
+def test_force_replaces_no_folder_without_our_conversion_json(
+    tmp_path: Path, history: str | None
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    if history:
+        (tmp_path / "conversion.json").write_text(history)
+
+    with pytest.raises(OutputError, match=r"config\.json.*force does not replace that"):
+        converter.convert("tiny_panoptic_64", tmp_path, force=True)
+
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
+def test_no_file_elsewhere_is_one_that_conversion_json_can_name(tmp_path: Path) -> None:
+    converter.convert("tiny_panoptic_64", tmp_path / "out")
+    told = history(tmp_path / "out")
+    told["files"]["mine/thesis.tex"] = told["files"]["config.json"]
+    (tmp_path / "out" / "conversion.json").write_text(json.dumps(told))
+    (tmp_path / "out" / "mine").mkdir()
+    (tmp_path / "out" / "mine" / "thesis.tex").write_text("precious")
+
+    with pytest.raises(OutputError, match=r"has not made \(mine\)"):
+        converter.convert("tiny_panoptic_64", tmp_path / "out", force=True)
+
+
+def test_a_model_that_fails_is_kept_beside_a_mount_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "out"
+    place.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == place)
+
+    with pytest.raises(OutputsDifferError, match=r"kept as .*out\.unverified"):
+        converter.convert(
+            "tiny_panoptic_64",
+            place,
+            recorded=FIXTURES / "tiny_instance_64_gated",
+            keep_unverified=True,
+        )
+
+    assert history(tmp_path / "out.unverified")["verdict"]["verdict"] == "failed"
+    assert names(tmp_path) == ["out", "out.unverified"]
+    assert names(place) == []
+
+
+@pytest.mark.parametrize("name", [".out.eomt-convert", ".out.unverified.eomt-convert"])
+def test_a_planted_link_does_not_delete_what_it_leads_to(tmp_path: Path, name: str) -> None:
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "thesis.tex").write_text("precious")
+    (tmp_path / name).symlink_to("victim")
+
+    converter.convert("tiny_panoptic_64", tmp_path / "out", keep_unverified=True)
+
+    assert (tmp_path / "victim" / "thesis.tex").read_text() == "precious"
+    assert names(tmp_path) == [name, "out", "victim"]
 
 
 def test_an_output_that_exists_survives_a_replacement_that_fails(tmp_path: Path) -> None:

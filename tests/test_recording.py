@@ -444,6 +444,24 @@ def test_a_recording_of_pictures_is_replaced_with_force(model: Path, tmp_path: P
     assert [path.name for path in (tmp_path / "recorded/images").iterdir()] == ["0.png"]
 
 
+def test_force_does_not_replace_a_recording_of_the_original(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "tiny_panoptic_64", tmp_path / "original")
+
+    with pytest.raises(OutputError, match="does not replace"):
+        record(model, tmp_path / "original", random=1, force=True)
+
+    assert (tmp_path / "original" / "delta" / "pytorch_model.bin").exists()
+
+
+def test_force_replaces_what_recorded_json_names(model: Path, tmp_path: Path) -> None:
+    recorded = tmp_path / "recorded"
+    record(model, recorded, random=1)
+    (recorded / "recorded.json").unlink()
+
+    with pytest.raises(OutputError, match=r"has not made \(recorded\.safetensors\)"):
+        record(model, recorded, random=1, force=True)
+
+
 @pytest.mark.parametrize("stray", ["images/holiday.png", "images/0.png/deep.txt"])
 def test_force_does_not_replace_pictures_of_somebody_else(
     model: Path, tmp_path: Path, stray: str

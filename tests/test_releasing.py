@@ -254,6 +254,16 @@ def test_the_command_prints_a_table_and_writes_notes(
     assert commit[:12] in notes
 
 
+def test_files_that_others_put_into_a_converted_folder_are_kept(hub: Hub, output: Path) -> None:
+    release(output, NAMES[0])
+    (output / NAMES[0] / "notes.txt").write_text("precious")
+
+    released = release(output, NAMES[0], force=True)
+
+    assert "has not made (notes.txt)" in (released.steps[0].error or "")
+    assert (output / NAMES[0] / "notes.txt").read_text() == "precious"
+
+
 def test_the_command_ends_in_1_if_any_failed(command: Command, hub: Hub, output: Path) -> None:
     hub.break_request(Status(503), path="tiny-semantic-48", times=None)
     arguments = ("release", "--namespace", "me", "--output", output)

@@ -13,12 +13,11 @@ from converter.checks.verdict import LEVELS, NUMBERED, Verdict
 from converter.checks.verification import verify
 from converter.errors import (
     EomtConvertError,
-    OutputError,
     OutputsDifferError,
     UnreadableFileError,
     UsageError,
 )
-from converter.files import sha256, write_json
+from converter.files import read_json_object, sha256, write_json
 from converter.hub.access import Access
 from converter.models import fetch_model, find_task, repository_of, torch_device
 from converter.staging import check_place, staged
@@ -36,6 +35,9 @@ if TYPE_CHECKING:
 _CHECKED = LEVELS[: LEVELS.index("pictures") + 1]
 
 _LOGITS = ("mask_logits", "class_logits")
+
+# what recorded.json begins with where it names this implementation
+_TOOL = "eomt-convert "
 
 # numpy's names of what is recorded, as safetensors has them
 _DTYPES = {"float32": "F32", "uint8": "U8", "int16": "I16", "int64": "I64"}
@@ -107,7 +109,8 @@ def record(
             predictions with masked attention.
         image_size: of the input, (height, width) in pixels; by default the model's own. A smaller
             one makes a smaller recording, without segments.
-        force: replace a recording that exists.
+        force: replace a recording that exists: the files that its recorded.json names, and nothing
+            else.
         device: where the model runs, such as ``cuda``.
         threads: of torch on the CPU; by default as many as it takes.
         token: for the Hub, as everywhere in huggingface_hub; by default HF_TOKEN or the login.
@@ -126,8 +129,8 @@ def record(
     """
     if bool(images) == bool(random):
         raise UsageError("A recording is of pictures (--image) or of random pixels (--random).")
-    place = Path(output).expanduser().absolute()
-    _check_place(place, force=force)
+    place = Path(output).expanduser().resolve()
+    check_place(place, force=force, made=made_files)
     access = Access.of(token, cache_dir, local_files_only)
     folder, repo_id = fetch_model(model, access), repository_of(model)
     verdict = verify(
@@ -171,29 +174,22 @@ def record(
             "input": {"random": random, "seed": seed} if random else {"images": _digests(files)},
             "provenance": _provenance(device),
         }
-    return _write(place, tensors, pictures, description, verdict)
+    return _write(place, tensors, pictures, description, verdict, force=force)
 
 
-def _check_place(place: Path, *, force: bool) -> None:
-    """Checks that a recording may go to a place; only another recording is ever replaced."""
-    if not (force and place.is_dir()):
-        check_place(place, force=False)
-        return
-    names = {entry.name for entry in place.iterdir()}
-    others = names - {FILE, PROVENANCE_FILE} if FILE in names else names
-    if (place / IMAGES).is_dir() and FILE in names:
-        others -= {IMAGES}
-        others |= {
-            f"{IMAGES}/{entry.name}"
-            for entry in (place / IMAGES).iterdir()
-            if not (re.fullmatch(r"\d+\.png", entry.name) and entry.is_file())
-        }
-    if others:
-        raise OutputError(
-            f"{place} has more in it than a recording ({', '.join(sorted(others)[:3])}); "
-            "--force does not replace that.",
-            "Choose another output.",
-        )
+def made_files(folder: Path) -> set[str]:
+    """Names of the files in a folder that `record` has written, by its recorded.json."""
+    try:
+        content = read_json_object(folder / PROVENANCE_FILE)
+    except UnreadableFileError:
+        return set()
+    provenance, digests = content.get("provenance"), content.get("sha256")
+    if not (isinstance(provenance, dict) and isinstance(digests, dict)):
+        return set()
+    if not str(provenance.get("implementation")).startswith(_TOOL):
+        return set()  # of the original implementation, which is not recorded again so easily
+    pictures = re.compile(rf"{IMAGES}/\d+\.png")
+    return {PROVENANCE_FILE} | {n for n in digests if n == FILE or pictures.fullmatch(n)}
 
 
 def _load(folder: Path, device: str) -> "EomtDinov3ForUniversalSegmentation":
@@ -352,7 +348,7 @@ def _provenance(device: str) -> dict[str, Any]:
     }
     on_gpu = torch.device(device).type == "cuda"
     return {
-        "implementation": f"eomt-convert {__version__}, reference model",
+        "implementation": f"{_TOOL}{__version__}, reference model",
         "torch": torch.__version__,
         "numpy": np.__version__,
         "pillow": PIL.__version__,
@@ -393,12 +389,14 @@ def _write(
     pictures: "Sequence[Image]",
     description: Mapping[str, Any],
     verdict: Verdict,
+    *,
+    force: bool,
 ) -> Recording:
     arrays = {name: tensor.contiguous().numpy() for name, tensor in tensors.items()}
     specs = {name: (_DTYPES[array.dtype.name], array.shape) for name, array in arrays.items()}
     size = sum(array.nbytes for array in arrays.values())
     size += sum(3 * picture.width * picture.height for picture in pictures)
-    with staged(place, size=size) as stage:
+    with staged(place, size=size, force=force, made=made_files, last=FILE) as stage:
         with SafetensorsWriter(stage.folder / FILE, specs) as file:
             for array in arrays.values():
                 file.write(array)
@@ -411,5 +409,5 @@ def _write(
             picture.save(path, "PNG")
             digests[f"{IMAGES}/{path.name}"] = sha256(path)
         write_json(stage.folder / PROVENANCE_FILE, {**description, "sha256": digests})
-        stage.publish(place)
+        stage.publish()
     return recording

@@ -1,0 +1,80 @@
+"""One process at a time: a lock for every output, in a folder of the user's own."""
+
+import hashlib
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from converter.errors import OutputError
+from converter.files import read_text, replacing
+
+
+@contextmanager
+def locked(place: Path) -> Iterator[None]:
+    """Keeps other processes of this user from writing to an output.
+
+    The system releases the lock when the process that has it is gone. Its file stays: to remove a
+    file that others may be about to lock would let two of them in.
+
+    Args:
+        place: absolute path of the output, without links in it.
+
+    Raises:
+        OutputError: another process has the lock, or there is no folder for it.
+        OSError: the lock cannot be written.
+    """
+    name = hashlib.sha256(os.fsencode(place)).hexdigest()
+    folder = _own_folder()
+    lock, holder = FileLock(folder / f"{name}.lock", timeout=0), folder / f"{name}.pid"
+    try:
+        lock.acquire()
+    except Timeout as error:
+        process = "unknown"
+        with suppress(OSError, UnicodeDecodeError):
+            process = read_text(holder, 20)
+        raise OutputError(
+            f"Another eomt-convert (process {process}) is writing to {place}.",
+            "Wait for it, or choose another output.",
+        ) from error
+    try:
+        with replacing(holder) as file:
+            file.write(str(os.getpid()).encode())
+        yield
+    finally:
+        with suppress(OSError):
+            holder.unlink()
+        lock.release()
+
+
+def _own_folder() -> Path:
+    """The folder for locks, which no other user can write to.
+
+    Raises:
+        OutputError: there is none.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():  # as the specification of XDG_CACHE_HOME says
+        cache = Path(os.path.expanduser("~/.cache"))  # noqa: PTH111  # without a home, it stays
+    folders = (
+        cache / "eomt-convert",
+        Path(tempfile.gettempdir()) / f"eomt-convert-{os.geteuid()}",
+    )
+    for folder in folders:
+        with suppress(OSError):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                folder.mkdir(mode=0o700)
+            found = folder.lstat()
+            own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+            if own and not found.st_mode & 0o077 and os.access(folder, os.W_OK | os.X_OK):
+                return folder
+    raise OutputError(
+        f"There is no folder for locks: neither {folders[0]} nor {folders[1]} is a folder that "
+        "only you may read and write (mode 0700).",
+        "Set XDG_CACHE_HOME to a folder of yours.",
+    )
