@@ -341,8 +341,8 @@ main()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_ends_in_130_and_leaves_nothing(
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_an_interrupted_run_tells_by_what_and_leaves_nothing(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     process = subprocess.Popen(
@@ -360,13 +360,62 @@ def test_an_interrupted_run_ends_in_130_and_leaves_nothing(
     process.send_signal(number)
     _, stderr = process.communicate(timeout=HANGS)
 
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert "Interrupted" in stderr
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
+def test_a_signal_that_was_ignored_at_the_start_stops_nothing(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW.replace("3600", "1"), "--checkpoint", "tiny_panoptic_64"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_IGN),
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "merging\n"
+    process.send_signal(number)
+    process.communicate(timeout=HANGS)
+
+    assert process.returncode == 0
+    assert names(tmp_path) == ["tiny_panoptic_64"]
+
+
+def test_a_second_signal_does_not_interrupt_the_cleaning_up(tmp_path: Path) -> None:
+    slow = "import shutil\nremove = shutil.rmtree\n"
+    slow += "def rmtree(path):\n    print('cleaning', flush=True)\n    time.sleep(1)\n"
+    slow += "    remove(path)\nshutil.rmtree = rmtree\n"
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            SLOW.replace("main()\n", slow + "main()\n"),
+            "--checkpoint",
+            "tiny_panoptic_64",
+        ],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "merging\n"
+    process.send_signal(signal.SIGHUP)
+    assert process.stdout.readline() == "cleaning\n"
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=HANGS)
+
+    assert process.returncode == 128 + signal.SIGHUP
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
 def test_a_killed_run_leaves_no_output_and_the_next_one_succeeds(
-    tmp_path: Path, command: Command
+    tmp_path: Path, command: Command, number: signal.Signals
 ) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, "--checkpoint", "tiny_panoptic_64"],
@@ -376,7 +425,7 @@ def test_a_killed_run_leaves_no_output_and_the_next_one_succeeds(
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "merging\n"
-    process.kill()
+    process.send_signal(number)
     process.wait()
     process.stdout.close()
 

@@ -277,7 +277,10 @@ def test_the_command_ends_in_1_if_any_failed(command: Command, hub: Hub, output:
     assert content["checkpoints"][0]["status"] == "failed"
 
 
-def test_a_release_goes_on_after_a_kill(hub: Hub, output: Path, me: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+def test_a_release_goes_on_after_a_kill(
+    hub: Hub, output: Path, me: str, tmp_path: Path, number: signal.Signals
+) -> None:
     command = [sys.executable, "-c", "from converter.cli import main; main()", "release"]
     command += ["--namespace", "me", "--output", str(output)]
     command += [word for name in NAMES for word in ("--checkpoint", name)]
@@ -286,7 +289,7 @@ def test_a_release_goes_on_after_a_kill(hub: Hub, output: Path, me: str, tmp_pat
     deadline = time.monotonic() + HANGS
     while REPOS[1] not in hub.repo_ids and time.monotonic() < deadline:
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
+    os.kill(process.pid, number)
     process.communicate(timeout=HANGS)
     assert hub.repo_ids == [REPOS[1]]
 

@@ -1,10 +1,8 @@
 """``eomt-convert`` itself: conversions, and the group that the other commands belong to."""
 
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import click
 
@@ -30,7 +28,7 @@ eomt-convert --checkpoint coco_panoptic_large_640
 eomt-convert --checkpoint shapes_panoptic_128      (offline, from files in the package)
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the outputs are not what was recorded, 4 no access
-or not there, 130 interrupted.
+or not there, 128 + N stopped by signal N, such as 130 by Ctrl+C.
 """
 
 
@@ -171,7 +169,6 @@ def main(
             )
         return
     session = Session(as_json=as_json, debug=debug, token=token)
-    signal.signal(signal.SIGTERM, _interrupt)
     with session.errors():
         if checkpoint is None and delta is None and backbone is None:
             raise UsageError(
@@ -246,8 +243,3 @@ def main(
             **push,
         )
         session.show(report.publication(published), {**content, "published": published.to_dict()})
-
-
-def _interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
-    """Ends a run that is asked to stop as Ctrl+C does: cleaned up."""
-    raise KeyboardInterrupt

@@ -2,11 +2,14 @@
 
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal, NoReturn
 
 import click
@@ -14,10 +17,44 @@ import click
 from converter.errors import EomtConvertError, OutputsDifferError
 from converter.hub.access import without_token
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+# what a run is asked to stop by, besides Ctrl+C; SIGHUP comes when a terminal is closed
+_STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 # said of every option that can name a file, a folder or a Hub repository
 SOURCE = "PATH|REPO[@REV]"
+
+
+class _StopError(KeyboardInterrupt):
+    """A signal that asks a run to stop, which cleans up as it does after Ctrl+C."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Raises _StopError when a signal asks a run to stop; one that is ignored (nohup) stays so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no other thread may set what signals do
+        return
+
+    def stop(number: int, _: FrameType | None) -> None:
+        for each in before:  # closing a terminal may send several, and cleaning up takes a while
+            signal.signal(each, signal.SIG_IGN)
+        raise _StopError(number)
+
+    # None: set by something other than Python
+    left = (signal.SIG_IGN, None)
+    before = {each: signal.getsignal(each) for each in _STOPPING}
+    before = {each: handler for each, handler in before.items() if handler not in left}
+    for each in before:
+        signal.signal(each, stop)
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 class Session:
@@ -78,13 +115,14 @@ class Session:
     def errors(self) -> Iterator[None]:
         """Turns errors that a user can meet into messages and exit codes."""
         try:
-            with self._quiet_client():
+            with self._quiet_client(), _stopped_by_signals():
                 yield
         except EomtConvertError as error:
             self.fail(error)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
+            number = error.number if isinstance(error, _StopError) else signal.SIGINT
             self.say("Interrupted; nothing unfinished was left behind.")
-            sys.exit(INTERRUPTED)
+            sys.exit(128 + number)  # as shells report it
         except Exception as error:
             self.say("".join(traceback.format_exception(error)))
             self.say("This is a fault in eomt-convert. Please report it with the lines above.")
