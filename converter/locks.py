@@ -59,22 +59,20 @@ def _own_folder() -> Path:
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not cache.is_absolute():  # as the specification of XDG_CACHE_HOME says
-        cache = Path(os.path.expanduser("~/.cache"))  # noqa: PTH111  # without a home, it stays
-    folders = (
-        cache / "eomt-convert",
-        Path(tempfile.gettempdir()) / f"eomt-convert-{os.geteuid()}",
-    )
+        cache = Path(os.path.expanduser("~/.cache"))  # noqa: PTH111  # stays so without a home
+    own, temporary = cache / "eomt-convert", Path(tempfile.gettempdir())
+    folders = [own, temporary / f"eomt-convert-{os.geteuid()}"][not own.is_absolute() :]
     for folder in folders:
         with suppress(OSError):
             folder.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileExistsError):
                 folder.mkdir(mode=0o700)
             found = folder.lstat()
-            own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
-            if own and not found.st_mode & 0o077 and os.access(folder, os.W_OK | os.X_OK):
+            ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+            if ours and not found.st_mode & 0o077 and os.access(folder, os.W_OK | os.X_OK):
                 return folder
     raise OutputError(
-        f"There is no folder for locks: neither {folders[0]} nor {folders[1]} is a folder that "
-        "only you may read and write (mode 0700).",
+        "There is no folder for locks, which you may write to and nobody else (mode 0700); tried "
+        f"{' and '.join(map(str, folders))}.",
         "Set XDG_CACHE_HOME to a folder of yours.",
     )

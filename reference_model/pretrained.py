@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import torch
@@ -111,11 +112,12 @@ class EomtDinov3PreTrainedModel(
         dtype = str(self.dtype).removeprefix("torch.")
         extra = {"architectures": [type(self).__name__], **self.config.extra, "dtype": dtype}
         replace(self.config, extra=extra).save_pretrained(save_directory)
-        # The weights may still be mapped from a file of this name: write beside it, then replace.
-        unfinished = save_directory / f"{SAFETENSORS_SINGLE_FILE}.unfinished"
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        save_file(state, unfinished, metadata={"format": "pt"})
-        unfinished.replace(save_directory / SAFETENSORS_SINGLE_FILE)
+        # The weights may still be mapped from a file of this name: write beside it, then replace.
+        with TemporaryDirectory(prefix=".", dir=save_directory) as folder:
+            unfinished = Path(folder) / SAFETENSORS_SINGLE_FILE
+            save_file(state, unfinished, metadata={"format": "pt"})
+            unfinished.replace(save_directory / SAFETENSORS_SINGLE_FILE)
 
 
 def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -1,5 +1,6 @@
 """Files: read as what they should be and within limits, replaced as a whole."""
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from converter.errors import UnreadableFileError
-from converter.files import open_regular, read_json_object, replacing, write_json
+from converter.files import open_regular, read_json_object, replacing, sync_tree, write_json
 
 
 def test_a_file_is_replaced_when_it_is_complete(tmp_path: Path) -> None:
@@ -67,3 +68,18 @@ def test_json_is_read_up_to_a_limit(tmp_path: Path) -> None:
     with pytest.raises(UnreadableFileError, match="larger than 50 bytes"):
         read_json_object(path, 50)
     assert read_json_object(path)["key"] == "x" * 100
+
+
+def test_a_disk_that_cannot_take_what_was_written_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "file").write_bytes(b"content")
+    sync_tree(tmp_path)
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        sync_tree(tmp_path)

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -346,3 +347,20 @@ def test_a_folder_that_is_not_there_is_named(converted: Converted, tmp_path: Pat
     verdict = converter.verify(folder, level=1)
     with pytest.raises(OutputError, match=re.escape(str(path))):
         write_report([path], "model", folder, verdict, None, {})
+
+
+def test_a_report_replaces_a_link_and_writes_to_a_stream(
+    converted: Converted, tmp_path: Path
+) -> None:
+    folder = converted("tiny_panoptic_64")
+    victim, link = (tmp_path / name for name in ("victim", "page.html"))
+    victim.write_text("precious")
+    link.symlink_to(victim)
+    stream = Path(f"/dev/fd/{os.open(tmp_path / 'file', os.O_WRONLY | os.O_CREAT)}")
+
+    write_report([link, stream], "model", folder, converter.verify(folder, level=1), None, {})
+
+    assert victim.read_text() == "precious"
+    assert link.read_text().startswith("<!DOCTYPE html>")
+    assert (tmp_path / "file").read_text() == link.read_text()
+    os.close(int(stream.name))

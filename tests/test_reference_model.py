@@ -382,6 +382,18 @@ def test_a_loaded_model_can_be_saved_over_its_own_file(saved: Path) -> None:
     assert not list(saved.glob("*.unfinished"))
 
 
+def test_saving_follows_no_planted_link(saved: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    (saved / "model.safetensors.unfinished").symlink_to(victim)
+    before = sorted(saved.iterdir())
+
+    EomtDinov3ForUniversalSegmentation.from_pretrained(saved).save_pretrained(saved)
+
+    assert victim.read_bytes() == b"precious"
+    assert sorted(saved.iterdir()) == before
+
+
 def test_weights_are_cast_on_request_and_the_config_says_so(saved: Path) -> None:
     model = EomtDinov3ForUniversalSegmentation.from_pretrained(saved, dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}

@@ -17,7 +17,7 @@ from hub_server import Hub, client_environment
 
 import converter
 from converter.catalog import CATALOG, find
-from converter.errors import AccessError, UnreadableFileError, UsageError
+from converter.errors import AccessError, OutputError, UnreadableFileError, UsageError
 from converter.hub.access import Access
 
 Command = Callable[..., Result]
@@ -252,6 +252,34 @@ def test_the_command_prints_a_table_and_writes_notes(
     notes = (output / "release.md").read_text()
     assert f"[{REPOS[1]}](" in notes
     assert commit[:12] in notes
+
+
+@pytest.mark.parametrize("name", ["release.json", "release.md"])
+def test_files_of_others_are_not_taken_for_those_of_a_release(
+    hub: Hub, output: Path, name: str
+) -> None:
+    output.mkdir()
+    (output / name).write_text("{}")
+
+    with pytest.raises(OutputError, match=rf"{name} is there, and no release has written it"):
+        release(output, NAMES[0], force=True)
+
+    assert [path.read_text() for path in output.iterdir()] == ["{}"]
+
+
+@over_xet
+def test_planted_links_are_not_followed(hub: Hub, output: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    release(output, NAMES[0])
+    (output / ".release.json").symlink_to(victim)
+    (output / "release.md").unlink()
+    (output / "release.md").symlink_to(victim)
+
+    release(output, NAMES[0], force=True)
+
+    assert victim.read_text() == "precious"
+    assert not (output / "release.md").is_symlink()
 
 
 def test_files_that_others_put_into_a_converted_folder_are_kept(hub: Hub, output: Path) -> None:

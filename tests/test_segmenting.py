@@ -6,7 +6,7 @@ import struct
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pytest
@@ -376,14 +376,45 @@ def test_results_of_an_earlier_run_are_replaced_only_with_force(
 def test_nothing_unfinished_is_left_behind(
     converted: Converted, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fill_disk(_: Image.Image, path: Path, *args: Any, **options: Any) -> None:
-        path.write_bytes(b"some")
+    def fill_disk(_: Image.Image, file: BinaryIO, *args: Any, **options: Any) -> None:
+        file.write(b"some")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", fill_disk)
     with pytest.raises(OutputError, match="No space left"):
         segment(converted(SHAPES), [picture], tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+ENDINGS = ("overlay.png", "segments.png", "segments.json")
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_planted_links_are_not_followed(
+    converted: Converted, picture: Path, tmp_path: Path, ending: str
+) -> None:
+    victim, output = tmp_path / "victim", tmp_path / "out"
+    victim.write_text("precious")
+    output.mkdir()
+    (output / f".street.{ending}.unfinished").symlink_to(victim)
+
+    segment(converted(SHAPES), [picture], output)
+    (output / f"street.{ending}").unlink()
+    (output / f"street.{ending}").symlink_to(victim)
+    segment(converted(SHAPES), [picture], output, force=True)
+
+    assert victim.read_text() == "precious"
+    assert not (output / f"street.{ending}").is_symlink()
+    assert len(list(output.iterdir())) == 4
+
+
+def test_a_link_to_nothing_is_not_replaced_without_force(
+    converted: Converted, picture: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "street.overlay.png").symlink_to("missing")
+
+    with pytest.raises(OutputError, match=r"street\.overlay\.png exists"):
+        segment(converted(SHAPES), [picture], tmp_path)
 
 
 def test_an_output_that_is_a_file_is_refused(

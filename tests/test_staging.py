@@ -340,6 +340,28 @@ def test_a_real_mount_point_is_filled_and_replaced(tmp_path: Path, bind: bool) -
     assert names(tmp_path) == ["disk", "out"]
 
 
+def test_a_folder_in_a_folder_that_really_cannot_be_written_is_filled(tmp_path: Path) -> None:
+    place = tmp_path / "parent" / "out"
+    place.mkdir(parents=True)
+    command = [sys.executable, "-c"]
+    command += [
+        "import sys\nsys.path.insert(0, sys.argv[2])\nfrom pathlib import Path\n"
+        "from test_staging import make\nmake(Path(sys.argv[1]), force=False)\n"
+    ]
+    command += [str(place), str(Path(__file__).parent)]
+    if os.geteuid() == 0:  # whom permissions do not stop
+        if not shutil.which("setpriv"):
+            pytest.skip("there is no setpriv")
+        command = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override", *command]
+    place.parent.chmod(0o555)
+    try:
+        subprocess.run(command, check=True)
+        assert contents(place) == {"config.json": "new", "weights": "new"}
+        assert names(place.parent) == ["out"]
+    finally:
+        place.parent.chmod(0o755)
+
+
 @pytest.mark.parametrize("before", ["", "weights", "config.json"])
 @pytest.mark.parametrize("old", [False, True])
 def test_what_a_killed_run_left_in_an_output_is_undone(
@@ -502,6 +524,18 @@ def test_locks_are_not_put_into_a_folder_that_others_can_write(
     with pytest.raises(OutputError, match="no folder for locks"):
         make(tmp_path / "out")
     assert names(victim) == []
+
+
+def test_without_a_home_locks_are_in_the_folder_for_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", str)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "out")
+
+    assert names(tmp_path) == [f"eomt-convert-{os.geteuid()}", "out"]
 
 
 # what others have put there -------------------------------------------------------------------

@@ -23,7 +23,7 @@ from converter.checks.comparison import Tolerance, segments
 from converter.checks.recorded import Recorded
 from converter.checks.verdict import NUMBERED, Level, Verdict
 from converter.errors import OutputError, UnreadableFileError
-from converter.files import read_json_object
+from converter.files import read_json_object, replacing
 from converter.pictures.drawing import Colour, class_colour
 from converter.version import __version__
 from converter.weights.tensorfiles import WEIGHTS, WEIGHTS_INDEX, open_tensors
@@ -217,6 +217,10 @@ class ReportData:
     versions: Mapping[str, str]
 
 
+# what stands for an open file, which is written to and must not be replaced
+_STREAMS = ("/dev/std", "/dev/fd/", "/proc/")
+
+
 def write_report(
     paths: Sequence[Path],
     title: str,
@@ -234,10 +238,15 @@ def write_report(
         UnreadableFileError: the model's conversion.json is not as a conversion writes it.
     """
     text = render(gather(title, folder, verdict, recorded, outputs))
+    # JSON may hold halves of characters, which no file in UTF-8 can
+    content = text.encode("utf-8", errors="xmlcharrefreplace")
     for path in paths:
         try:
-            # JSON may hold halves of characters, which no file in UTF-8 can
-            path.write_text(text, encoding="utf-8", errors="xmlcharrefreplace")
+            if str(path).startswith(_STREAMS) or (path.exists() and not path.is_file()):
+                path.write_bytes(content)
+            else:
+                with replacing(path) as file:
+                    file.write(content)
         except OSError as error:
             raise OutputError(
                 f"The report cannot be written to {path}: {error.strerror}.",

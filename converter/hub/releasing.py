@@ -1,14 +1,15 @@
 """A release: one checkpoint of the catalogue after another, converted, verified and published."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from converter.catalog import CATALOG, Checkpoint, find
-from converter.conversion import Progress, convert
-from converter.errors import EomtConvertError, UnreadableFileError, UsageError
-from converter.files import read_json_object, write_json
+from converter.conversion import TOOL, Progress, convert
+from converter.errors import EomtConvertError, OutputError, UnreadableFileError, UsageError
+from converter.files import read_json_object, replacing, write_json
 from converter.hub.access import Access, without_token
 from converter.hub.publishing import check_licence, check_login, publish
 from converter.job import Dtype
@@ -131,6 +132,7 @@ def release(
         UsageError: a name is unknown, the template names two repositories alike, or an earlier run
             in this folder had other options.
         UnreadableFileError: release.json cannot be read.
+        OutputError: no release has written the release.json or release.md that is there.
         AccessError: nobody is logged in to the Hub.
     """
     entries = [find(name) for name in checkpoints] or [e for e in CATALOG if not e.offline]
@@ -190,6 +192,7 @@ def release(
         return done()
     access = Access.of(token, cache_dir)
     check_login([step.repo_id for step in asked.values()], access)
+    _check_output(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(asked, 1):
         if steps[name].status == "published":
@@ -201,7 +204,8 @@ def release(
             except EomtConvertError as error:
                 steps[name] = _failed(steps[name], error, token)
             _write_journal(folder, settings, steps)
-            (folder / NOTES).write_text(done().markdown(), encoding="utf-8")
+            with replacing(folder / NOTES) as file:
+                file.write(done().markdown().encode())
             if steps[name].error:
                 announce(f"Error: {steps[name].error}")
                 break
@@ -221,6 +225,24 @@ def _failed(step: Step, error: EomtConvertError, token: str | None) -> Step:
     # a folder that cannot be published as it is, is converted anew by the next run
     verdict = None if isinstance(error, UnreadableFileError) else step.verdict
     return replace(step, status="failed", verdict=verdict, error=without_token(str(error), token))
+
+
+def _check_output(folder: Path) -> None:
+    """Checks that release.json and release.md, where they are there, are of an earlier release.
+
+    Raises:
+        OutputError: they are not; a release would replace them.
+    """
+    there = [folder / name for name in (JOURNAL, NOTES) if os.path.lexists(folder / name)]
+    try:
+        tool = read_json_object(folder / JOURNAL).get("tool")
+    except UnreadableFileError:
+        tool = None
+    if there and not (isinstance(tool, dict) and tool.get("name") == TOOL):
+        raise OutputError(
+            f"{there[0]} is there, and no release has written it.",
+            "Move it away, or give --output for another folder.",
+        )
 
 
 def _read_journal(folder: Path, settings: Mapping[str, Any]) -> dict[str, Step]:
@@ -248,10 +270,8 @@ def _read_journal(folder: Path, settings: Mapping[str, Any]) -> dict[str, Step]:
 def _write_journal(folder: Path, settings: Mapping[str, Any], steps: Mapping[str, Step]) -> None:
     """Replaces release.json in one go, so that it is whole whenever a run is stopped."""
     content = {
-        "tool": {"name": "eomt-convert", "version": __version__},
+        "tool": {"name": TOOL, "version": __version__},
         "settings": dict(settings),
         "checkpoints": [asdict(step) for step in steps.values()],
     }
-    unfinished = folder / f".{JOURNAL}"
-    write_json(unfinished, content)
-    unfinished.replace(folder / JOURNAL)
+    write_json(folder / JOURNAL, content)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from converter.errors import EomtConvertError, OutputError, UnreadableFileError, UsageError
-from converter.files import write_json
+from converter.files import replacing, write_json
 from converter.hub.access import Access
 from converter.models import fetch_model, find_task, load_model, torch_device
 from converter.pictures.coco import Segment, document, encode_mask, id_map_image, measure
@@ -386,7 +386,7 @@ def _check_output(folder: Path, places: Sequence[Path], *, force: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file.", "Choose another output.")
-    existing = [path for place in places for path in _files(place) if path.exists()]
+    existing = [path for place in places for path in _files(place) if os.path.lexists(path)]
     if existing and not force:
         more = f", and {len(existing) - 1} more files" if len(existing) > 1 else ""
         raise OutputError(
@@ -430,13 +430,12 @@ def _write(
         for segment in ranked
     ]
     with _os_errors(found.overlay.parent):
-        with _replacing(found.id_map) as path:
-            id_map_image(id_map).save(path, "PNG")
-        with _replacing(found.segments_file) as path:
-            write_json(path, content)
-        with _replacing(found.overlay) as path:
+        with replacing(found.id_map) as file:
+            id_map_image(id_map).save(file, "PNG")
+        write_json(found.segments_file, content)
+        with replacing(found.overlay) as file:
             overlay = draw_overlay(image, id_map, labels)
-            overlay.save(path, "PNG", compress_level=_COMPRESSION)
+            overlay.save(file, "PNG", compress_level=_COMPRESSION)
 
 
 def _note(segment: Segment, pixels: int) -> str:
@@ -445,17 +444,6 @@ def _note(segment: Segment, pixels: int) -> str:
         return f"{segment.score:.2f}"
     percent = 100 * segment.area / pixels
     return f"{percent:.0f}%" if percent >= 1 else "<1%"
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which takes its place when it is finished, and goes away if it is not."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 @contextmanager
