@@ -25,7 +25,7 @@ from pathlib import Path, PurePath
 from tempfile import mkdtemp
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from converter.errors import OutputError, UnreadableFileError
 from converter.files import read_json_object, sync, sync_tree
@@ -289,7 +289,11 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def _is_stage(area: Path, place: Path) -> bool:
-    """Whether a folder is a stage that this user made for an output."""
+    """Whether a folder is a stage that this user made for an output.
+
+    Raises:
+        OSError: it cannot be looked into, or is gone.
+    """
     found = area.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         return False
@@ -315,12 +319,12 @@ def _clear(place: Path) -> None:
         except OSError:  # it is not there, or is not for this user to see
             continue
         for area in (folder / name for name in names if name.startswith(_prefix(place))):
-            if not _is_stage(area, place):
-                continue
             lock = FileLock(area / _LOCK, timeout=0)
             try:
+                if not _is_stage(area, place):
+                    continue
                 lock.acquire()
-            except Timeout:  # of a run that has its locks elsewhere, as in another container
+            except OSError:  # another run has it, with its locks elsewhere, or has removed it
                 continue
             try:
                 _dispose(area, place)

@@ -691,6 +691,21 @@ def test_offline_the_sources_come_from_the_cache_and_the_push_goes_to_the_hub(
     assert not any("pytorch_model.bin" in request.path for request in hub.requests)
 
 
+@over_lfs
+def test_push_to_deletes_no_file_that_others_put_into_the_output(
+    command: Command, hub: Hub, me: str
+) -> None:
+    arguments = ("--checkpoint", "tiny_panoptic_64", "--output", "new", "--push-to", REPO)
+    assert command(*arguments).exit_code == 0
+    Path("new/notes.txt").write_text("precious")
+
+    result = command(*arguments)
+
+    assert result.exit_code == 1
+    assert "notes.txt" in result.stderr
+    assert Path("new/notes.txt").read_text() == "precious"
+
+
 def test_whether_a_licence_is_needed_is_told_by_all_sources(
     command: Command, hub: Hub, me: str, tmp_path: Path
 ) -> None:

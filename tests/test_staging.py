@@ -597,6 +597,27 @@ def test_the_stage_of_a_living_run_with_locks_elsewhere_is_left_alone(
         kill(process)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give folders away")
+def test_the_stage_of_another_user_is_left_alone(tmp_path: Path) -> None:
+    kill(holding(tmp_path / "out"))
+    (area,) = tmp_path.iterdir()
+    os.chown(area, 12345, 12345)
+
+    make(tmp_path / "out")
+
+    assert (area / "output" / "weights").exists()
+
+
+def test_a_run_that_was_killed_before_it_wrote_anything_leaves_nothing(tmp_path: Path) -> None:
+    for name in ("12345678", "abcdefgh"):
+        (tmp_path / f".out.eomt-convert-{name}").mkdir(mode=0o700)
+    (tmp_path / ".out.eomt-convert-abcdefgh" / "lock").touch()
+
+    make(tmp_path / "out")
+
+    assert names(tmp_path) == ["out"]
+
+
 def test_what_is_there_instead_of_an_output_that_is_to_be_put_back_is_kept(tmp_path: Path) -> None:
     place = tmp_path / "out"
     make(place, "old")
