@@ -92,7 +92,7 @@ class Stage:
     def _publish_inside(self) -> None:
         """Moves file by file: the old last one goes first, and the new one comes last."""
         _check(self.place, self.place, force=self.force, made=self.made, area=self.area)
-        old = _in_order(_names(self.place) - {self.area.name}, self.last)
+        old = _in_order(_contents(self.place, self.area), self.last)
         new = _in_order(_names(self.folder), self.last)
         _write(self.area / _MOVED, {name: (self.folder / name).lstat().st_ino for name in new})
         replaced = self.area / _REPLACED
@@ -214,8 +214,8 @@ def _check(folder: Path, place: Path, *, force: bool, made: Made, area: Path | N
         return
     if not folder.is_dir() or folder.is_symlink():
         raise OutputError(f"{place} is a file.", "Choose another output.")
-    besides = {area.name} if area else set()
-    others = set(_others(folder, made(folder))) - besides
+    there = _contents(folder, area)
+    others = [name for name in _others(folder, made(folder)) if PurePath(name).parts[0] in there]
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise OutputError(
@@ -223,8 +223,14 @@ def _check(folder: Path, place: Path, *, force: bool, made: Made, area: Path | N
             f"({', '.join(sorted(others)[:3])}{more}); --force does not replace that.",
             "Move them away, or choose another output.",
         )
-    if not force and _names(folder) - besides:
+    if there and not force:
         raise OutputError(f"{place} exists.", "--force replaces it.")
+
+
+def _contents(folder: Path, area: Path | None) -> set[str]:
+    """Names in a folder, without a stage in it and what comes with a file system mounted there."""
+    names = _names(folder) - {area.name if area else ""}
+    return names - {"lost+found"} if _is_mount(folder) else names
 
 
 def _others(folder: Path, names: Collection[str]) -> Iterator[str]:

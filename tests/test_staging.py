@@ -273,6 +273,21 @@ def test_an_output_that_nothing_can_be_renamed_to_is_filled_and_replaced(fixed: 
     assert names(fixed.parent) == ["out"]
 
 
+def test_what_comes_with_a_file_system_is_not_in_the_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "out"
+    (place / "lost+found").mkdir(parents=True)
+    with pytest.raises(OutputError, match="has not made"):
+        make(place, force=False)
+
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == place)
+    make(place, "old", force=False)
+    make(place, "new")
+
+    assert names(place) == ["config.json", "lost+found", "weights"]
+
+
 def test_config_json_comes_last_and_goes_first(
     fixed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
