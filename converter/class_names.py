@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.errors import UnreadableFileError
+from converter.files import read_text
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,12 @@ def read(path: Path) -> ClassNames:
         UnreadableFileError: the file cannot be read or has none of these forms.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UnreadableFileError(f"The labels in {path} cannot be read: {error}") from error
+        text = read_text(path, encoding="utf-8-sig")
+    except OSError as error:
+        reason = error.strerror
+        raise UnreadableFileError(f"The labels in {path} cannot be read: {reason}.") from error
+    except UnicodeDecodeError as error:
+        raise UnreadableFileError(f"The labels in {path} cannot be read: {error}.") from error
     return _parse(text, path.name)
 
 

@@ -128,8 +128,19 @@ def read_model_config(path: Path) -> BackboneConfig:
     return _read_config(path, "eomt_dinov3", "Give the folder of an EoMT-DINOv3 model.")
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """Reads the config.json of a model or a backbone.
+
+    Every command reads it here first.
+
+    Raises:
+        UnreadableFileError: it cannot be read.
+    """
+    return read_json_object(path)
+
+
 def _read_config(path: Path, model_type: str, remedy: str) -> BackboneConfig:
-    content = read_json_object(path)
+    content = read_config(path)
     if content.get("model_type") != model_type:
         raise UnreadableFileError(
             f"{path} is the configuration of a {content.get('model_type')!r} model, not of a "

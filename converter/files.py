@@ -16,6 +16,10 @@ from converter.errors import UnreadableFileError
 # bytes of a JSON file: the largest config.json of a published model has 100 kB
 JSON_LIMIT = 2**24
 
+# bytes of a picture's file: of 8-bit RGB, the largest that Pillow opens without a warning
+# (Image.MAX_IMAGE_PIXELS)
+PICTURE_LIMIT = 2**28
+
 
 def open_regular(path: str | Path) -> BufferedReader:
     """Opens a regular file to be read, at once: a pipe or a device is never waited for.

@@ -14,6 +14,7 @@ from converter.configs import (
     BackboneConfig,
     find_backbone_config,
     read_backbone_config,
+    read_config,
     read_model_config,
 )
 from converter.errors import EomtConvertError, UsageError
@@ -208,7 +209,7 @@ def open_inputs(job: Job, access: Access, stack: ExitStack, *, dry_run: bool) ->
         weights = _decided(evidence, eomt.title)
 
     _check_enough(job, weights, converted=converted)
-    own = read_json_object(eomt.config) if converted and eomt.config else None
+    own = read_config(eomt.config) if converted and eomt.config else None
     own_preprocessor = None
     if own and eomt.config and (eomt.config.parent / "preprocessor_config.json").is_file():
         own_preprocessor = read_json_object(eomt.config.parent / "preprocessor_config.json")

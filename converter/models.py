@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converter.checks.provenance import find_named, read_history
+from converter.configs import read_config
 from converter.errors import UnreadableFileError, UsageError
 from converter.files import read_json_object
 from converter.hub.access import Access
@@ -45,8 +46,12 @@ def fetch_model(model: str | Path, access: Access) -> Path:
             "eomt-convert makes one of a delta and a backbone.",
         )
     if isinstance(source, LocalSource):
-        return source.path
-    return fetch(source, access, beside=(_PREPROCESSOR, "conversion.json")).weights.parent
+        folder = source.path
+    else:
+        folder = fetch(source, access, beside=(_PREPROCESSOR, "conversion.json")).weights.parent
+    read_config(folder / "config.json")
+    read_json_object(folder / _PREPROCESSOR)
+    return folder
 
 
 def repository_of(model: str | Path) -> str | None:

@@ -12,6 +12,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME
 
 from reference_model.activations import ACTIVATIONS
+from reference_model.files import read_json_object
 
 MODEL_TYPE = "eomt_dinov3"
 ROPE_TYPE = "default"
@@ -192,13 +193,11 @@ class EomtDinov3Config:
         """The configuration in a config.json.
 
         Raises:
+            OSError: there is no such regular file.
             ValueError: the file is not a JSON object, or a value cannot work; names the file.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-            if not isinstance(values, dict):
-                raise ValueError("expected a JSON object")
-            return cls.from_dict(values)
+            return cls.from_dict(read_json_object(path))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 

@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from reference_model.config import EomtDinov3Config
+from reference_model.files import read_json_object
 from reference_model.model import EomtDinov3ForUniversalSegmentationOutput
 from reference_model.pictures import Picture, flatten, read_map, read_picture
 from reference_model.post_processing import (
@@ -459,11 +460,9 @@ class EomtImageProcessor:
 def _read_settings(path: Path) -> dict[str, Any]:
     """What a preprocessor_config.json says of the processor; null stands for the default."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_object(path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object")
     kind = content.get("image_processor_type", IMAGE_PROCESSOR_TYPE)
     if not str(kind).startswith(IMAGE_PROCESSOR_TYPE):  # it may end in Fast or Pil
         raise ValueError(f"{path} is of a {kind}; expected {IMAGE_PROCESSOR_TYPE}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -9,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
+
+from reference_model.files import open_regular
 
 Picture: TypeAlias = Image.Image | str | Path | BinaryIO | NDArray[Any] | Tensor
 
@@ -77,8 +80,10 @@ def read_map(segmentation_map: Picture) -> Image.Image:
 def _open(picture: Image.Image | str | Path | BinaryIO) -> Image.Image:
     if isinstance(picture, Image.Image):
         return picture
-    with Image.open(picture) as image:
-        return ImageOps.exif_transpose(image)
+    with ExitStack() as stack:
+        if isinstance(picture, str | Path):
+            picture = stack.enter_context(open_regular(picture))
+        return ImageOps.exif_transpose(stack.enter_context(Image.open(picture)))
 
 
 def _to_numpy(array: NDArray[Any] | Tensor) -> NDArray[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reference_model.config import EomtDinov3Config
+from reference_model.files import open_regular, read_json_object
 
 MODEL_CARD = """\
 ---
@@ -71,19 +71,29 @@ class EomtDinov3PreTrainedModel(
         return next(self.parameters()).dtype
 
     @classmethod
-    def _from_pretrained(  # type: ignore[override]  # refuses keywords it does not know
+    def from_pretrained(  # type: ignore[override]  # refuses keywords it does not know
         cls,
+        pretrained_model_name_or_path: str | Path,
         *,
-        model_id: str,
-        revision: str | None,
-        cache_dir: str | Path | None,
-        force_download: bool,
-        local_files_only: bool,
-        token: str | bool | None,
-        config: EomtDinov3Config | dict[str, Any] | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+        config: EomtDinov3Config | None = None,
         dtype: torch.dtype | str | None = None,
         device: str | torch.device = "cpu",
     ) -> Self:
+        """Loads a model; the class tells of the parameters.
+
+        ModelHubMixin's own would read config.json itself, whatever that is and however large.
+
+        Raises:
+            OSError: a file is missing, or no regular file.
+            ValueError: config.json is not sound, or the weights do not fit it.
+        """
+        model_id = str(pretrained_model_name_or_path)
+
         def fetch(name: str) -> Path:
             if Path(model_id).is_dir():
                 return Path(model_id) / name
@@ -99,7 +109,7 @@ class EomtDinov3PreTrainedModel(
                 )
             )
 
-        if not isinstance(config, EomtDinov3Config):
+        if config is None:
             config = EomtDinov3Config.from_file(fetch("config.json"))
         with torch.device("meta"):
             model = cls(config)
@@ -153,7 +163,7 @@ def _fetch_if_there(name: str, fetch: Callable[[str], Path]) -> Path | None:
 
 def _shard_names(index: Path) -> list[str]:
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(read_json_object(index)["weight_map"].values())
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{index}: not an index of safetensors shards") from error
     for name in names:
@@ -171,6 +181,7 @@ def _read(
     with ExitStack() as stack:
         source: dict[str, safe_open] = {}
         for path in paths:
+            open_regular(path).close()  # safe_open waits for pipes
             try:
                 file = stack.enter_context(safe_open(path, framework="pt", device=device))
             except (SafetensorError, FileNotFoundError) as error:

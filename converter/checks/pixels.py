@@ -1,11 +1,12 @@
 """Pictures, and the numbers that a model sees of them."""
 
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from converter.errors import UnreadableFileError
-from converter.files import read_json_object
+from converter.files import PICTURE_LIMIT, read_bytes, read_json_object
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -88,9 +89,9 @@ def open_picture(path: Path, file: BinaryIO | None = None) -> "Image":
     from reference_model.pictures import read_picture
 
     try:
-        return Image.fromarray(np.asarray(read_picture(file or path)))
+        return Image.fromarray(np.asarray(read_picture(file or _content(path))))
     except Exception as error:  # on hostile files, decoders raise whatever comes up
-        raise UnreadableFileError(f"{path} is no picture that can be read: {error}.") from error
+        raise _unreadable(path, error) from error
 
 
 def read_picture(path: Path) -> "Tensor":
@@ -104,11 +105,20 @@ def read_picture(path: Path) -> "Tensor":
     from PIL import Image
 
     try:
-        with Image.open(path) as opened:
+        with Image.open(_content(path)) as opened:
             pixels = np.array(opened.convert("RGB"))
-    except OSError as error:
-        raise UnreadableFileError(f"{path} is no picture that can be read: {error}.") from error
+    except Exception as error:  # as above
+        raise _unreadable(path, error) from error
     return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+
+
+def _content(path: Path) -> BytesIO:
+    return BytesIO(read_bytes(path, PICTURE_LIMIT))
+
+
+def _unreadable(path: Path, error: Exception) -> UnreadableFileError:
+    reason = (isinstance(error, OSError) and error.strerror) or error
+    return UnreadableFileError(f"{path} is no picture that can be read: {reason}.")
 
 
 def fit(pixels: "Tensor", side: int) -> "Tensor":

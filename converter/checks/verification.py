@@ -21,7 +21,7 @@ from converter.checks.provenance import (
 )
 from converter.checks.recorded import CONFIGS, Recorded, find_recorded, read_recorded
 from converter.checks.verdict import LEVELS, NOT_ASKED, NUMBERED, Cause, Level, Verdict
-from converter.configs import BackboneConfig, find_backbone_config, read_model_config
+from converter.configs import BackboneConfig, find_backbone_config, read_config, read_model_config
 from converter.errors import UnreadableFileError, UsageError
 from converter.files import read_json_object, sha256
 from converter.hub.access import Access
@@ -356,7 +356,7 @@ def _read_model(folder: Path, *, keep: bool) -> _Model:
     from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 
     path = _find_weights(folder)
-    values = read_json_object(folder / "config.json")
+    values = read_config(folder / "config.json")
     try:
         config = EomtDinov3Config.from_dict(values)
     except (ValueError, TypeError, KeyError) as error:

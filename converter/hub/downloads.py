@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from converter.errors import AccessError, OutputError, UnreadableFileError
-from converter.files import sha256
+from converter.files import open_regular, sha256
 from converter.hub.access import Access, Snapshot, explained, senseless_answer
 
 _SHA256, _GIT_ID = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]{40}")
@@ -129,9 +129,11 @@ def is_damaged(path: Path, digest: str) -> bool:
     """Whether a file is not the one of a digest, SHA-256 or git's blob id; reads all of it."""
     if is_sha256(digest):
         return sha256(path) != digest
-    content = path.read_bytes()
-    header = b"blob %d\0" % len(content)
-    return hashlib.sha1(header + content, usedforsecurity=False).hexdigest() != digest
+    with open_regular(path) as file:
+        found = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+        while piece := file.read(1 << 20):
+            found.update(piece)
+    return found.hexdigest() != digest
 
 
 def arrived_damaged(repo_id: str, name: str, path: Path) -> UnreadableFileError:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from converter.catalog import Checkpoint
 from converter.checks.verdict import Verdict
 from converter.checks.verification import verify
-from converter.configs import read_model_config
+from converter.configs import read_config, read_model_config
 from converter.conversion import REPORT
 from converter.errors import (
     AccessError,
@@ -19,7 +19,7 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
-from converter.files import read_json_object
+from converter.files import read_bytes, read_json_object
 from converter.hub.access import Access, Snapshot, explained, not_found
 from converter.hub.card import LICENCE_FILE, ModelRecord, is_derived, model_card, updated
 from converter.hub.downloads import download
@@ -51,6 +51,8 @@ _LICENCE_NAMES = ("LICENSE.md", "LICENSE", "LICENSE.txt")
 
 _LICENCE_NEEDED = "The weights are derived from DINOv3, whose licence must go with them"
 _GIVE_IT = "Give its text with --license-file."
+
+_MAX_LICENCE = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -294,7 +296,7 @@ def _read(folder: Path, *, allow_unverified: bool) -> tuple[ModelRecord, dict[st
     history = read_json_object(history_file)
     try:
         expected = {name: str(entry["sha256"]) for name, entry in history["files"].items()}
-        made = ModelRecord(history, read_json_object(folder / "config.json"))
+        made = ModelRecord(history, read_config(folder / "config.json"))
         _check_verdict(made, folder, allow_unverified=allow_unverified)
     except (KeyError, TypeError, AttributeError) as error:
         raise UnreadableFileError(f"{history_file} lacks what it should hold: {error}.") from error
@@ -366,7 +368,7 @@ def _fetch_licence(source: HubSource, access: Access) -> Path:
 
 def _licence_text(path: Path) -> Content:
     try:
-        content = path.read_bytes()
+        content = read_bytes(path, _MAX_LICENCE)
         if not content.decode().strip():
             raise UnreadableFileError(f"{path} is empty.")
     except OSError as error:

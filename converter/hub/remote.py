@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from converter.errors import EomtConvertError, NotFoundError
+from converter.files import open_regular
 from converter.hub.access import Snapshot, explained
 from converter.hub.downloads import look_up
 
@@ -58,7 +59,7 @@ def _pieces(source: Path | bytes) -> Iterator[bytes]:
     if isinstance(source, bytes):
         yield source
         return
-    with source.open("rb") as file:
+    with open_regular(source) as file:
         while piece := file.read(_PIECE):
             yield piece
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob, has_magic
+from io import BytesIO
 from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from converter.errors import EomtConvertError, OutputError, UnreadableFileError, UsageError
-from converter.files import replacing, write_json
+from converter.files import PICTURE_LIMIT, read_bytes, replacing, write_json
 from converter.hub.access import Access
 from converter.models import fetch_model, find_task, load_model, torch_device
 from converter.pictures.coco import Segment, document, encode_mask, id_map_image, measure
@@ -271,7 +272,7 @@ def _read(path: Path) -> Image.Image:
         warnings.simplefilter("ignore")  # about harmless flaws
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            image = read_picture(path)
+            image = read_picture(BytesIO(read_bytes(path, PICTURE_LIMIT)))
         except UnidentifiedImageError as error:
             raise UnreadableFileError("no picture of a known format") from error
         except OSError as error:

@@ -14,6 +14,7 @@ from reprlib import repr as shortened
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from converter.errors import UnreadableFileError
+from converter.files import open_regular
 from converter.weights.headers import MAX_DESCRIPTION, parse_json_object, read_header
 from converter.weights.unpickling import is_name
 
@@ -203,11 +204,11 @@ class ShardedTensorFile(AbstractContextManager["ShardedTensorFile"]):
 
 
 def _open(path: Path) -> BinaryIO:
-    if path.exists() and not path.is_file():
-        raise UnreadableFileError(f"{path} is a folder or a device, not a file.")
     try:
-        return path.open("rb")
+        return open_regular(path)
     except OSError as error:
+        if path.exists() and not path.is_file():
+            raise UnreadableFileError(f"{path} is a folder or a device, not a file.") from error
         raise UnreadableFileError(f"{path} cannot be read: {error.strerror}.") from error
 
 
