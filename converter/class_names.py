@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 from converter.errors import UnreadableFileError
-from converter.files import read_text
+from converter.files import is_unicode, read_text
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,15 @@ def of_config(config: Mapping[str, Any], count: int) -> ClassNames:
     stuff = config.get("stuff_classes") or []
     try:
         names = tuple(labels[str(i)] for i in range(len(labels)))
-        return _checked(names, tuple(int(i) for i in stuff), "config.json")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError) as error:
         raise UnreadableFileError("config.json has an id2label of another form.") from error
+    if not isinstance(stuff, list) or not all(
+        type(i) is int and 0 <= i < len(names) for i in stuff
+    ):
+        raise UnreadableFileError(
+            f"stuff_classes in config.json is {shortened(stuff)}, not a list of class ids."
+        )
+    return _checked(names, tuple(stuff), "config.json")
 
 
 def read(path: Path) -> ClassNames:
@@ -101,5 +108,9 @@ def _checked(names: tuple[Any, ...], stuff: tuple[int, ...], file: str) -> Class
         raise UnreadableFileError(f"There is no class name in {file}.")
     for name in names:
         if not isinstance(name, str):
-            raise UnreadableFileError(f"A class name in {file} is not text: {name!r}.")
+            raise UnreadableFileError(f"A class name in {file} is not text: {shortened(name)}.")
+        if not is_unicode(name):
+            raise UnreadableFileError(
+                f"A class name in {file} holds half of a character (a lone surrogate): {name!r}."
+            )
     return ClassNames(names, stuff)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any, get_args
 
 from converter.catalog import Task
@@ -14,6 +15,25 @@ from converter.files import read_json_object
 # ImageNet's statistics, as github.com/tue-mps/eomt models/vit.py has them
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
+
+# The smallest and the largest numbers of a config.json, with reasons in reference_model/config.py,
+# whose own limits for whoever uses it alone are the same; it cannot be imported without torch.
+LIMITS: Mapping[str, tuple[float, float]] = {
+    "hidden_size": (1, 2**16),
+    "num_hidden_layers": (1, 1000),
+    "num_attention_heads": (1, 2**10),
+    "intermediate_size": (1, 2**18),
+    "num_channels": (1, 2**8),
+    "patch_size": (1, 2**10),
+    "num_register_tokens": (0, 2**10),
+    "num_queries": (1, 2**14),
+    "num_blocks": (1, 1000),
+    "num_upscale_blocks": (1, 10),
+    "train_num_points": (1, 2**24),
+    "num_labels": (1, 2**16),
+    "image_size": (1, 2**14),
+}
+MAX_NUMBER = 1e12
 
 # no_object_coefficient in github.com/tue-mps/eomt training/mask_classification_panoptic.py
 NO_OBJECT_WEIGHT = 0.1
@@ -78,6 +98,17 @@ class BackboneConfig:
         return max(1, int(math.log2(self.patch_size)) - 2)
 
 
+# keys of a config.json that hold numbers
+_NUMBERS = (
+    {field.name for field in fields(BackboneConfig) if field.type not in ("bool", bool, str)}
+    | LIMITS.keys()
+    | {
+        *("hidden_dropout_prob", "no_object_weight", "class_weight", "mask_weight", "dice_weight"),
+        *("oversample_ratio", "importance_sample_ratio"),
+    }
+)
+
+
 @dataclass(frozen=True)
 class HeadSizes:
     """The sizes that EoMT adds to a backbone.
@@ -131,12 +162,23 @@ def read_model_config(path: Path) -> BackboneConfig:
 def read_config(path: Path) -> dict[str, Any]:
     """Reads the config.json of a model or a backbone.
 
-    Every command reads it here first.
+    Every command reads it here before anything is built of its numbers.
 
     Raises:
-        UnreadableFileError: it cannot be read.
+        UnreadableFileError: it cannot be read, or one of its numbers is out of bounds.
     """
-    return read_json_object(path)
+    content = read_json_object(path)
+    rope = content.get("rope_parameters")
+    for key, value in (content | (rope if isinstance(rope, dict) else {})).items():
+        if key not in _NUMBERS:
+            continue
+        low, high = LIMITS.get(key, (-MAX_NUMBER, MAX_NUMBER))
+        for number in value if isinstance(value, list) else [value]:  # height and width
+            if isinstance(number, int | float) and not low <= number <= high:  # NaN is neither
+                raise UnreadableFileError(
+                    f"{key} in {path} is {shortened(number)}; it must be from {low:,} to {high:,}."
+                )
+    return content
 
 
 def _read_config(path: Path, model_type: str, remedy: str) -> BackboneConfig:
@@ -172,17 +214,6 @@ def _typed(value: Any, annotation: Any, name: str, path: Path) -> Any:
 
 
 def _check_sizes(config: BackboneConfig, path: Path) -> None:
-    sizes = asdict(config)
-    for name in (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "patch_size",
-        "num_channels",
-    ):
-        if sizes[name] < 1:
-            raise UnreadableFileError(f"{name} in {path} is {sizes[name]}; it must be positive.")
     if config.hidden_size % config.num_attention_heads:
         raise UnreadableFileError(
             f"{path} has {config.num_attention_heads} attention heads, which do not divide its "

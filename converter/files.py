@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any, BinaryIO
 
 from converter.errors import UnreadableFileError
@@ -77,13 +78,40 @@ def read_json_object(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
     """
     try:
         content = json.loads(read_text(path, limit))
+        half = _half_character(content)
     except OSError as error:
         raise UnreadableFileError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
         raise UnreadableFileError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
         raise UnreadableFileError(f"{path} holds no JSON object.")
+    if half is not None:
+        key = shortened(".".join(reversed(half)))
+        raise UnreadableFileError(f"{key} in {path} holds half of a character (a lone surrogate).")
     return content
+
+
+def _half_character(value: Any) -> list[str] | None:
+    """The keys to text that no encoding has, innermost first; None where there is none."""
+    if isinstance(value, str):
+        return None if is_unicode(value) else []
+    if isinstance(value, list):
+        value = {f"{index}": entry for index, entry in enumerate(value)}
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            found = _half_character(entry) if is_unicode(key) else []
+            if found is not None:
+                return [*found, key]
+    return None
+
+
+def is_unicode(text: str) -> bool:
+    """Whether text can be written in UTF-8: JSON can also spell halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

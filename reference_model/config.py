@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self
+from reprlib import repr as shortened
+from typing import Any, Self, TypeGuard
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME
@@ -18,18 +19,26 @@ MODEL_TYPE = "eomt_dinov3"
 ROPE_TYPE = "default"
 ROPE_THETA = 100.0  # DINOv3's
 
-_POSITIVE = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "num_channels",
-    "patch_size",
-    "num_queries",
-    "num_blocks",
-    "num_upscale_blocks",
-    "train_num_points",
-)
+# The smallest and the largest whole numbers. The largest DINOv3, ViT-7B, has hidden_size 4096,
+# intermediate_size 8192, 40 layers, 32 heads, 4 register tokens and patches of 16; EoMT has up to
+# 200 queries and pictures of 1280. There is room for ten times as much and more. What is larger
+# still is no model: to build it takes all memory, or never ends.
+LIMITS = {
+    "hidden_size": (1, 2**16),
+    "num_hidden_layers": (1, 1000),
+    "num_attention_heads": (1, 2**10),
+    "intermediate_size": (1, 2**18),
+    "num_channels": (1, 2**8),
+    "patch_size": (1, 2**10),
+    "num_register_tokens": (0, 2**10),
+    "num_queries": (1, 2**14),
+    "num_blocks": (1, 1000),
+    "num_upscale_blocks": (1, 10),  # log2 of the largest patch_size: masks of single pixels
+    "train_num_points": (1, 2**24),
+    "num_labels": (1, 2**16),
+    "image_size": (1, 2**14),
+}
+MAX_NUMBER = 1e12  # of numbers that need not be whole; float32 has room for their squares
 _SWITCHES = ("query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias", "use_gated_mlp")
 _RATES = ("hidden_dropout_prob", "attention_dropout", "drop_path_rate")
 _NUMBERS = (
@@ -150,19 +159,19 @@ class EomtDinov3Config:
         values = dict(values)
         model_type = values.pop("model_type", MODEL_TYPE)
         if model_type != MODEL_TYPE:
-            raise _refusal("model_type", model_type, f"this is the configuration of {MODEL_TYPE}")
+            raise refusal("model_type", model_type, f"this is the configuration of {MODEL_TYPE}")
 
         theta = values.pop("rope_theta", None)
         given = values.get("rope_parameters") or {}
         if not isinstance(given, Mapping):
-            raise _refusal("rope_parameters", given, "an object")
+            raise refusal("rope_parameters", given, "an object")
         default = {"rope_type": ROPE_TYPE, "rope_theta": ROPE_THETA if theta is None else theta}
         values["rope_parameters"] = default | dict(given)
 
         values.pop("label2id", None)  # id2label says the same
         num_labels = values.pop("num_labels", None)
-        if not (num_labels is None or (_is_int(num_labels) and num_labels > 0)):
-            raise _refusal("num_labels", num_labels, "a positive integer")
+        if num_labels is not None:
+            _check_whole("num_labels", num_labels)
         if values.get("id2label") is None:
             values["id2label"] = _unnamed_labels(num_labels or 2)
 
@@ -172,7 +181,7 @@ class EomtDinov3Config:
             extra={key: value for key, value in values.items() if key not in own},
         )
         if num_labels not in (None, config.num_labels):
-            raise _refusal("num_labels", num_labels, f"the {config.num_labels} of id2label")
+            raise refusal("num_labels", num_labels, f"the {config.num_labels} of id2label")
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -241,30 +250,34 @@ class EomtDinov3Config:
         (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
     def _check_sizes(self) -> None:
-        if self.num_upscale_blocks is None and _is_int(self.patch_size) and self.patch_size > 0:
+        if self.num_upscale_blocks is None and is_int(self.patch_size) and self.patch_size > 0:
             rule = max(1, self.patch_size.bit_length() - 1 - 2)
             object.__setattr__(self, "num_upscale_blocks", rule)
-        for key in _POSITIVE:
-            self._require(key, lambda value: _is_int(value) and value > 0, "a positive integer")
-        self._require("num_register_tokens", lambda n: _is_int(n) and n >= 0, "an integer from 0")
+        for key in LIMITS:
+            if key not in ("num_labels", "image_size"):
+                _check_whole(key, getattr(self, key))
         for key in _SWITCHES:
             self._require(key, lambda value: isinstance(value, bool), "true or false")
         for key in _RATES:
-            self._require(key, lambda p: _is_number(p) and 0 <= p < 1, "a number from 0 to below 1")
+            self._require(key, lambda p: is_number(p) and 0 <= p < 1, "a number from 0 to below 1")
         for key in ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"):
             self._require(
                 key,
-                lambda value: value is None or (_is_number(value) and value > 0),
+                lambda value: value is None or (is_number(value) and value > 0),
                 "a positive number or null",
             )
         for key in _NUMBERS:
-            self._require(key, lambda value: _is_number(value) and value >= 0, "a number from 0")
+            self._require(
+                key,
+                lambda value: is_number(value) and value >= 0,
+                f"a number from 0 to {MAX_NUMBER:g}",
+            )
         self._require(
-            "oversample_ratio", lambda value: _is_number(value) and value >= 1, "a number from 1"
+            "oversample_ratio", lambda value: is_number(value) and value >= 1, "a number from 1"
         )
         self._require(
             "importance_sample_ratio",
-            lambda value: _is_number(value) and 0 <= value <= 1,
+            lambda value: is_number(value) and 0 <= value <= 1,
             "a number from 0 to 1",
         )
         known = ", ".join(sorted(ACTIVATIONS))
@@ -284,6 +297,7 @@ class EomtDinov3Config:
         self._require("patch_size", lambda n: n.bit_count() == 1, "a power of two")
         self._require("num_blocks", lambda n: n <= layers, f"at most the {layers} hidden layers")
 
+        largest = LIMITS["image_size"][1]
         sides: tuple[Any, ...] = (
             tuple(self.image_size)
             if isinstance(self.image_size, list | tuple)
@@ -293,23 +307,25 @@ class EomtDinov3Config:
             "image_size",
             lambda _: (
                 len(sides) == 2
-                and all(_is_int(side) and side > 0 and side % patch_size == 0 for side in sides)
+                and all(is_int(n) and 0 < n <= largest and n % patch_size == 0 for n in sides)
             ),
-            f"a positive multiple of patch_size {patch_size}, or two as [height, width]",
+            f"a positive multiple of patch_size {patch_size} up to {largest:,}, or two as "
+            "[height, width]",
         )
-        if not _is_int(self.image_size):
+        if not is_int(self.image_size):
             object.__setattr__(self, "image_size", sides)
 
     def _check_rope(self) -> None:
         for key, value in self.rope_parameters.items():
             if key not in ("rope_type", "rope_theta"):
-                raise _refusal(f"rope_parameters.{key}", value, "rope_type and rope_theta only")
+                raise refusal(f"rope_parameters.{key}", value, "rope_type and rope_theta only")
         rope_type: object = self.rope_parameters.get("rope_type")
         theta: Any = self.rope_parameters.get("rope_theta")
         if rope_type != ROPE_TYPE:
-            raise _refusal("rope_parameters.rope_type", rope_type, f'only "{ROPE_TYPE}" is known')
-        if not (_is_number(theta) and theta > 0):
-            raise _refusal("rope_parameters.rope_theta", theta, "a positive number")
+            raise refusal("rope_parameters.rope_type", rope_type, f'only "{ROPE_TYPE}" is known')
+        if not (is_number(theta) and theta > 0):
+            expected = f"a positive number up to {MAX_NUMBER:g}"
+            raise refusal("rope_parameters.rope_theta", theta, expected)
 
     def _check_classes(self) -> None:
         try:
@@ -317,7 +333,13 @@ class EomtDinov3Config:
         except (AttributeError, TypeError, ValueError):
             labels = {}
         if not labels or sorted(labels) != list(range(len(labels))):
-            raise _refusal("id2label", self.id2label, "a name for each class id from 0 on")
+            raise refusal("id2label", self.id2label, "a name for each class id from 0 on")
+        most = LIMITS["num_labels"][1]
+        if len(labels) > most:
+            raise refusal("id2label", self.id2label, f"at most {most:,} classes")
+        for index, label in labels.items():
+            if not _is_text(label):
+                raise refusal(f"id2label.{index}", label, "a name, in valid Unicode")
         object.__setattr__(self, "id2label", labels)
 
         if self.stuff_classes is not None:
@@ -325,7 +347,7 @@ class EomtDinov3Config:
                 "stuff_classes",
                 lambda ids: (
                     isinstance(ids, list | tuple)
-                    and all(_is_int(index) and index in labels for index in ids)
+                    and all(is_int(index) and index in labels for index in ids)
                 ),
                 f"a list of class ids below {len(labels)}",
             )
@@ -334,19 +356,38 @@ class EomtDinov3Config:
     def _require(self, key: str, works: Callable[[Any], bool], expected: str) -> None:
         value = getattr(self, key)
         if not works(value):
-            raise _refusal(key, value, expected)
+            raise refusal(key, value, expected)
 
 
-def _refusal(key: str, value: object, expected: str) -> ValueError:
-    return ValueError(f"{key} is {value!r}; expected {expected}")
+def refusal(key: str, value: object, expected: str) -> ValueError:
+    return ValueError(f"{key} is {shortened(value)}; expected {expected}")
 
 
-def _is_int(value: object) -> bool:
+def _check_whole(key: str, value: object) -> None:
+    low, high = LIMITS[key]
+    if not (is_int(value) and low <= value <= high):
+        raise refusal(key, value, f"an integer from {low} to {high:,}")
+
+
+def is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def is_number(value: object) -> bool:
+    """Whether a value is a number that can be computed with: no NaN, nothing endless."""
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and -MAX_NUMBER <= value <= MAX_NUMBER
+    )
+
+
+def _is_text(value: object) -> bool:
+    """Whether a value is text that can be written: JSON may hold halves of characters."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _unnamed_labels(count: int) -> dict[int, str]:

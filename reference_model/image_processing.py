@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from reference_model.config import EomtDinov3Config
+from reference_model.config import LIMITS, EomtDinov3Config, is_int, is_number, refusal
 from reference_model.files import read_json_object
 from reference_model.model import EomtDinov3ForUniversalSegmentationOutput
 from reference_model.pictures import Picture, flatten, read_map, read_picture
@@ -92,21 +92,46 @@ class EomtImageProcessor:
     stuff_classes: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        given = {edge: pixels for edge, pixels in self.size.items() if pixels is not None}
-        if set(given) not in (
-            {"height", "width"},
-            {"shortest_edge"},
-            {"shortest_edge", "longest_edge"},
-        ) or not all(isinstance(pixels, int) and pixels > 0 for pixels in given.values()):
-            raise ValueError(
-                f"size is {self.size!r}; expected positive numbers of pixels for height and width, "
-                "or for shortest_edge and longest_edge"
-            )
+        self._check_size()
+        known = [method.value for method in Image.Resampling]
+        if not is_int(self.resample) or self.resample not in known:
+            raise refusal("resample", self.resample, f"one of PIL's numbers {known}")
+        for name in ("do_resize", "do_rescale", "do_normalize", "do_pad", "do_split_image"):
+            if not isinstance(getattr(self, name), bool):
+                raise refusal(name, getattr(self, name), "true or false")
+        if not is_number(self.rescale_factor):
+            raise refusal("rescale_factor", self.rescale_factor, "a number")
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            if not (
+                isinstance(values, list | tuple)
+                and len(values) == 3
+                and all(map(is_number, values))
+                and (name == "image_mean" or min(values) > 0)
+            ):
+                raise refusal(name, values, "three numbers, of image_std above 0")
         if self.do_split_image and not self.do_resize:
             raise ValueError("do_split_image needs do_resize: windows slide over resized pictures")
         for name in ("image_mean", "image_std", "stuff_classes"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def _check_size(self) -> None:
+        size: Any = self.size
+        given = {}
+        if isinstance(size, Mapping):
+            given = {edge: pixels for edge, pixels in size.items() if pixels is not None}
+        largest = LIMITS["image_size"][1]
+        if set(given) not in (
+            {"height", "width"},
+            {"shortest_edge"},
+            {"shortest_edge", "longest_edge"},
+        ) or not all(is_int(pixels) and 0 < pixels <= largest for pixels in given.values()):
+            expected = (
+                f"numbers of pixels from 1 to {largest:,} for height and width, or for "
+                "shortest_edge and longest_edge"
+            )
+            raise refusal("size", size, expected)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -158,7 +183,7 @@ class EomtImageProcessor:
                 pass
         try:
             return cls(**values)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
 
     def save_pretrained(self, save_directory: str | Path) -> None:

@@ -2,15 +2,21 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 import pytest
 from click.testing import Result
 from conftest import FIXTURES
+
+import reference_model
+from converter import configs
+from converter.configs import LIMITS, read_config
 
 pytestmark = pytest.mark.numbers
 
@@ -110,3 +116,121 @@ def test_a_file_larger_than_its_kind_is_not_read(
     assert f"{Path(file).name}" in message
     assert "larger than" in message
     assert "bytes" in message
+
+
+# numbers of config.json --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", 10_000_000),
+        ("num_upscale_blocks", 10_000_000),
+        ("hidden_size", 2**40),
+        ("num_register_tokens", 10**30),
+        ("layerscale_value", 10**330),
+        ("layerscale_value", float("inf")),
+        ("layer_norm_eps", float("nan")),
+        ("image_size", [64, 2**40]),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 10**330}),
+        ("num_labels", 10**12),
+    ],
+    ids=shortened,
+)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("verify", "model", "--level", "1"),
+        ("verify", "model"),
+        SEGMENT,
+        ("evaluate", "model", "--dataset", "coco-panoptic", "--data", "."),
+        ("record", "model", "--output", "out", "--random", "1"),
+        ("push", "model", "me/model"),
+        ("--delta", "model", "--output", "out"),
+        (*CONVERT, "--backbone-config", "backbone.json"),
+    ],
+    ids=lambda arguments: " ".join(map(str, arguments[:2])),
+)
+def test_a_number_out_of_bounds_is_refused_by_every_command(
+    command: Command, model: Path, arguments: tuple[str, ...], key: str, value: Any, tmp_path: Path
+) -> None:
+    file = model / "config.json"
+    if "backbone.json" in arguments:
+        shutil.copy(TINY / "backbone" / "config.json", tmp_path / "backbone.json")
+        file = tmp_path / "backbone.json"
+    edit(file, **{key: value})
+
+    message = error_of(command, *arguments)
+
+    key, value = ("rope_theta", 10**330) if isinstance(value, dict) else (key, value)
+    shown = shortened(value[1] if isinstance(value, list) else value)
+    assert f"{key} in {file.relative_to(tmp_path)} is {shown}; it must be from" in message
+
+
+def test_limits_leave_ample_room_for_the_largest_dinov3(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 4096, "intermediate_size": 8192, "num_hidden_layers": 40}
+    file = Path(shutil.copy(TINY / "backbone" / "config.json", tmp_path / "config.json"))
+    edit(file, **sizes)
+
+    found = read_config(file)
+    assert all(found[key] == size <= LIMITS[key][1] / 16 for key, size in sizes.items())
+
+
+def test_the_limits_of_the_reference_model_are_those_of_the_commands() -> None:
+    assert configs.LIMITS == reference_model.config.LIMITS
+    assert configs.MAX_NUMBER == reference_model.config.MAX_NUMBER
+
+
+# values without sense ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [("verify", "model", "--level", "1"), SEGMENT])
+@pytest.mark.parametrize("name", [[1], {"a": 1}, None, "\ud800"])
+def test_a_class_name_that_is_no_text_is_named(
+    command: Command, model: Path, arguments: tuple[str, ...], name: object
+) -> None:
+    labels = json.loads((model / "config.json").read_text())["id2label"]
+    edit(model / "config.json", id2label={**labels, "6": name})
+
+    message = error_of(command, *arguments)
+
+    assert "model/config.json" in message
+    assert "id2label.6" in message
+
+
+@pytest.mark.parametrize(
+    "labels", ['["a", "\\ud800"]', '{"categories": [{"id": 0, "name": "\\ud800"}]}']
+)
+def test_half_a_character_in_labels_is_named(command: Command, labels: str, tmp_path: Path) -> None:
+    (tmp_path / "names.json").write_text(labels)
+
+    message = error_of(command, *CONVERT, "--labels", "names.json")
+
+    assert "A class name in names.json holds half of a character" in message
+    assert "'\\ud800'" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("image_mean", ["x"]),
+        ("image_mean", ["x", 0, 0]),
+        ("image_mean", 0.5),
+        ("image_std", [0, 1, 1]),
+        ("image_std", [10**330, 1, 1]),
+        ("resample", 99),
+        ("resample", "bilinear"),
+        ("rescale_factor", "much"),
+        ("do_rescale", "no"),
+        ("size", 64),
+        ("size", {"height": 10**9, "width": 64}),
+    ],
+)
+def test_a_senseless_value_of_the_processor_is_named(
+    command: Command, model: Path, key: str, value: object
+) -> None:
+    edit(model / "preprocessor_config.json", **{key: value})
+
+    message = error_of(command, *SEGMENT)
+
+    assert f"model/preprocessor_config.json: {key} is {shortened(value)}; expected" in message

@@ -131,6 +131,15 @@ def test_rope_parameters_win_over_an_older_rope_theta() -> None:
         ("rope_parameters", {"rope_type": "yarn", "rope_theta": 100.0}),
         ("rope_parameters", {"rope_type": "default", "rope_theta": 0}),
         ("rope_parameters", {"rope_type": "default", "factor": 2.0}),
+        ("hidden_size", 2**40),
+        ("num_hidden_layers", 10_000_000),
+        ("num_upscale_blocks", 10_000_000),
+        ("num_register_tokens", 10**30),
+        ("num_labels", 10**12),
+        ("image_size", 2**40),
+        ("layerscale_value", float("inf")),
+        ("layer_norm_eps", float("nan")),
+        ("pos_embed_rescale", float("inf")),
         ("id2label", {"0": "sky", "2": "sea"}),
         ("id2label", {"zero": "sky"}),
         ("id2label", {}),
@@ -145,6 +154,12 @@ def test_a_value_that_cannot_work_is_refused_by_key_and_value(key: str, value: A
     with pytest.raises(ValueError, match=f"^{key}") as caught:
         EomtDinov3Config.from_dict({**SMALL, key: value})
     assert any(repr(part) in str(caught.value) for part in shown)
+
+
+def test_a_class_name_that_is_no_text_is_refused() -> None:
+    for name in ([1], None, "\ud800"):
+        with pytest.raises(ValueError, match=r"^id2label\.0 is .* expected a name"):
+            EomtDinov3Config.from_dict({"id2label": {"0": name}})
 
 
 def test_an_unknown_activation_is_answered_with_the_known_ones() -> None:

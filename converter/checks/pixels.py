@@ -60,7 +60,7 @@ def read_normalisation(preprocessor: Path, channels: int) -> Normalisation:
         mean, std = (0.0,) * channels, (1.0,) * channels
         if values.get("do_normalize", True):
             mean, std = (_per_channel(values[f"image_{key}"], channels) for key in ("mean", "std"))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UnreadableFileError(
             f"{preprocessor} has no usable rescale_factor, image_mean and image_std: {error}."
         ) from error
