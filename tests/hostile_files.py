@@ -13,6 +13,15 @@ def safetensors_file(header: Any, data: bytes = b"") -> bytes:
     return struct.pack("<Q", len(content)) + content + data
 
 
+def with_directory(content: bytes, times: int) -> bytes:
+    """A zip file whose directory names every member so many times."""
+    end = content.rindex(b"PK\5\6")
+    size, start = struct.unpack_from("<LL", content, end + 12)
+    directory = content[start : start + size] * times
+    head = content[end : end + 12] + struct.pack("<LL", len(directory), start)
+    return content[:start] + directory + head + content[end + 20 :]
+
+
 def torch_file(pickle: bytes, records: dict[str, bytes], *, compression: int = 0) -> bytes:
     """A torch file with this pickle and these records, such as ``data/0``."""
     buffer = io.BytesIO()

@@ -19,6 +19,7 @@ from dataset_files import (
     write_picture,
     zip_as_published,
 )
+from hostile_files import with_directory
 from pycocotools import mask
 
 from converter.errors import UnreadableFileError
@@ -300,6 +301,36 @@ def test_a_member_larger_than_any_published_one_is_not_read(
         archive.writestr(PANOPTIC, b" " * 1_000_000)
 
     assert "has more than 1,000 bytes" in refusal("coco-panoptic", tmp_path)
+
+
+def test_a_member_that_would_become_a_hundred_times_as_large_is_not_read(tmp_path: Path) -> None:
+    panoptic(tmp_path)
+    zip_as_published(tmp_path)
+    with zipfile.ZipFile(tmp_path / "val2017.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("val2017/000000000000.jpg", bytes(10_000_000))
+
+    message = refusal("coco-panoptic", tmp_path)
+
+    assert "val2017/000000000000.jpg in " in message
+    assert "would become 10,000,000 bytes of 9," in message
+
+
+def test_members_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
+    panoptic(tmp_path)
+    zip_as_published(tmp_path)
+    path = tmp_path / "val2017.zip"
+    path.write_bytes(with_directory(path.read_bytes(), 10))
+
+    assert f"{path} has members that overlap" in refusal("coco-panoptic", tmp_path)
+
+
+def test_a_directory_larger_than_any_published_one_is_not_read(tmp_path: Path) -> None:
+    panoptic(tmp_path)
+    zip_as_published(tmp_path)
+    path = tmp_path / "val2017.zip"
+    path.write_bytes(with_directory(path.read_bytes(), 150_000))
+
+    assert "its directory is larger than 16,777,216 bytes" in refusal("coco-panoptic", tmp_path)
 
 
 @pytest.mark.parametrize("kept", [10, -30])

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import HANGS
-from hostile_files import safetensors_file, torch_file
+from hostile_files import safetensors_file, torch_file, with_directory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -930,6 +930,18 @@ def test_a_zip_file_of_many_records_is_done_with_soon(tmp_path: Path) -> None:
     path.write_bytes(torch_file(PICKLE, RECORDS | {f"data/{i}": b"" for i in range(2, 10_000)}))
     started = time.process_time()
     assert read_all(path)["b"].tolist() == [1.0] * 8
+    assert time.process_time() - started < 3
+
+
+def test_a_directory_larger_than_any_checkpoints_is_refused_unread(tmp_path: Path) -> None:
+    content = with_directory(FILE, 100_000)
+    started = time.process_time()
+    tracemalloc.start()
+    message = refused(tmp_path / "x.bin", content)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "its directory is larger than 4,194,304 bytes" in message
+    assert peak < 10_000_000
     assert time.process_time() - started < 3
 
 

@@ -5,15 +5,16 @@ Which pictures count, and what their annotations mean, is the original's choice
 """
 
 import json
+import struct
 import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,15 +22,28 @@ from PIL import Image, UnidentifiedImageError
 
 from converter import class_names
 from converter.errors import UnreadableFileError
+from converter.files import open_regular
+from converter.zips import open_zip
 
 if TYPE_CHECKING:
     from typing import Self
 
 IGNORED = 255  # in semantic targets: pixels that belong to no class
 
-# No picture, no file of annotations and no zip within a zip that is published comes near these.
+# Bytes of a picture, of a file of annotations, of a zip within a zip and of a zip's directory. What
+# is published has at most a third: instances_val2017.json 20 MB, the directory of
+# ADEChallengeData2016.zip 6 MB.
 _MAX_PICTURE_BYTES = 1 << 26
-_MAX_ANNOTATION_BYTES = 1 << 28
+_MAX_ANNOTATION_BYTES = 1 << 26
+_MAX_ZIP_BYTES = 1 << 28
+_MAX_DIRECTORY_BYTES = 1 << 24
+
+# How much larger than in its zip a file may be. JSON shrinks to a tenth, pictures hardly; but small
+# files may shrink to next to nothing.
+_MAX_RATIO = 100
+_SMALL_BYTES = 1 << 20
+
+_HEADER_BYTES = 30  # at least, before every member of a zip
 
 
 @dataclass(frozen=True)
@@ -112,15 +126,14 @@ class Files:
         if not root.is_dir():
             raise UnreadableFileError(f"There is no folder {root}.")
         self.root = root
-        self._archives: list[zipfile.ZipFile] = []
+        self._stack = ExitStack()
         self._members: dict[str, tuple[zipfile.ZipFile, zipfile.ZipInfo]] = {}
 
     def __enter__(self) -> "Self":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for archive in self._archives:
-            archive.close()
+        self._stack.close()
 
     def __contains__(self, name: str) -> bool:
         return (self.root / name).is_file() or name in self._members
@@ -133,10 +146,17 @@ class Files:
         """
         path = self.root / name
         with _readable(self.title(name)):
-            archive = zipfile.ZipFile(
-                path if path.is_file() else BytesIO(self.read(name, _MAX_ANNOTATION_BYTES))
-            )
-        self._archives.append(archive)
+            if path.is_file():
+                file: BinaryIO = self._stack.enter_context(open_regular(path))
+            else:
+                file = BytesIO(self.read(name, _MAX_ZIP_BYTES))
+            archive = self._stack.enter_context(open_zip(file, _MAX_DIRECTORY_BYTES))
+            archive.filename = str(path) if path.is_file() else None
+        # members that share their bytes would make a small zip endless
+        if sum(_HEADER_BYTES + info.compress_size for info in archive.infolist()) > (
+            archive.start_dir
+        ):
+            raise UnreadableFileError(f"{self.title(name)} has members that overlap.")
         for info in archive.infolist():
             member = str(PurePosixPath(name).parent / info.filename)
             if not info.is_dir():
@@ -166,10 +186,15 @@ class Files:
         path = self.root / name
         with _readable(title):
             if path.is_file():
-                with path.open("rb") as file:
+                with open_regular(path) as file:
                     content = file.read(limit + 1)
             elif name in self._members:
                 archive, info = self._members[name]
+                if info.file_size > max(_SMALL_BYTES, _MAX_RATIO * info.compress_size):
+                    raise UnreadableFileError(
+                        f"{title} would become {info.file_size:,} bytes of {info.compress_size:,}: "
+                        "it is not read."
+                    )
                 with archive.open(info) as member:
                     content = member.read(limit + 1)
             else:
@@ -417,6 +442,7 @@ def _readable(title: str) -> Iterator[None]:
         Image.DecompressionBombWarning,
         AttributeError,
         EOFError,
+        IndexError,  # zipfile, as struct.error
         NotImplementedError,  # a zip's compression that Python does not know
         OSError,
         OverflowError,
@@ -425,6 +451,7 @@ def _readable(title: str) -> Iterator[None]:
         SyntaxError,  # Pillow, of a broken PNG
         TypeError,
         ValueError,
+        struct.error,
         zipfile.BadZipFile,
         zlib.error,
     ) as error:

@@ -24,9 +24,11 @@ from converter.weights.unpickling import (
     is_shape,
     read_pickle,
 )
+from converter.zips import open_zip
 
-# Largest header, pickle or index, in bytes: ViT-7B's header has a fiftieth of this, its pickle with
-# an optimizer's state an eighth. What is parsed takes up to a hundred times as much memory.
+# Largest header, pickle, index or directory of a zip file, in bytes: ViT-7B's header has a fiftieth
+# of this, its pickle with an optimizer's state an eighth. What is parsed takes up to a hundred
+# times as much memory.
 MAX_DESCRIPTION = 4 << 20
 
 # safetensors' names of the element types, with the size of an element in bytes
@@ -309,7 +311,7 @@ def _zip_records(
 ) -> dict[str, tuple[int, int]]:
     """Where each record of an uncompressed zip file lies: its first byte and its length."""
     try:
-        with zipfile.ZipFile(file) as archive:
+        with open_zip(file, MAX_DESCRIPTION) as archive:
             entries, directory = archive.infolist(), archive.start_dir
     # what zipfile was seen to raise on damaged files, beside its own exception
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, OSError) as error:
