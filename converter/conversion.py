@@ -454,12 +454,20 @@ def _check_pair(job: Job, inputs: Inputs, plan: Plan) -> tuple[PairCheck, ...]:
 
 
 def _check_digests(inputs: Inputs, merged: Merged) -> tuple[PairCheck, ...]:
-    """Holds what was read against the digests that the Hub gives.
+    """Holds what was read against the digests that the Hub gives, and those of torch's own files.
 
     Raises:
         UnreadableFileError: a file is not what the Hub says it is.
     """
     checks = []
+    for role, names in merged.wrong_checksums.items():
+        if names:
+            more = f" So have {len(names) - 1} more." if names[1:] else ""
+            finding = (
+                f"{names[0]!r} in {inputs.files[role].path} has another CRC-32 than the file names "
+                f"for it.{more} The file may be damaged."
+            )
+            checks.append(PairCheck("crc-32", "flagged", finding))
     for role, source in inputs.fetched.items():
         for name, (_, digest) in merged.inputs[role].items():
             expected, file = source.digests.get(name), f"{name} of {source.title}"

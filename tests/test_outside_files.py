@@ -181,6 +181,22 @@ def test_the_limits_of_the_reference_model_are_those_of_the_commands() -> None:
     assert configs.MAX_NUMBER == reference_model.config.MAX_NUMBER
 
 
+# weights -----------------------------------------------------------------------------------------
+
+
+def test_a_wrong_checksum_of_the_weights_is_a_warning(command: Command, tmp_path: Path) -> None:
+    content = bytearray((TINY / "delta" / "pytorch_model.bin").read_bytes())
+    entry = content.rindex(b"pytorch_model/data/79") - 46
+    assert content[entry : entry + 4] == b"PK\1\2"
+    content[entry + 16] ^= 1
+    (tmp_path / "delta.bin").write_bytes(content)
+
+    result = command("--delta", "delta.bin", *CONVERT[2:], "--no-verify")
+
+    assert result.exit_code == 0
+    assert "Warning: 'pytorch_model/data/79' in delta.bin has another CRC-32" in result.stderr
+
+
 # values without sense ----------------------------------------------------------------------------
 
 

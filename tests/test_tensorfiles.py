@@ -633,6 +633,79 @@ def test_a_record_said_to_be_far_away_is_refused(offset: int, tmp_path: Path) ->
     assert "does not lie within the file" in message
 
 
+LOCAL = FILE.index(b"model/data/0") - 30
+
+
+@pytest.mark.parametrize(
+    ("position", "value", "complaint"),
+    [
+        (LOCAL + 30, b"model/data/9", "its name is b'model/data/9'"),
+        (LOCAL + 8, b"\x08\0", "it is compressed"),
+        (LOCAL + 6, b"\x01\0", "it is encrypted"),
+        (LOCAL + 6, b"\x40\0", "it is encrypted"),
+        (LOCAL + 18, struct.pack("<L", 12), "its size is 12, not 16"),
+        (LOCAL + 22, struct.pack("<L", 12), "its size is 12, not 16"),
+        (LOCAL + 18, struct.pack("<LL", 0, 0), "its size is 0, not 16"),
+        (LOCAL + 18, struct.pack("<LL", 2**32 - 1, 2**32 - 1), "its size is -1, not 16"),
+    ],
+)
+def test_a_local_header_that_contradicts_the_directory_is_refused(
+    position: int, value: bytes, complaint: str, tmp_path: Path
+) -> None:
+    message = refused(tmp_path / "x.bin", patched(position, value))
+    assert f"the header of record 'model/data/0' contradicts the directory: {complaint}" in message
+
+
+def test_a_size_that_follows_its_record_may_be_missing_but_not_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    torch.save({"a": torch.arange(4.0)}, path)
+    content = bytearray(path.read_bytes())
+    local = content.index(b"x/data/0") - 30
+    assert content[local + 6] & 8
+    assert content[local + 18 : local + 26] == bytes(8)
+    content[local + 22] = 12
+    assert "its size is 12, not 16" in refused(path, bytes(content))
+
+
+def test_a_zip64_header_that_contradicts_the_directory_is_refused(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in {"data.pkl": PICKLE, **RECORDS}.items():
+            with archive.open(f"model/{name}", "w", force_zip64=True) as record:
+                record.write(content)
+    sizes = struct.pack("<HHQQ", 1, 16, 16, 16)
+    wrong = buffer.getvalue().replace(sizes, struct.pack("<HHQQ", 1, 16, 12, 12), 1)
+    assert "its size is 12, not 16" in refused(tmp_path / "x.bin", wrong)
+
+
+def test_a_wrong_checksum_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
+    begin = FILE.index(RECORDS["data/0"])
+    for content, wrong in ((FILE, ()), (patched(begin, b"\1"), ("model/data/0",))):
+        path.write_bytes(content)
+        with TensorFile(path) as file:
+            assert file.wrong_checksums() == wrong
+
+
+def test_checksums_that_torch_was_told_not_to_write_are_not_missed(tmp_path: Path) -> None:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(STATE, tmp_path / "x.bin")
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+    assert_reads(tmp_path / "x.bin", STATE)
+    with TensorFile(tmp_path / "x.bin") as file:
+        assert file.wrong_checksums() == ()
+
+
+@pytest.mark.parametrize("path", DELTAS, ids=lambda path: path.parent.parent.name)
+def test_offline_checkpoints_have_right_checksums(path: Path) -> None:
+    with TensorFile(path) as file:
+        assert file.wrong_checksums() == ()
+
+
 def test_a_zip64_file_is_read(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:

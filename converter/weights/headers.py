@@ -9,7 +9,7 @@ import math
 import struct
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any, BinaryIO
@@ -79,16 +79,43 @@ class TensorInfo:
         return self.size * ITEM_SIZES[self.dtype]
 
 
-def read_header(file: BinaryIO, size: int, path: Path) -> tuple[str, Mapping[str, TensorInfo]]:
+@dataclass(frozen=True)
+class Record:
+    """A member of a torch file, which is an uncompressed zip file.
+
+    Attributes:
+        begin: where its bytes begin in the file.
+        length: how many there are.
+        crc32: of its bytes, by the zip file's directory; 0 where torch was told to write none.
+    """
+
+    begin: int
+    length: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file of tensors holds.
+
+    Attributes:
+        format: ``safetensors`` or ``torch``.
+        tensors: by name, in the file's own order.
+        records: of a torch file, by name.
+    """
+
+    format: str
+    tensors: Mapping[str, TensorInfo]
+    records: Mapping[str, Record] = field(default_factory=dict)
+
+
+def read_header(file: BinaryIO, size: int, path: Path) -> Header:
     """Reads what a file holds, from its first byte on.
 
     Args:
         file: the file, open.
         size: its size in bytes.
         path: what to call it in messages.
-
-    Returns:
-        Its format, ``safetensors`` or ``torch``, and its tensors by name.
 
     Raises:
         UnreadableFileError: it is of neither format, or breaks the rules of its own.
@@ -101,9 +128,9 @@ def read_header(file: BinaryIO, size: int, path: Path) -> tuple[str, Mapping[str
             f"{path} is a Git LFS pointer, not the weights.", "Run git lfs pull, or download it."
         )
     if start.startswith(b"PK\x03\x04"):
-        return "torch", _read_torch_header(file, path)
+        return _read_torch_header(file, path)
     if path.suffix == ".safetensors" or file.read(1) == b"{":
-        return "safetensors", _read_safetensors_header(file, size, path)
+        return Header("safetensors", _read_safetensors_header(file, size, path))
     if start[:1] == b"\x80":
         raise UnreadableFileError(
             f"{path} is in torch's format from before version 1.6, or a plain pickle.",
@@ -202,10 +229,15 @@ def _check_without_gaps(
 
 # torch's zip format --------------------------------------------------------------------------
 
+# https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT, 4.3.7 and 4.4.4
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+_ENCRYPTED = 1 << 0 | 1 << 6 | 1 << 13  # of the flags: the record, strongly, the directory
+_SIZES_FOLLOW = 1 << 3  # as torch writes it, with zeros for the sizes in the header
+_UTF_8 = 1 << 11
+_ZIP64 = 2**32 - 1  # instead of a size that is in the extra field
 
 
-def _read_torch_header(file: BinaryIO, path: Path) -> Mapping[str, TensorInfo]:
+def _read_torch_header(file: BinaryIO, path: Path) -> Header:
     """Reads where torch.save put each tensor: a bare state dict, or one under ``state_dict``."""
 
     def broken(reason: str) -> UnreadableFileError:
@@ -220,16 +252,16 @@ def _read_torch_header(file: BinaryIO, path: Path) -> Mapping[str, TensorInfo]:
         raise broken("it is a zip file without the one data.pkl that torch writes")
     root = roots[0].removesuffix("data.pkl")
 
-    begin, length = records.get(f"{root}byteorder", (0, 0))
-    file.seek(begin)
-    if length and file.read(min(length, 7)) != b"little":
+    order = records.get(f"{root}byteorder", Record(0, 0, 0))
+    file.seek(order.begin)
+    if order.length and file.read(min(order.length, 7)) != b"little":
         raise broken("its numbers are not little-endian")
-    begin, length = records[f"{root}data.pkl"]
-    if length > MAX_DESCRIPTION:
-        raise broken(f"its pickle of {length} bytes is larger than any checkpoint's")
-    file.seek(begin)
+    pickle = records[f"{root}data.pkl"]
+    if pickle.length > MAX_DESCRIPTION:
+        raise broken(f"its pickle of {pickle.length} bytes is larger than any checkpoint's")
+    file.seek(pickle.begin)
     try:
-        content = read_pickle(file.read(length))
+        content = read_pickle(file.read(pickle.length))
     except UnsafePickleError as error:
         raise UnreadableFileError(
             f"{path} asks to run code when it is loaded: it names {error}. Nothing of it was run.",
@@ -257,20 +289,20 @@ def _read_torch_header(file: BinaryIO, path: Path) -> Mapping[str, TensorInfo]:
         if not isinstance(value, PickledTensor):
             raise broken(f"the entry {name!r} of its state dict is no tensor")
         tensors[name] = _torch_tensor(name, value, records, root, broken)
-    return tensors
+    return Header("torch", tensors, records)
 
 
 def _torch_tensor(
     name: str,
     tensor: PickledTensor,
-    records: Mapping[str, tuple[int, int]],
+    records: Mapping[str, Record],
     root: str,
     broken: Callable[[str], UnreadableFileError],
 ) -> TensorInfo:
     storage = tensor.storage
     if f"{root}data/{storage.key}" not in records:
         raise broken(f"the numbers of {name!r} (record {shortened(storage.key)}) are not in it")
-    begin, length = records[f"{root}data/{storage.key}"]
+    record = records[f"{root}data/{storage.key}"]
     item_size = ITEM_SIZES[storage.dtype]
     axes = _axes_by_stride(tensor.shape, tensor.stride)
     if axes is None:
@@ -282,12 +314,13 @@ def _torch_tensor(
     info = TensorInfo(
         storage.dtype,
         tensor.shape,
-        begin + tensor.offset * item_size,
+        record.begin + tensor.offset * item_size,
         None if axes == sorted(axes) else tuple(axes),
     )
-    if info.offset + info.nbytes > begin + min(length, storage.size * item_size):
+    if info.offset + info.nbytes > record.begin + min(record.length, storage.size * item_size):
         raise broken(
-            f"{name!r} of shape {list(tensor.shape)} does not fit in its record of {length} bytes"
+            f"{name!r} of shape {list(tensor.shape)} does not fit in its record of "
+            f"{record.length} bytes"
         )
     return info
 
@@ -306,10 +339,8 @@ def _axes_by_stride(shape: Sequence[int], stride: Sequence[int]) -> list[int] | 
     return sorted(axes) if long == sorted(long) else axes
 
 
-def _zip_records(
-    file: BinaryIO, broken: Callable[[str], UnreadableFileError]
-) -> dict[str, tuple[int, int]]:
-    """Where each record of an uncompressed zip file lies: its first byte and its length."""
+def _zip_records(file: BinaryIO, broken: Callable[[str], UnreadableFileError]) -> dict[str, Record]:
+    """Where each record of an uncompressed zip file lies, of which nothing is said twice over."""
     try:
         with open_zip(file, MAX_DESCRIPTION) as archive:
             entries, directory = archive.infolist(), archive.start_dir
@@ -318,10 +349,10 @@ def _zip_records(
         raise broken(f"its zip directory cannot be read ({error})") from error
     except (struct.error, OverflowError, LookupError) as error:
         raise broken(f"its zip directory is damaged ({error})") from error
-    records: dict[str, tuple[int, int]] = {}
+    records: dict[str, Record] = {}
     position = 0
     for entry in sorted(entries, key=lambda entry: entry.header_offset):
-        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & _ENCRYPTED:
             raise broken(f"record {entry.filename!r} is compressed or encrypted, torch's never are")
         if entry.compress_size != entry.file_size:
             raise broken(f"record {entry.filename!r} has two different sizes")
@@ -338,7 +369,47 @@ def _zip_records(
                 raise broken(f"record {entry.filename!r} has no header of its own")
             begin = position + name_length + extra_length
             position = begin + entry.file_size
-            records[entry.filename] = begin, entry.file_size
+            records[entry.filename] = Record(begin, entry.file_size, entry.CRC)
         if position > directory:
             raise broken(f"record {entry.filename!r} does not lie within the file")
+    for entry in entries:
+        if contradiction := _contradiction(file, entry):
+            raise broken(
+                f"the header of record {entry.filename!r} contradicts the directory: "
+                f"{contradiction}"
+            )
     return records
+
+
+def _contradiction(file: BinaryIO, entry: zipfile.ZipInfo) -> str:
+    """How the header before a record differs from its entry in the directory; empty if nowhere.
+
+    Of two things that a file says, its readers take different ones: what was checked by one is not
+    what another loads.
+    """
+    file.seek(entry.header_offset)
+    header = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+    _, _, flags, method, _, _, _, compressed, size, name_length, extra_length = header
+    name, extra = file.read(name_length), file.read(extra_length)
+    if name != entry.filename.encode("utf-8" if entry.flag_bits & _UTF_8 else "cp437", "replace"):
+        return f"its name is {shortened(name)}"
+    if method != zipfile.ZIP_STORED:
+        return "it is compressed"
+    if flags & _ENCRYPTED:
+        return "it is encrypted"
+    if _ZIP64 in (compressed, size):
+        size, compressed = _zip64_sizes(extra)
+    right = {entry.file_size, 0} if flags & _SIZES_FOLLOW else {entry.file_size}
+    wrong = {size, compressed} - right
+    return f"its size is {wrong.pop()}, not {entry.file_size}" if wrong else ""
+
+
+def _zip64_sizes(extra: bytes) -> tuple[int, int]:
+    """The sizes in the extra field of a header, before and after compression; -1 if it has none."""
+    while len(extra) >= 4:
+        kind, length = struct.unpack_from("<HH", extra)
+        if kind == 1 and 16 <= length <= len(extra) - 4:
+            size, compressed = struct.unpack_from("<QQ", extra, 4)
+            return size, compressed
+        extra = extra[4 + length :]
+    return -1, -1

@@ -34,11 +34,14 @@ class Merged:
         files: size and digest of every file that was written.
         tensors: digest of every tensor's little-endian bytes, by name.
         inputs: size and digest of every file that was read, by source.
+        wrong_checksums: names of records whose bytes have not the CRC-32 that their torch file
+            names, by source.
     """
 
     files: Digests
     tensors: Mapping[str, str]
     inputs: Mapping[Source, Digests]
+    wrong_checksums: Mapping[Source, tuple[str, ...]]
 
 
 def sharding_of(plan: Plan, max_shard_size: int | None = None) -> Sharding:
@@ -79,13 +82,15 @@ def merge(
         OSError: a file cannot be written.
     """
     digests = {row.name: hashlib.sha256() for row in plan.rows}
-    # SHA-256 takes most of the time and leaves the interpreter free: a thread for each input reads
-    # and digests it, while the one that computes hands each chunk to two that digest and write it.
+    # SHA-256 takes most of the time and leaves the interpreter free: two threads for each input
+    # read it for digest and checksums, while the one that computes hands each chunk to two that
+    # digest and write it.
     with (
         WeightsWriter(folder, sharding_of(plan, max_shard_size)) as writer,
-        ThreadPoolExecutor(len(files) + 2) as threads,  # ends before the writer, also on an error
+        ThreadPoolExecutor(2 * len(files) + 2) as threads,  # ends before the writer
     ):
         inputs = {source: threads.submit(file.digests) for source, file in files.items()}
+        checks = {source: threads.submit(file.wrong_checksums) for source, file in files.items()}
         pending: list[Future[None]] = []
         for row, chunk in _chunks(plan, files, allow_nonfinite):
             _finish(pending)
@@ -99,6 +104,7 @@ def merge(
             files=writer.files,
             tensors={name: digest.hexdigest() for name, digest in digests.items()},
             inputs={source: future.result() for source, future in inputs.items()},
+            wrong_checksums={source: future.result() for source, future in checks.items()},
         )
 
 

@@ -6,7 +6,8 @@ A header says where each tensor lies, so that nothing else is read before it is 
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,13 +60,14 @@ class TensorFile(AbstractContextManager["TensorFile"]):
         self._file = _open(path)
         self._state = _state(self._file)
         try:
-            self.format, self.tensors = read_header(self._file, self._state.size, path)
+            header = read_header(self._file, self._state.size, path)
         except OSError as error:
             self._file.close()
             raise UnreadableFileError(f"{path} cannot be read: {error.strerror}.") from error
         except BaseException:
             self._file.close()
             raise
+        self.format, self.tensors, self._records = header.format, header.tensors, header.records
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
@@ -124,13 +126,33 @@ class TensorFile(AbstractContextManager["TensorFile"]):
             info = self.tensors[name]
             begin, end = info.offset, info.offset + info.nbytes
         digest = hashlib.sha256()
+        for piece in self._pieces(begin, end):
+            digest.update(piece)
+        return digest.hexdigest()
+
+    def wrong_checksums(self) -> tuple[str, ...]:
+        """Names of the records of a torch file that have another CRC-32 than its directory says.
+
+        Reads all that have one there: torch can be told to write none.
+        """
+        wrong = []
+        for name, record in self._records.items():
+            crc32 = 0
+            if record.crc32:
+                for piece in self._pieces(record.begin, record.begin + record.length):
+                    crc32 = zlib.crc32(piece, crc32)
+            if crc32 != record.crc32:
+                wrong.append(name)
+        return tuple(wrong)
+
+    def _pieces(self, begin: int, end: int) -> Iterator[memoryview]:
+        """The bytes from one position to another, in pieces that each take the last one's place."""
         # small enough to stay in the processor's cache between reading and digesting
         buffer = memoryview(bytearray(min(end - begin, 1 << 17)))
         while begin < end:
             count = self._read_at(buffer[: end - begin], begin)
-            digest.update(buffer[:count])
+            yield buffer[:count]
             begin += count
-        return digest.hexdigest()
 
     def digests(self) -> dict[str, tuple[int, str]]:
         """Size in bytes and SHA-256 of the file, by its name."""
@@ -194,6 +216,10 @@ class ShardedTensorFile(AbstractContextManager["ShardedTensorFile"]):
     def sha256(self, name: str) -> str:
         """Digest of the bytes of one tensor, in hexadecimal."""
         return self._shard_of[name].sha256(name)
+
+    def wrong_checksums(self) -> tuple[str, ...]:
+        """None: safetensors files have no checksums."""
+        return ()
 
     def digests(self) -> dict[str, tuple[int, str]]:
         """Size in bytes and SHA-256 of the index and of every shard, by file name."""
