@@ -11,8 +11,10 @@ from reprlib import repr as shortened
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 from conftest import FIXTURES
+from safetensors.torch import load_file, save_file
 
 import reference_model
 from converter import configs
@@ -250,3 +252,42 @@ def test_a_senseless_value_of_the_processor_is_named(
     message = error_of(command, *SEGMENT)
 
     assert f"model/preprocessor_config.json: {key} is {shortened(value)}; expected" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "edit_tensor", "complaint"),
+    [
+        ("rope.cos", lambda t: t[None], "has the shape [1, 16, 16], not one of 2 dimensions"),
+        ("rope.cos", lambda t: t[:1], "rope.cos and rope.sin in"),
+        ("hidden_states.1", torch.flatten, "not one of 3 dimensions"),
+        ("masked.class_logits.0", torch.flatten, "not one of 3 dimensions"),
+        ("patch_embeddings", torch.Tensor.bool, "holds no floating point numbers"),
+        ("last_hidden_state", lambda _: torch.tensor(1.0), "is empty, or a single number"),
+        ("pixels", torch.Tensor.bool, "are not uint8"),
+        ("pipeline.0.panoptic@0.8", torch.Tensor.bool, "holds no whole numbers"),
+        ("pipeline.0.panoptic@0.8", torch.flatten, "not one of 3 dimensions"),
+        ("pipeline.0.panoptic@0.8", lambda _: torch.tensor(1), "not one of 3 dimensions"),
+    ],
+)
+def test_a_recording_of_another_form_is_refused_whatever_the_model(
+    command: Command,
+    model: Path,
+    name: str,
+    edit_tensor: Callable[[torch.Tensor], torch.Tensor],
+    complaint: str,
+    tmp_path: Path,
+) -> None:
+    # a wrong model, so that what is wrong with it is looked for in the recording
+    weights = load_file(model / "model.safetensors")
+    weights["layers.1.attention.q_proj.weight"] *= -1
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    shutil.copytree(TINY / "images", tmp_path / "recorded" / "images")
+    tensors = load_file(TINY / "recorded.safetensors")
+    tensors[name] = edit_tensor(tensors[name]).contiguous()
+    save_file(tensors, tmp_path / "recorded" / "recorded.safetensors")
+
+    message = error_of(command, "verify", "model", "--recorded", "recorded")
+
+    assert name.partition(".")[0] in message
+    assert "recorded/recorded.safetensors" in message
+    assert complaint in message

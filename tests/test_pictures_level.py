@@ -677,6 +677,21 @@ def test_a_recorded_picture_that_cannot_be_read_is_refused(
             "pipeline.class_logits in .* holds NaN",
         ),
         (
+            SEMANTIC,
+            lambda t: t.update({"pipeline.0.semantic": t["pipeline.0.semantic"].bool()}),
+            "pipeline.0.semantic in .* holds no whole numbers",
+        ),
+        (
+            SEMANTIC,
+            lambda t: t.update({"pipeline.0.semantic": torch.tensor(1)}),
+            r"pipeline.0.semantic in .* has the shape \[\], not one of 2 dimensions",
+        ),
+        (
+            "tiny_panoptic_64",
+            lambda t: t.update({"pipeline.0.panoptic@0.8": torch.zeros(4, dtype=torch.int64)}),
+            "pipeline.0.panoptic@0.8 in .* not one of 3 dimensions",
+        ),
+        (
             "tiny_instance_64_gated",
             lambda t: t.pop("pipeline.1.instance_queries"),
             "not a query and a label each",

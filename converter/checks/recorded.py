@@ -1,6 +1,7 @@
 """Recorded outputs: what the original implementation computed, to hold a model against."""
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -24,6 +25,26 @@ PROVENANCE_FILE = "recorded.json"
 
 # what decides, with its tensors, what a model computes
 CONFIGS = ("config.json", "preprocessor_config.json")
+
+# number of dimensions by name, without the numbers in it; README describes them
+_RANKS = {
+    "pixels": 4,
+    "mask_logits": 4,
+    "class_logits": 3,
+    "masked.mask_logits": 4,
+    "masked.class_logits": 3,
+    "patch_embeddings": 3,
+    "hidden_states": 3,
+    "last_hidden_state": 3,
+    "backbone.last_hidden_state": 3,
+    "rope.cos": 2,
+    "rope.sin": 2,
+    "pipeline.panoptic": 3,
+    "pipeline.semantic": 2,
+    "pipeline.instance_areas": 1,
+    "pipeline.instance_labels": 1,
+    "pipeline.instance_queries": 1,
+}
 
 # what recorded.json calls the original implementation
 ORIGINAL = "github.com/tue-mps/eomt"
@@ -161,19 +182,31 @@ def read_recorded(path: Path) -> Recorded:
     for name, rank in (("pixels", 4), ("mask_logits", 4), ("class_logits", 3)):
         if name not in tensors or tensors[name].ndim != rank:
             raise UnreadableFileError(f"{file} has no {name} of {rank} dimensions.")
+    if tensors["pixels"].dtype != torch.uint8:
+        raise UnreadableFileError(f"The pixels in {file} are not uint8.")
     for name, tensor in tensors.items():
         if tensor.numel() == 0 or tensor.ndim == 0:
             raise UnreadableFileError(f"{name} in {file} is empty, or a single number.")
         if name != "pixels" and not tensor.is_floating_point():
             raise UnreadableFileError(f"{name} in {file} holds no floating point numbers.")
+        _check_rank(name, tensor, file)
         if not torch.isfinite(tensor).all():
             raise UnreadableFileError(
                 f"{name} in {file} holds NaN or infinity, beside which anything would pass.",
                 "Take the recording as it was published, or record a model that is right.",
             )
-    if tensors["pixels"].dtype != torch.uint8:
-        raise UnreadableFileError(f"The pixels in {file} are not uint8.")
+    rope = [tensors[name].shape for name in ("rope.cos", "rope.sin") if name in tensors]
+    if len(set(rope)) > 1:
+        raise UnreadableFileError(f"rope.cos and rope.sin in {file} are not of one shape.")
     return Recorded(file, digest, _read_origin(file, digest), tensors)
+
+
+def _check_rank(name: str, tensor: "Tensor", file: Path) -> None:
+    rank = _RANKS.get(re.sub(r"\.\d+(?=\.|$)|@.*", "", name), tensor.ndim)
+    if tensor.ndim != rank:
+        raise UnreadableFileError(
+            f"{name} in {file} has the shape {list(tensor.shape)}, not one of {rank} dimensions."
+        )
 
 
 def read_pictures(recorded: Recorded) -> RecordedPictures | str:
@@ -252,10 +285,14 @@ def _check_pipeline(file: Path, tensors: "Mapping[str, Tensor]") -> None:
     for name in ("pipeline.mask_logits", "pipeline.class_logits"):
         if not tensors[name].is_floating_point():
             raise UnreadableFileError(f"{name} in {file} holds no floating point numbers.")
+    for name, tensor in tensors.items():
+        _check_rank(name, tensor, file)
+        if name not in (inputs, "pipeline.mask_logits", "pipeline.class_logits") and (
+            tensor.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+        ):
+            raise UnreadableFileError(f"{name} in {file} holds no whole numbers.")
     origins = tensors.get("pipeline.origins")
-    if origins is not None and (
-        origins.shape[1] != 3 or origins.is_floating_point() or int(origins.min()) < 0
-    ):
+    if origins is not None and (origins.shape[1] != 3 or int(origins.min()) < 0):
         raise UnreadableFileError(f"pipeline.origins in {file} are not of pictures and pixels.")
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
