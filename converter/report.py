@@ -1,7 +1,7 @@
 """What was planned, done and found, for people who read a terminal."""
 
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ from converter.conversion import Conversion
 from converter.hub.publishing import Publication
 from converter.hub.releasing import Release
 from converter.hub.sources import Fetched
+from converter.outside import LONGEST_CELL, visible
 from converter.weights.inspection import Inspection
 from converter.weights.pairing import PairCheck
 from converter.weights.plan import Plan
 
 
-def summary(conversion: Conversion, place: str) -> str:
-    """What was read, what became of its tensors, where the output is, and the verdict.
+def summary(conversion: Conversion, place: str) -> list[str]:
+    """What was read, what became of its tensors, where the output is, and the verdict, by lines.
 
     Args:
         conversion: a conversion that was carried out.
@@ -47,7 +48,7 @@ def summary(conversion: Conversion, place: str) -> str:
             f"note      transformers builds square models only: at {height}x{width} this one runs "
             "in reference_model, not there"
         )
-    return "\n".join(lines)
+    return lines
 
 
 def _source(source: Fetched) -> str:
@@ -105,7 +106,7 @@ def verdict(found: Verdict) -> list[str]:
 
 
 def _wrapped(line: str) -> list[str]:
-    return textwrap.wrap(line, 100, subsequent_indent=" " * 13, break_on_hyphens=False)
+    return textwrap.wrap(visible(line), 100, subsequent_indent=" " * 13, break_on_hyphens=False)
 
 
 def _finding(level: Level) -> str:
@@ -193,7 +194,7 @@ def _explained(trial: Trial) -> str:
     return "" if trial.explained is None else f" It explains {trial.explained:.0%}."
 
 
-def publication(found: Publication) -> str:
+def publication(found: Publication) -> list[str]:
     """What was, or would be, done about every file, and where it is to be seen.
 
     A size is what a file has, also where the Hub had it already.
@@ -203,10 +204,10 @@ def publication(found: Publication) -> str:
         for change in found.changes
     ]
     seen_by = "private" if found.private else "public"
-    lines = _aligned(rows)
+    lines = aligned(rows)
     if found.commit is None:
         lines.append(f"nothing was sent (--dry-run); this is for {found.url} ({seen_by})")
-        return "\n".join(lines)
+        return lines
     unchanged = all(change.action == "keep" for change in found.changes)
     lines += [
         f"commit    {found.commit}" + (" (nothing had to change)" if unchanged else ""),
@@ -220,27 +221,38 @@ def publication(found: Publication) -> str:
         )
     if found.verdict:
         lines += verdict(found.verdict)
-    return "\n".join(lines)
+    return lines
 
 
-def release_table(found: Release) -> str:
+def pushed(found: Publication) -> str:
+    """What was published, in a sentence; empty where nothing was sent."""
+    return "" if found.commit is None else f"Published commit {found.commit} at {found.url}."
+
+
+def release_table(found: Release) -> list[str]:
     """What became of every checkpoint of a release, a line each, and why some failed."""
     rows = [("CHECKPOINT", "REPOSITORY", "STATUS", "VERDICT", "BASIS", "COMMIT")]
     for step in found.steps:
         told = (step.status, step.verdict or "-", step.basis or "-", (step.commit or "-")[:12])
         rows.append((step.checkpoint, step.repo_id, *told))
     reasons = [f"{step.checkpoint}: {step.error}" for step in found.steps if step.error]
-    return "\n".join([*_aligned(rows), *reasons])
+    return [*aligned(rows), *reasons]
 
 
-def plan_table(plan: Plan) -> str:
+def released(found: Release) -> str:
+    """What was published, in a sentence; empty where nothing was."""
+    names = [step.repo_id for step in found.steps if step.commit]
+    return f"Published: {', '.join(names)}." if names else ""
+
+
+def plan_table(plan: Plan) -> list[str]:
     """The plan, a line per tensor."""
     rows = [(row.name, _shape(row.shape), row.dtype, row.recipe) for row in plan.rows]
     dropped = [(str(entry.operand), "", "", f"dropped: {entry.reason}") for entry in plan.dropped]
-    return "\n".join([*_aligned(rows), *(f"{name}  {reason}" for name, _, _, reason in dropped)])
+    return [*aligned(rows), *(f"{name}  {reason}" for name, _, _, reason in dropped)]
 
 
-def catalogue_table() -> str:
+def catalogue_table() -> list[str]:
     """The catalogue, a line per checkpoint."""
     rows = [("CHECKPOINT", "TASK", "SIZE", "PUBLISHED", "BACKBONE")]
     for entry in CATALOG:
@@ -248,14 +260,14 @@ def catalogue_table() -> str:
         published = f"{entry.metric.name} {entry.metric.value}" if entry.metric else "-"
         backbone = entry.note if entry.offline else entry.backbone
         rows.append((entry.name, entry.task, f"{height}x{width}", published, backbone))
-    return "\n".join(_aligned(rows))
+    return aligned(rows)
 
 
-def inspection(found: Inspection) -> str:
+def inspection(found: Inspection) -> list[str]:
     """What is in a file: a line per tensor, then what it all is."""
     rows = [(name, _shape(shape), dtype) for name, (dtype, shape) in found.tensors.items()]
     lines = [
-        *_aligned(rows),
+        *aligned(rows),
         f"layout      {found.layout or 'unknown'}: {found.title}",
         f"format      {found.format}",
         f"tensors     {len(found.tensors)}",
@@ -263,16 +275,21 @@ def inspection(found: Inspection) -> str:
         f"weights     {found.weights or 'not to be told: delta or absolute'}",
     ]
     lines += [f"  {sign.finding} ({sign.speaks_for})" for sign in found.evidence]
-    return "\n".join(lines)
+    return lines
 
 
-def _aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    rows = list(rows)
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+def aligned(rows: Iterable[Sequence[str]], *, numbers: bool = False) -> list[str]:
+    """Lines of columns, to the left; with ``numbers``, all but the first to the right."""
+    shown = [[visible(cell, LONGEST_CELL) for cell in row] for row in rows]
+    widths = [max(len(cell) for cell in column) for column in zip(*shown, strict=True)]
+    lines = []
+    for row in shown:
+        cells = [
+            cell.rjust(width) if numbers and column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 def _shape(shape: tuple[int, ...]) -> str:

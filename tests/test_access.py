@@ -66,7 +66,7 @@ def test_words_from_outside_are_visible_and_not_too_long(hub: Hub, commit: str) 
     message = error_of(Status(400, "\x1b[2J\r\u202ebad" + "x" * 10_000), hub).message
 
     assert "\\x1b[2J\\r\\u202ebadxxx" in message
-    assert message.endswith("xxx...")
+    assert "xxx ... xxx" in message
     assert len(message) < 500
 
 

@@ -634,6 +634,29 @@ def test_a_push_that_was_killed_ends_in_the_same_single_state(
     assert set(ours(hub)) == {path.name for path in folder.iterdir()} | {"README.md"}
 
 
+@pytest.mark.parametrize(
+    ("output", "code"), [("| head -0", 141), ("> /dev/full", 1), ("--json > /dev/full", 1)]
+)
+def test_a_push_that_is_done_is_reported_done_where_nobody_reads(
+    hub: Hub, folder: Path, me: str, tmp_path: Path, output: str, code: int
+) -> None:
+    command = f"{sys.executable} -c 'from converter.cli import main; main()' push"
+    done = subprocess.run(
+        ["/bin/bash", "-c", f"{command} {folder} {REPO} {output}; exit ${{PIPESTATUS[0]}}"],
+        env=client_environment(hub, tmp_path / "home", token=me),
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=HANGS,
+        check=False,
+    )
+
+    commit = hub.commits(REPO)[0].sha
+    assert done.returncode == code
+    assert f"Published commit {commit} at {hub.endpoint}/{REPO}/tree/main.\n" in done.stderr
+    assert "fault" not in done.stderr
+    assert ("No space left on device" in done.stderr) == (code == 1)
+
+
 def test_the_same_command_goes_on_where_a_push_failed(command: Command, hub: Hub, me: str) -> None:
     arguments = ("--checkpoint", "tiny_panoptic_64", "--push-to", REPO)
     hub.break_request(Status(500), method="POST", path="/commit/", times=None)

@@ -1,6 +1,5 @@
 """``eomt-convert`` itself: conversions, and the group that the other commands belong to."""
 
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +9,7 @@ from converter.catalog import Task, find
 from converter.cli.publish import push_options
 from converter.cli.session import (
     SOURCE,
+    Commands,
     Session,
     common_options,
     hub_options,
@@ -47,6 +47,7 @@ class ImageSize(click.ParamType[tuple[int, int]]):
 
 
 @click.group(
+    cls=Commands,
     invoke_without_command=True,
     help=HELP,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -194,7 +195,7 @@ def main(
                 else None,
             }
             push["license_file"] = check_licence(entry, sources, push["license_file"], access)
-        with progress_bar(sys.stderr.isatty() and not as_json) as progress:
+        with progress_bar(session.shows_progress) as progress:
             conversion = convert(
                 checkpoint,
                 output,
@@ -226,15 +227,16 @@ def main(
         if dry_run:
             session.show(report.plan_table(conversion.plan), conversion.to_dict())
             return
-        for line in report.warnings(conversion.pair):
-            session.say(line)
+        session.say(*report.warnings(conversion.pair))
         place = str(output or f"./{conversion.output.name if conversion.output else ''}")
         content = conversion.to_dict()
         if not push_to or not conversion.output:
             session.show(report.summary(conversion, place), content)
             return
         if not as_json:  # also if the push fails
-            click.echo(report.summary(conversion, place))
+            session.show(
+                report.summary(conversion, place), {}, f"The model is {place}; it was not pushed."
+            )
         published = publish(
             conversion.output,
             push_to,
@@ -242,4 +244,8 @@ def main(
             access=access,
             **push,
         )
-        session.show(report.publication(published), {**content, "published": published.to_dict()})
+        session.show(
+            report.publication(published),
+            {**content, "published": published.to_dict()},
+            report.pushed(published),
+        )

@@ -1,8 +1,6 @@
 """``eomt-convert evaluate``."""
 
 import math
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +58,7 @@ def evaluate_command(
             import torch
 
             torch.set_num_threads(threads)
-        shown = sys.stderr.isatty() and first and not as_json
-        with progress_bar(shown, of="pictures") as progress:
+        with progress_bar(session.shows_progress and first, of="pictures") as progress:
             found = evaluate(
                 model,
                 dataset,
@@ -77,8 +74,10 @@ def evaluate_command(
             session.show(_table(found), found.to_dict())
 
 
-def _table(found: "Evaluation") -> str:
+def _table(found: "Evaluation") -> list[str]:
     """The figures beside the published one, then a line per class."""
+    from converter.report import aligned
+
     summary = [("", "measured", "published", "difference")]
     for name, value in found.metrics.items():
         row = (name, _number(value), "-", "-")
@@ -89,10 +88,11 @@ def _table(found: "Evaluation") -> str:
     names = list(found.per_class[0])
     classes = [names, *([_number(row[name]) for name in names] for row in found.per_class)]
     lines = [f"{found.model} on {found.dataset}: {found.images} pictures", ""]
-    lines += [*_aligned(summary), "", f"means over {found.means_over}", "", *_aligned(classes)]
+    lines += [*aligned(summary, numbers=True), "", f"means over {found.means_over}", ""]
+    lines += aligned(classes, numbers=True)
     if found.published:
         lines += ["", f"published: {found.published.checkpoint} on {found.published.dataset}"]
-    return "\n".join(lines)
+    return lines
 
 
 def _number(value: Any) -> str:
@@ -100,15 +100,3 @@ def _number(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
     return "-" if math.isnan(value) else f"{value:.2f}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of columns: the first to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            [row[0].ljust(widths[0])]
-            + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        )
-        for row in rows
-    ]

@@ -14,9 +14,8 @@ def list_command(as_json: bool, debug: bool) -> None:
     from converter import report
     from converter.catalog import CATALOG
 
-    Session(as_json=as_json, debug=debug).show(
-        report.catalogue_table(), {"checkpoints": [entry.to_dict() for entry in CATALOG]}
-    )
+    session = Session(as_json=as_json, debug=debug)
+    session.show(report.catalogue_table(), {"checkpoints": [entry.to_dict() for entry in CATALOG]})
 
 
 @click.command("inspect")

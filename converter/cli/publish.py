@@ -83,7 +83,9 @@ def push_command(
         publication = publish(
             folder, repo, dry_run=dry_run, token=token, cache_dir=cache_dir, **options
         )
-        session.show(report.publication(publication), publication.to_dict())
+        session.show(
+            report.publication(publication), publication.to_dict(), report.pushed(publication)
+        )
 
 
 @click.command("release")
@@ -134,7 +136,7 @@ def release_command(
         from converter import report
         from converter.hub.releasing import release
 
-        with progress_bar(sys.stderr.isatty() and not as_json) as progress:
+        with progress_bar(session.shows_progress) as progress:
             released = release(
                 checkpoints,
                 dry_run=dry_run,
@@ -144,6 +146,7 @@ def release_command(
                 announce=session.say,
                 **options,
             )
-        session.show(report.release_table(released), released.to_dict())
+        table = report.release_table(released)
+        session.show(table, released.to_dict(), report.released(released))
         if released.failed and not dry_run:
             sys.exit(EomtConvertError.exit_code)

@@ -85,7 +85,7 @@ def record_command(
         session.show(_summary(recording, output), recording.to_dict())
 
 
-def _summary(recording: "Recording", output: Path) -> str:
+def _summary(recording: "Recording", output: Path) -> list[str]:
     """What was recorded and where, and what is known of the model."""
     from converter import report
 
@@ -95,4 +95,4 @@ def _summary(recording: "Recording", output: Path) -> str:
         for name, (dtype, shape) in recording.tensors.items()
     ]
     title = f"recorded  {output} ({recording.size / 1e6:.2f} MB)"
-    return "\n".join([title, *lines, *report.verdict(recording.verdict)])
+    return [title, *lines, *report.verdict(recording.verdict)]

@@ -77,7 +77,7 @@ def segment_command(
     with session.errors():
         from converter.pictures.segmenting import segment
 
-        with progress_bar(sys.stderr.isatty() and not as_json, of="pictures") as progress:
+        with progress_bar(session.shows_progress, of="pictures") as progress:
             found = segment(
                 model,
                 pictures,
@@ -101,13 +101,10 @@ def segment_command(
             sys.exit(UnreadableFileError.exit_code)
 
 
-def _lines(found: "Segmentation") -> str:
-    from converter.pictures.segmenting import printable
-
-    return "\n".join(
-        f"{printable(entry.picture)} -> {entry.overlay}: {_counts(entry, found)}"
-        for entry in found.pictures
-    )
+def _lines(found: "Segmentation") -> list[str]:
+    return [
+        f"{entry.picture} -> {entry.overlay}: {_counts(entry, found)}" for entry in found.pictures
+    ]
 
 
 def _counts(entry: "SegmentedPicture", found: "Segmentation") -> str:

@@ -1,21 +1,27 @@
 """What every command shares: its options, how it prints, and how it ends."""
 
-import json
+import errno
+import io
 import os
+import re
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TextIO
 
 import click
 
 from converter.errors import EomtConvertError, OutputsDifferError
 from converter.hub.access import without_token
+from converter.outside import json_text, visible
+
+# as shells report what SIGPIPE has ended: 128 + its number
+CLOSED = 141
 
 # what a run is asked to stop by, besides Ctrl+C; SIGHUP comes when a terminal is closed
 _STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -58,48 +64,107 @@ def _stopped_by_signals() -> Iterator[None]:
 
 
 class Session:
-    """How a command prints, and how it ends."""
+    """How a command prints, and how it ends.
 
-    def __init__(self, *, as_json: bool, debug: bool, token: str | None = None) -> None:
+    All that is printed passes here, and only here: what comes from outside is made visible, line
+    by line, and tokens are left out.
+    """
+
+    def __init__(
+        self, *, as_json: bool = False, debug: bool = False, token: str | None = None
+    ) -> None:
         self.as_json = as_json
         self.debug = debug
         self.token = token
 
-    def show(self, text: str, content: dict[str, Any]) -> None:
-        """Prints a result: its text, or with --json its one JSON object."""
-        click.echo(json.dumps(content, indent=2, ensure_ascii=False) if self.as_json else text)
+    def show(self, lines: Iterable[str], content: dict[str, Any], done: str = "") -> None:
+        """Prints a result: its lines, or with --json its one JSON object.
+
+        Args:
+            lines: of text; a line break in one of them is from outside.
+            content: what --json shows.
+            done: what was done that cannot be undone, to be told also where standard output is
+                closed or full.
+        """
+        try:
+            if self.as_json:
+                _write(sys.stdout, self._json(content))
+            else:
+                self._write_lines(sys.stdout, lines)
+        except OSError as error:
+            if done:
+                self.say(done)
+            self.output_failed(error)
 
     def fail(self, error: EomtConvertError) -> NoReturn:
         """Ends the command with what happened and what to do about it."""
         if self.debug:
-            self.say("".join(traceback.format_exception(error)))
-        self.say(f"Error: {error}")
+            self.say(*"".join(traceback.format_exception(error)).split("\n"))
+        # our own lists are indented; another line break in a message is from outside
+        message = re.split(r"\n(?=  )", f"Error: {error.message}")
+        self.say(*message, *filter(None, error.remedy.split("\n")))
+        content: dict[str, Any] = {
+            "error": {
+                "message": error.message,
+                "remedy": error.remedy,
+                "exit_code": error.exit_code,
+            }
+        }
         if isinstance(error, OutputsDifferError):
             from converter import report
 
-            self.say("\n".join(report.verdict(error.verdict)))
+            self.say(*report.verdict(error.verdict))
+            content |= (error.conversion or error.verdict).to_dict()
         if self.as_json:
-            content: dict[str, Any] = {
-                "error": {
-                    "message": self._without_token(error.message),
-                    "remedy": self._without_token(error.remedy),
-                    "exit_code": error.exit_code,
-                }
-            }
-            if isinstance(error, OutputsDifferError):
-                content |= (error.conversion or error.verdict).to_dict()
-            click.echo(json.dumps(content, indent=2, ensure_ascii=False))
+            self.show((), content)
         sys.exit(error.exit_code)
 
-    def say(self, text: str) -> None:
-        """Prints what is not the result, such as a warning."""
-        click.echo(self._without_token(text), err=True)
+    def say(self, *lines: str) -> None:
+        """Prints what is not the result, such as a warning; not where nobody can read it."""
+        try:
+            self._write_lines(sys.stderr, lines)
+        except OSError:
+            _discard(sys.stderr)
+
+    def output_failed(self, error: OSError) -> NoReturn:
+        """Ends a command whose standard output is closed or full, as other tools end."""
+        _discard(sys.stdout)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(CLOSED)
+        self.say(f"Error: Standard output cannot be written to: {error.strerror}.")
+        sys.exit(EomtConvertError.exit_code)
+
+    def _write_lines(self, stream: TextIO | None, lines: Iterable[str]) -> None:
+        shown = [visible(self._without_token(line)) for line in lines]
+        if shown:
+            _write(stream, "\n".join(shown))
+
+    def _json(self, content: dict[str, Any]) -> str:
+        content = self._clean(content)
+        text = json_text(content)
+        return text if _encoded(sys.stdout, text) == text else json_text(content, only_ascii=True)
+
+    def _clean(self, value: Any) -> Any:
+        """The same for JSON, without tokens."""
+        match value:
+            case str():
+                return self._without_token(value)
+            case dict():
+                return {self._clean(key): self._clean(entry) for key, entry in value.items()}
+            case list() | tuple():
+                return [self._clean(entry) for entry in value]
+        return value
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether somebody watches: standard error is a terminal, and --json was not given."""
+        return sys.stderr is not None and sys.stderr.isatty() and not self.as_json
 
     @contextmanager
     def _quiet_client(self) -> Iterator[None]:
         """Keeps the progress bars of huggingface_hub, read when it is imported, to terminals."""
         name = "HF_HUB_DISABLE_PROGRESS_BARS"
-        if name in os.environ or (sys.stderr.isatty() and not self.as_json):
+        if name in os.environ or self.shows_progress:
             yield
             return
         os.environ[name] = "1"
@@ -124,9 +189,57 @@ class Session:
             self.say("Interrupted; nothing unfinished was left behind.")
             sys.exit(128 + number)  # as shells report it
         except Exception as error:
-            self.say("".join(traceback.format_exception(error)))
+            self.say(*"".join(traceback.format_exception(error)).split("\n"))
             self.say("This is a fault in eomt-convert. Please report it with the lines above.")
             sys.exit(EomtConvertError.exit_code)
+
+
+def _write(stream: TextIO | None, text: str) -> None:
+    """Prints a text.
+
+    Raises:
+        OSError: the stream is closed or full.
+    """
+    if stream is None:  # which was closed before the command began
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    click.echo(_encoded(stream, text), file=stream)
+
+
+def _encoded(stream: TextIO | None, text: str) -> str:
+    """A text, with what the stream's encoding lacks made visible."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _discard(stream: TextIO | None) -> None:
+    """Keeps Python from writing what is left to a stream that cannot take it when it ends."""
+    if stream is not None:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class Commands(click.Group):
+    """Commands of which help and wrong usage, which click prints, are printed as all the rest."""
+
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        with self._edge():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with self._edge():
+            return super().invoke(ctx)
+
+    @contextmanager
+    def _edge(self) -> Iterator[None]:
+        try:
+            yield
+        except click.ClickException as error:
+            text = io.StringIO()
+            error.show(text)
+            Session().say(*text.getvalue().rstrip("\n").split("\n"))
+            sys.exit(error.exit_code)
+        except OSError as error:
+            Session().output_failed(error)
 
 
 token_option = click.option(
@@ -183,13 +296,18 @@ def progress_bar(
     )
 
     count = DownloadColumn() if of == "bytes" else MofNCompleteColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        count,
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, Any] = {}
 
-        def advance(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
+        def advance(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=total)
+            bars.update(tasks[name], completed=done, total=total)
 
         yield advance

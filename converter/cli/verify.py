@@ -95,7 +95,7 @@ def verify_command(
             cache_dir=cache_dir,
             local_files_only=offline,
         )
-        session.show("\n".join(verdict(found)), found.to_dict())
+        session.show(verdict(found), found.to_dict())
         if found.verdict == "failed":
             sys.exit(OutputsDifferError.exit_code)
         if require_verified and not found.proven:

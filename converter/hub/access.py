@@ -19,6 +19,7 @@ from converter.errors import (
     OutputError,
     UsageError,
 )
+from converter.outside import visible
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -348,8 +349,7 @@ def _shown(text: str) -> str:
     from huggingface_hub import constants
 
     line = text.partition("\n")[0].replace(constants.ENDPOINT, endpoint_name())
-    visible = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line[:_LONGEST])
-    return visible + ("..." if len(line) > _LONGEST else "")
+    return visible(line, _LONGEST)
 
 
 def _ask_for_access(repo: str) -> str:

@@ -65,7 +65,7 @@ class SegmentedPicture:
     def to_dict(self) -> dict[str, Any]:
         """The picture as JSON shows it."""
         return {
-            "picture": printable(self.picture),
+            "picture": str(self.picture),
             "overlay": str(self.overlay),
             "id_map": str(self.id_map),
             "segments_file": str(self.segments_file),
@@ -189,7 +189,7 @@ def segment(
                 try:
                     batch.append((index, _read(paths[index])))
                 except UnreadableFileError as error:
-                    skipped.append(Skipped(printable(paths[index]), error.message))
+                    skipped.append(Skipped(str(paths[index]), error.message))
             if not batch:
                 continue
             results = _run(network, processor, [image for _, image in batch], task, threshold)
@@ -227,7 +227,7 @@ def find_pictures(arguments: Sequence[str | Path]) -> tuple[list[Path], list[Ski
         else:
             found = [path]
         if not found:
-            skipped.append(Skipped(printable(path), reason))
+            skipped.append(Skipped(str(path), reason))
         paths += found
     return list(dict.fromkeys(paths)), skipped
 
