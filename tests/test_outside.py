@@ -1,6 +1,8 @@
 """What strangers wrote is shown, and does nothing, wherever it is printed."""
 
+import base64
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -8,11 +10,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from click.testing import Result
-from conftest import FIXTURES, HANGS
+from conftest import FIXTURES, HANGS, over_lfs
+from hub_faults import Status
+from hub_server import Hub, shorten_client_waits
 
+from converter.errors import UnreadableFileError
 from converter.outside import json_text, visible
 
 TINY = FIXTURES / "tiny_panoptic_64"
@@ -265,3 +271,97 @@ def test_an_encoding_that_lacks_a_character_is_no_fault(tmp_path: Path) -> None:
     assert "\\xe9.bin" in text.stdout
     assert as_json.stdout.isascii()
     assert json.loads(as_json.stdout)["output"].endswith("/out")
+
+
+# passwords --------------------------------------------------------------------------------------
+
+PASSWORD = "sesame%21word"  # noqa: S105
+
+
+@pytest.fixture
+def locked(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """A Hub behind a user and a password, which HF_ENDPOINT has."""
+    login = base64.b64encode(b"ann:" + unquote(PASSWORD).encode()).decode()
+    for token in (f"Basic {login}", "hf_of_ann"):
+        hub.add_user("ann", token)
+    address = hub.endpoint.replace("//", f"//ann:{PASSWORD}@")
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_ann")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    return hub
+
+
+def has_no_password(text: str) -> bool:
+    login = base64.b64encode(b"ann:" + unquote(PASSWORD).encode()).decode()
+    return not any(word in text for word in ("sesame", "ann:", login))
+
+
+@over_lfs
+def test_a_password_of_the_hub_is_in_no_publication(
+    command: Command, locked: Hub, model: Path
+) -> None:
+    planned = command("push", model, "ann/model", "--dry-run")
+    result = command("push", model, "ann/model", "--json")
+    again = command("push", model, "ann/model", "--create-pr")
+
+    assert (planned.exit_code, result.exit_code, again.exit_code) == (0, 0, 0)
+    assert f"this is for {locked.endpoint}/ann/model (private)" in planned.stdout
+    assert json.loads(result.stdout)["url"] == f"{locked.endpoint}/ann/model/tree/main"
+    assert has_no_password(planned.output + result.output + again.output)
+
+
+@over_lfs
+def test_a_password_of_the_hub_is_in_no_release(
+    command: Command, locked: Hub, tmp_path: Path
+) -> None:
+    result = command("release", "--checkpoint", "tiny_panoptic_64", "--namespace", "ann")
+
+    assert result.exit_code == 0
+    written = [(tmp_path / "release" / name).read_text() for name in ("release.json", "release.md")]
+    assert f"{locked.endpoint}/ann/" in written[0]
+    assert has_no_password(result.output + "".join(written))
+
+
+@over_lfs
+@pytest.mark.parametrize("status", [400, 401, 404, 500, 503])
+def test_a_password_of_the_hub_is_in_no_error(
+    command: Command, locked: Hub, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shorten_client_waits(monkeypatch)
+    locked.break_request(Status(status, f"no {os.environ['HF_ENDPOINT']}"), times=None)
+    result = command("inspect", "ann/model", "--debug", "--json")
+
+    assert result.exit_code in (1, 4)
+    assert "Traceback" in result.stderr
+    assert has_no_password(result.output)
+
+
+@pytest.mark.parametrize("password", [PASSWORD, "se/same", "sesame#1", "sesame:2@3"])
+def test_a_password_is_not_printed_where_nobody_answers(tmp_path: Path, password: str) -> None:
+    line = "$EOMT --checkpoint coco_panoptic_small_640 --debug"
+    done = run(
+        line, tmp_path, HF_ENDPOINT=f"http://ann:{password}@127.0.0.1:9", HF_HOME=str(tmp_path)
+    )
+
+    assert done.returncode in (1, 2)
+    assert "This is a fault" not in done.stderr
+    assert has_no_password(done.stderr)
+
+
+def test_what_libraries_log_is_harmless_too(
+    command: Command, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", f"http://ann:{PASSWORD}@mirror")
+
+    def fetch(*_: object) -> None:
+        logging.getLogger("huggingface_hub.utils").warning(
+            "Retrying %s\n%s", f"http://ann:{PASSWORD}@mirror/x", HOSTILE
+        )
+        raise UnreadableFileError("none")
+
+    monkeypatch.setattr("converter.hub.sources.fetch", fetch)
+    command("inspect", "owner/name")
+
+    assert caplog.messages == [f"Retrying http://mirror/x\n{SHOWN}"]

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import logging
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ from typing import Any, Literal, NoReturn, TextIO
 import click
 
 from converter.errors import EomtConvertError, OutputsDifferError
-from converter.hub.access import without_token
+from converter.hub.access import check_endpoint, without_secrets
 from converter.outside import json_text, visible
 
 # as shells report what SIGPIPE has ended: 128 + its number
@@ -67,7 +68,7 @@ class Session:
     """How a command prints, and how it ends.
 
     All that is printed passes here, and only here: what comes from outside is made visible, line
-    by line, and tokens are left out.
+    by line, and tokens and passwords are left out.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class Session:
         sys.exit(EomtConvertError.exit_code)
 
     def _write_lines(self, stream: TextIO | None, lines: Iterable[str]) -> None:
-        shown = [visible(self._without_token(line)) for line in lines]
+        shown = [self._shown(line) for line in lines]
         if shown:
             _write(stream, "\n".join(shown))
 
@@ -145,10 +146,10 @@ class Session:
         return text if _encoded(sys.stdout, text) == text else json_text(content, only_ascii=True)
 
     def _clean(self, value: Any) -> Any:
-        """The same for JSON, without tokens."""
+        """The same for JSON, without tokens and passwords."""
         match value:
             case str():
-                return self._without_token(value)
+                return self._without_secrets(value)
             case dict():
                 return {self._clean(key): self._clean(entry) for key, entry in value.items()}
             case list() | tuple():
@@ -173,14 +174,33 @@ class Session:
         finally:
             del os.environ[name]
 
-    def _without_token(self, text: str) -> str:
-        return without_token(text, self.token)
+    @contextmanager
+    def _logs(self) -> Iterator[None]:
+        """Has what libraries log in this block shown as all the rest."""
+        session, before = self, logging.getLogRecordFactory()
+
+        class Record(logging.LogRecord):
+            def getMessage(self) -> str:  # noqa: N802  # its name in logging
+                return "\n".join(map(session._shown, super().getMessage().split("\n")))
+
+        logging.setLogRecordFactory(Record)
+        try:
+            yield
+        finally:
+            logging.setLogRecordFactory(before)
+
+    def _shown(self, line: str) -> str:
+        return visible(self._without_secrets(line))
+
+    def _without_secrets(self, text: str) -> str:
+        return without_secrets(text, self.token)
 
     @contextmanager
     def errors(self) -> Iterator[None]:
         """Turns errors that a user can meet into messages and exit codes."""
         try:
-            with self._quiet_client(), _stopped_by_signals():
+            with self._quiet_client(), self._logs(), _stopped_by_signals():
+                check_endpoint()
                 yield
         except EomtConvertError as error:
             self.fail(error)

@@ -1,5 +1,6 @@
 """How the Hub is reached, and what to say when it does not do what it was asked."""
 
+import base64
 import os
 import re
 import sys
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from converter.errors import (
     AccessError,
@@ -168,16 +169,39 @@ def explained(repo_id: str, revision: str = "main") -> Iterator[None]:
         raise explanation from error
 
 
-def without_token(text: str, token: str | None = None) -> str:
-    """A text without the token given, and without those of HF_TOKEN and the login file."""
+def without_secrets(text: str, token: str | None = None) -> str:
+    """A text without tokens and passwords: what is printed, logged or written passes here.
+
+    Args:
+        text: of any kind; an address keeps its host.
+        token: that was given, besides those of HF_TOKEN and the login file, and besides the user
+            and password in the address of HF_ENDPOINT.
+    """
+    for login in _logins():
+        text = text.replace(f"{login}@", "")
+        password = login.partition(":")[2]
+        basic = base64.b64encode(unquote(login).encode()).decode()
+        # the client quotes a part of an address that it cannot read
+        for secret in {login, basic, password, unquote(password), *re.split("[/?#]", password)}:
+            if secret:
+                text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "[password]", text)
     tokens = {token, os.environ.get("HF_TOKEN")}
-    if "huggingface_hub" in sys.modules:  # else nobody has read the login file
-        tokens.add(sys.modules["huggingface_hub"].get_token())
+    if hub := sys.modules.get("huggingface_hub"):  # else nobody has read the login file
+        tokens.add(hub.get_token())
     for known in tokens:
         if known and (secret := known.strip()):
             for written in (secret, repr(secret)[1:-1]):
                 text = text.replace(written, "[token]")
     return text
+
+
+def _logins() -> set[str]:
+    """User and password, as in ``user:password``, in the address of the Hub."""
+    addresses = {os.environ.get("HF_ENDPOINT", "")}
+    if constants := sys.modules.get("huggingface_hub.constants"):
+        addresses.add(constants.ENDPOINT)
+    parts = (address.partition("//")[2].rpartition("@")[0] for address in addresses)
+    return {login for login in parts if login}
 
 
 def senseless_answer(repo: str, error: Exception | None = None) -> HubUnavailableError:
@@ -189,12 +213,26 @@ def senseless_answer(repo: str, error: Exception | None = None) -> HubUnavailabl
     )
 
 
+def check_endpoint() -> None:
+    """Checks that HF_ENDPOINT is an address, before huggingface_hub is imported.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        urlsplit(os.environ.get("HF_ENDPOINT", "")).port  # noqa: B018  # which is read here
+    except ValueError as error:
+        raise UsageError(
+            "HF_ENDPOINT is no address.",
+            "In a user's name or a password, write %2F for /, %3F for ?, %23 for # and %40 for @.",
+        ) from error
+
+
 def endpoint_name() -> str:
     """The server that is asked: the host of HF_ENDPOINT, without a password that stands there."""
     from huggingface_hub import constants
 
-    parts = urlsplit(constants.ENDPOINT)
-    return parts.netloc.rpartition("@")[2] or "the Hub"
+    return urlsplit(without_secrets(constants.ENDPOINT)).netloc or "the Hub"
 
 
 def _explanation(error: Exception, repo: str, revision: str) -> Exception:
@@ -348,7 +386,8 @@ def _shown(text: str) -> str:
     """The first line of a text from outside, fit for a terminal: visible, and not too long."""
     from huggingface_hub import constants
 
-    line = text.partition("\n")[0].replace(constants.ENDPOINT, endpoint_name())
+    line = without_secrets(text.partition("\n")[0])
+    line = line.replace(without_secrets(constants.ENDPOINT), endpoint_name())
     return visible(line, _LONGEST)
 
 

@@ -20,7 +20,7 @@ from converter.errors import (
     UsageError,
 )
 from converter.files import read_bytes, read_json_object
-from converter.hub.access import Access, Snapshot, explained, not_found
+from converter.hub.access import Access, Snapshot, explained, not_found, without_secrets
 from converter.hub.card import LICENCE_FILE, ModelRecord, is_derived, model_card, updated
 from converter.hub.downloads import download
 from converter.hub.remote import (
@@ -175,7 +175,7 @@ def publish(
     if dry_run:
         _check_may_write(api, repo_id, remote, access, create_pr=create_pr)
         hidden = private if private is not None else remote is None or remote.private
-        url = f"{api.endpoint}/{repo_id}"
+        url = without_secrets(f"{api.endpoint}/{repo_id}", access.token)
         return Publication(repo_id, branch, None, url, changes, hidden, tag=tag)
 
     parent = _prepare(api, repo_id, branch, remote, private=private)
@@ -203,7 +203,7 @@ def publish(
         repo_id,
         done.revision,
         done.commit,
-        done.url or f"{api.endpoint}/{repo_id}/tree/{done.revision}",
+        without_secrets(done.url or f"{api.endpoint}/{repo_id}/tree/{done.revision}", access.token),
         changes,
         arrived.private,
         unchecked(files, arrived),

@@ -10,7 +10,7 @@ from converter.catalog import CATALOG, Checkpoint, find
 from converter.conversion import TOOL, Progress, convert
 from converter.errors import EomtConvertError, OutputError, UnreadableFileError, UsageError
 from converter.files import read_json_object, replacing, write_json
-from converter.hub.access import Access, without_token
+from converter.hub.access import Access, without_secrets
 from converter.hub.publishing import check_licence, check_login, publish
 from converter.job import Dtype
 from converter.version import __version__
@@ -224,7 +224,7 @@ def _repo_id(entry: Checkpoint, namespace: str, template: str) -> str:
 def _failed(step: Step, error: EomtConvertError, token: str | None) -> Step:
     # a folder that cannot be published as it is, is converted anew by the next run
     verdict = None if isinstance(error, UnreadableFileError) else step.verdict
-    return replace(step, status="failed", verdict=verdict, error=without_token(str(error), token))
+    return replace(step, status="failed", verdict=verdict, error=without_secrets(str(error), token))
 
 
 def _check_output(folder: Path) -> None:
