@@ -224,3 +224,11 @@ def find(name: str) -> Checkpoint:
 
 def _plain(name: str) -> str:
     return name.strip().lower().removeprefix("tue-mps/").replace("-", "_")
+
+
+def find_named(name: object) -> Checkpoint | None:
+    """The catalogue's entry of a name; None if it has none."""
+    try:
+        return find(name) if isinstance(name, str) else None
+    except UsageError:
+        return None

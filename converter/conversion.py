@@ -23,7 +23,8 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
-from converter.files import read_json_object, sha256, write_json
+from converter.files import sha256, write_json
+from converter.history import HISTORY, read_history
 from converter.hub.access import Access
 from converter.hub.downloads import arrived_damaged, is_damaged, is_sha256
 from converter.hub.sources import Fetched, fetch_again, fetched_already
@@ -51,9 +52,6 @@ _SMALL_FILES = 1 << 20
 
 # what was found, as a page; it has measured figures, which differ a little from machine to machine
 REPORT = "verdict.html"
-
-# what was done, for machines
-HISTORY = "conversion.json"
 
 TOOL = "eomt-convert"
 
@@ -407,26 +405,27 @@ def _place(job: Job, output: str | Path | None) -> Path:
 def made_files(folder: Path) -> set[str]:
     """Names of the files in a folder that a conversion has written, by its conversion.json."""
     try:
-        history = read_json_object(folder / HISTORY)
+        history = read_history(folder)
     except UnreadableFileError:
         return set()
-    tool, files = history.get("tool"), history.get("files")
-    if not (isinstance(tool, dict) and tool.get("name") == TOOL and isinstance(files, dict)):
+    if history is None or history.tool != TOOL:
         return set()
-    return {HISTORY, REPORT, *(name for name in files if name == Path(name).name)}
+    return {HISTORY, REPORT, *(name for name in history.files if name == Path(name).name)}
 
 
 def _made_by(job: Job, place: Path) -> bool:
     """Whether an output is what this very job has made, and nobody has changed since."""
-    if not (place / HISTORY).is_file():
+    try:
+        history = read_history(place)
+    except UnreadableFileError:
         return False
-    history = read_json_object(place / HISTORY)
-    files = history.get("files")
     configs = [path for path in map(place.joinpath, CONFIGS) if path.is_file()]
     return (
-        history.get("command") == job.command()
-        and isinstance(files, dict)
-        and all(files.get(name) == entry for name, entry in _listed(_digests(configs)).items())
+        history is not None
+        and history.command == job.command()
+        and all(
+            history.files.get(name) == digest for name, (_, digest) in _digests(configs).items()
+        )
     )
 
 

@@ -5,10 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converter.checks.provenance import find_named, read_history
+from converter.catalog import find_named
 from converter.configs import read_config
 from converter.errors import UnreadableFileError, UsageError
 from converter.files import read_json_object
+from converter.history import read_history
 from converter.hub.access import Access
 from converter.hub.downloads import not_in_cache
 from converter.hub.sources import HubSource, LocalSource, fetch, fetch_first, parse_source

@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 
 import converter
 from converter.catalog import find
-from converter.checks.provenance import is_published, read_history
+from converter.checks.provenance import is_published
 from converter.checks.recorded import ORIGINAL, Origin, known_recordings, read_recorded
 from converter.checks.recording import record
 from converter.checks.verdict import Level, Status, Verdict
 from converter.errors import NotVerifiedError, UnreadableFileError
+from converter.history import read_history
 from converter.hub.access import Access
 from converter.hub.sources import HubSource, fetch
 from converter.testing import assert_matches_recorded

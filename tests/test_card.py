@@ -12,13 +12,23 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from converter.errors import EomtConvertError
 from converter.hub.card import BEGIN, END, ModelRecord, model_card, updated
+from converter.weights.plan import Source
 
 REPO = "me/model"
 
 
 def record_of(folder: Path) -> ModelRecord:
-    history = json.loads((folder / "conversion.json").read_text())
-    return ModelRecord(history, json.loads((folder / "config.json").read_text()))
+    return ModelRecord.read(folder)
+
+
+def changed(made: ModelRecord, **changes: Any) -> ModelRecord:
+    """A record with other values of conversion.json."""
+    return replace(made, history=replace(made.history, **changes))
+
+
+def with_source(made: ModelRecord, role: Source, **changes: Any) -> ModelRecord:
+    sources = made.history.sources
+    return changed(made, sources={**sources, role: replace(sources[role], **changes)})
 
 
 def metadata(card: ModelCard) -> ModelCardData:
@@ -69,7 +79,7 @@ def test_the_text_tells_verdict_command_sources_and_use(
     card: ModelCard, published: ModelRecord
 ) -> None:
     text = card.text
-    delta = published.history["sources"]["delta"]
+    delta = published.history.sources["delta"]
 
     assert "**Verified.**" in text
     assert "| structure | passed | tensors " in text
@@ -77,7 +87,7 @@ def test_the_text_tells_verdict_command_sources_and_use(
         "eomt-convert --checkpoint coco_panoptic_small_640 --image-size 64x64 --labels labels.json"
     )
     assert command in text
-    assert f"| delta | {delta['repo']} | {delta['revision']} | pytorch_model.bin |" in text
+    assert f"| delta | {delta.repo_id} | {delta.revision} | pytorch_model.bin |" in text
     assert f'EomtDinov3ForUniversalSegmentation.from_pretrained("{REPO}")' in text
     assert "from transformers import AutoImageProcessor" in text
     assert "from reference_model import" in text
@@ -87,17 +97,15 @@ def test_the_text_tells_verdict_command_sources_and_use(
 
 
 def test_nothing_unverified_is_called_verified(published: ModelRecord) -> None:
-    history = {**published.history, "verdict": {"verdict": "unverified", "levels": []}}
-    text = model_card(REPO, replace(published, history=history)).text
+    made = changed(published, verdict={"verdict": "unverified", "levels": []})
+    text = model_card(REPO, made).text
 
     assert "**Not verified.**" in text
     assert "**Verified.**" not in text
 
 
 def test_a_figure_is_not_claimed_for_other_weights(published: ModelRecord) -> None:
-    sources = json.loads(json.dumps(published.history["sources"]))
-    sources["delta"]["repo"] = "somebody/fine-tune"
-    card = model_card(REPO, replace(published, history={**published.history, "sources": sources}))
+    card = model_card(REPO, with_source(published, "delta", repo_id="somebody/fine-tune"))
 
     assert metadata(card).eval_results is None
     assert metadata(card).datasets is None
@@ -105,20 +113,14 @@ def test_a_figure_is_not_claimed_for_other_weights(published: ModelRecord) -> No
 
 
 def test_a_file_of_metas_is_known_by_its_digest(published: ModelRecord) -> None:
-    sources = json.loads(json.dumps(published.history["sources"]))
-    sources["backbone"] |= {
-        "repo": None,
-        "revision": None,
-        "files": {"x.pth": {"size": 1, "sha256": "8aa4cbdd" + 56 * "0"}},
-    }
-    made = replace(published, history={**published.history, "sources": sources})
+    digests = {"x.pth": "8aa4cbdd" + 56 * "0"}
+    made = with_source(published, "backbone", repo_id=None, revision=None, digests=digests)
 
     assert made.backbone == "facebook/dinov3-vitl16-pretrain-lvd1689m"
 
 
 def test_no_backbone_is_invented(published: ModelRecord) -> None:
-    sources = {"weights": published.history["sources"]["delta"]}
-    made = replace(published, history={**published.history, "sources": sources})
+    made = changed(published, sources={"weights": published.history.sources["delta"]})
 
     assert made.backbone is None
     assert made.derived
@@ -138,10 +140,8 @@ def test_an_offline_checkpoint_with_another_backbone_may_be_derived(
     converted: Callable[[str], Path],
 ) -> None:
     made = record_of(converted("shapes_panoptic_128"))
-    sources = json.loads(json.dumps(made.history["sources"]))
-    sources["backbone"]["files"]["model.safetensors"]["sha256"] = 64 * "0"
 
-    assert replace(made, history={**made.history, "sources": sources}).derived
+    assert with_source(made, "backbone", digests={"model.safetensors": 64 * "0"}).derived
 
 
 @pytest.mark.parametrize(

@@ -396,9 +396,7 @@ def test_a_recording_without_a_task_leaves_a_record_that_can_be_read(
     del content["task"]
     (folder / "recorded.json").write_text(json.dumps(content))
     conversion = converter.convert("tiny_panoptic_64", tmp_path / "out", recorded=folder)
-    record = ModelRecord(
-        read_json(tmp_path / "out" / "conversion.json"), read_json(tmp_path / "out" / "config.json")
-    )
+    record = ModelRecord.read(tmp_path / "out")
 
     assert pictures_of(conversion.verdict).status == "passed"
     assert record.verdict.verdict == "passed"
@@ -760,7 +758,7 @@ def test_a_conversion_keeps_the_level_in_its_record_and_card(tmp_path: Path) -> 
         "relative_tolerance": 1e-5,
         "least_equal_pixels": 0.995,
     }
-    made = ModelRecord(read_json(folder / "conversion.json"), read_json(folder / "config.json"))
+    made = ModelRecord.read(folder)
     card = model_card("me/model", made).text
     assert "| pictures | passed | " in card
 

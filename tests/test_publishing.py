@@ -202,14 +202,6 @@ def test_files_outside_the_folder_are_never_sent(hub: Hub, folder: Path) -> None
         converter.publish(folder, REPO)
 
 
-@pytest.mark.parametrize("content", ["{}", '{"files": []}', '{"files": {"a": 1}, "verdict": 2}'])
-def test_a_history_that_makes_no_sense_is_refused(me: str, folder: Path, content: str) -> None:
-    (folder / "conversion.json").write_text(content)
-
-    with pytest.raises(UnreadableFileError, match=r"conversion\.json lacks"):
-        converter.publish(folder, REPO)
-
-
 # the licence -----------------------------------------------------------------------------------
 
 

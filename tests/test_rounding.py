@@ -557,12 +557,10 @@ def test_conversion_json_and_the_card_say_that_the_sums_were_compared(
     name: str, rounded: Callable[[str, Any], Path]
 ) -> None:
     model = rounded(name, "bfloat16")
-    history, config = (
-        json.loads((model / file).read_text()) for file in ("conversion.json", CONFIG)
-    )
+    history = json.loads((model / "conversion.json").read_text())
 
     figures = history["verdict"]["levels"][2]["figures"]
-    card = " ".join(str(model_card("me/model", ModelRecord(history, config))).split())
+    card = " ".join(str(model_card("me/model", ModelRecord.read(model))).split())
 
     assert (figures["rounded_to"], figures["unrounded"]) == ("bfloat16", True)
     assert "rounding" not in figures

@@ -6,7 +6,7 @@ import io
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -22,8 +22,9 @@ from torch import Tensor
 from converter.checks.comparison import Tolerance, segments
 from converter.checks.recorded import Recorded
 from converter.checks.verdict import NUMBERED, Level, Verdict
-from converter.errors import OutputError, UnreadableFileError
-from converter.files import read_json_object, replacing
+from converter.errors import OutputError
+from converter.files import replacing
+from converter.history import History, read_history
 from converter.pictures.drawing import Colour, class_colour
 from converter.version import __version__
 from converter.weights.tensorfiles import WEIGHTS, WEIGHTS_INDEX, open_tensors
@@ -277,58 +278,23 @@ def gather(
     Raises:
         UnreadableFileError: the model's conversion.json is not as a conversion writes it.
     """
-    history = _read_history(folder / "conversion.json")
+    history = read_history(folder)
     return ReportData(
         title=title,
         verdict=verdict,
         charts=tuple(_charts(verdict, recorded)),
         pictures=_pictures(recorded, outputs, folder) if recorded and outputs else (),
         tensors=_tensor_rows(folder, history, verdict),
-        sources=history.sources,
+        sources=tuple(
+            SourceFile(role, source.repo_id, source.revision, name, digest)
+            for role, source in (history.sources if history else {}).items()
+            for name, digest in source.digests.items()
+        ),
         versions={
             "checked with": f"eomt-convert {__version__}, torch {version('torch')}",
-            **({"converted with": history.tool} if history.tool else {}),
+            **({"converted with": f"{history.tool} {history.version}"} if history else {}),
         },
     )
-
-
-@dataclass(frozen=True)
-class _History:
-    """What a report shows of a model's conversion.json.
-
-    Attributes:
-        tool: its name and version; empty where there is no conversion.json.
-        sources: the files that the model was made from.
-        tensors: shape, element type and recipe of every tensor, by name.
-    """
-
-    tool: str = ""
-    sources: tuple[SourceFile, ...] = ()
-    tensors: Mapping[str, tuple[tuple[int, ...], str, str]] = field(default_factory=dict)
-
-
-def _read_history(path: Path) -> _History:
-    if not path.is_file():
-        return _History()
-    content = read_json_object(path)
-    try:
-        return _History(
-            f"{content['tool']['name']} {content['tool']['version']}",
-            tuple(
-                SourceFile(role, source["repo"], source["revision"], name, file["sha256"])
-                for role, source in content["sources"].items()
-                for name, file in source["files"].items()
-            ),
-            {
-                name: (tuple(entry["shape"]), entry["dtype"], entry["recipe"])
-                for name, entry in content["tensors"].items()
-            },
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UnreadableFileError(
-            f"{path} is not as a conversion writes it: {type(error).__name__} at {error}.",
-            "Delete it to check the model without it.",
-        ) from error
 
 
 def _charts(verdict: Verdict, recorded: Recorded | None) -> Iterator[Chart]:
@@ -356,14 +322,18 @@ def _charts(verdict: Verdict, recorded: Recorded | None) -> Iterator[Chart]:
         yield Chart(level.level, beside, tuple(points))
 
 
-def _tensor_rows(folder: Path, history: _History, verdict: Verdict) -> tuple[TensorRow, ...]:
+def _tensor_rows(folder: Path, history: History | None, verdict: Verdict) -> tuple[TensorRow, ...]:
     figures = {level.level: level.figures for level in verdict.levels}
     digests = figures.get("structure", {}).get("digests", {})
     different = figures.get("arithmetic", {}).get("different")
     weights, unknown = folder / WEIGHTS, ((), "", "")
+    told = {
+        name: (row.shape, row.dtype, row.recipe)
+        for name, row in (history.rows if history else {}).items()
+    }
     with open_tensors(weights if weights.is_file() else folder / WEIGHTS_INDEX) as file:
         found = {
-            name: (info.shape, info.dtype, history.tensors.get(name, unknown)[2])
+            name: (info.shape, info.dtype, told.get(name, unknown)[2])
             for name, info in file.tensors.items()
         }
 
@@ -376,7 +346,7 @@ def _tensor_rows(folder: Path, history: _History, verdict: Verdict) -> tuple[Ten
 
     return tuple(
         TensorRow(name, shape, dtype, recipe, digests.get(name), status(name))
-        for name, (shape, dtype, recipe) in ({**history.tensors, **found}).items()
+        for name, (shape, dtype, recipe) in ({**told, **found}).items()
     )
 
 

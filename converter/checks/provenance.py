@@ -1,16 +1,16 @@
 """The files that a converted model was made from, found again, and what its tensors should be."""
 
 import hashlib
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from converter.catalog import Checkpoint, find
+from converter.catalog import Checkpoint
+from converter.catalog import find_named as find_named
 from converter.configs import BackboneConfig, find_backbone_config
-from converter.errors import AccessError, UnreadableFileError, UsageError
-from converter.files import read_json_object
+from converter.errors import AccessError, UnreadableFileError
+from converter.history import History as History
+from converter.history import read_history as read_history
 from converter.hub.access import Access
 from converter.hub.downloads import resolve
 from converter.hub.sources import Fetched, HubSource, fetch, parse_source
@@ -81,83 +81,6 @@ class Provenance:
         for operand in row.operands:
             if operand.source == source:
                 return read_operand(operand, row, self.files, 0, row.size).reshape(row.shape)
-        return None
-
-
-@dataclass(frozen=True)
-class PastSource:
-    """A source as conversion.json describes it.
-
-    Attributes:
-        repo_id: the repository it came from; None for local files.
-        revision: its commit; None for local files.
-        digests: SHA-256 of its files, by name.
-    """
-
-    repo_id: str | None
-    revision: str | None
-    digests: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class History:
-    """What conversion.json says of a model.
-
-    Attributes:
-        checkpoint: the catalogue's entry that it was converted as, if any.
-        task: what it segments, where that was known.
-        weights: what it was made from.
-        sources: the files it was made from.
-        files: SHA-256 of the model's own files, by name.
-        tensors: SHA-256 of every tensor, by name.
-    """
-
-    checkpoint: Checkpoint | None
-    task: str | None
-    weights: WeightsKind
-    sources: Mapping[Source, PastSource]
-    files: Mapping[str, str]
-    tensors: Mapping[str, str]
-
-
-def read_history(folder: Path) -> History | None:
-    """What a model's conversion.json says; None where there is none.
-
-    Raises:
-        UnreadableFileError: it is no conversion.json that a conversion wrote.
-    """
-    path = folder / "conversion.json"
-    if not path.is_file():
-        return None
-    content = read_json_object(path)
-    try:
-        return History(
-            checkpoint=find_named(content.get("checkpoint")),
-            task=content.get("task"),
-            weights="absolute" if content["weights"] == "absolute" else "delta",
-            sources={
-                role: PastSource(entry["repo"], entry["revision"], _digests(entry["files"]))
-                for role, entry in content["sources"].items()
-            },
-            files=_digests(content["files"]),
-            tensors=_digests(content["tensors"]),
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UnreadableFileError(
-            f"{path} is not as a conversion writes it: {type(error).__name__} at {error}.",
-            "Delete it to check the model without it.",
-        ) from error
-
-
-def _digests(entries: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    return {name: entry["sha256"] for name, entry in entries.items()}
-
-
-def find_named(name: object) -> Checkpoint | None:
-    """The catalogue's entry of a name; None if it has none."""
-    try:
-        return find(name) if isinstance(name, str) else None
-    except UsageError:
         return None
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.checks.pixels import open_picture, read_normalisation
-from converter.checks.provenance import read_history
 from converter.checks.recorded import FILE, IMAGES, PROVENANCE_FILE
 from converter.checks.verdict import LEVELS, NUMBERED, Verdict
 from converter.checks.verification import verify
@@ -18,6 +17,7 @@ from converter.errors import (
     UsageError,
 )
 from converter.files import read_json_object, sha256, write_json
+from converter.history import read_history
 from converter.hub.access import Access
 from converter.models import fetch_model, find_task, repository_of, torch_device
 from converter.staging import check_place, staged

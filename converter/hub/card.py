@@ -5,19 +5,22 @@ The part between two marks is ours; the rest of a card, and metadata that we do 
 the people who edit it on the Hub.
 """
 
+import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
-from converter.catalog import Checkpoint, Metric, Task, fixtures
-from converter.checks.provenance import find_named
+from converter.catalog import Checkpoint, Metric, Task, find_named, fixtures
 from converter.checks.recorded import known_recordings
 from converter.checks.verdict import BASES, Verdict, read_record
-from converter.errors import EomtConvertError
+from converter.configs import read_config
+from converter.errors import EomtConvertError, UnreadableFileError
 from converter.files import read_json_object
+from converter.history import History, PastSource, read_history
 from converter.hub.downloads import is_sha256
 from converter.weights.backbones import published_repo
+from converter.weights.plan import Source
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -61,13 +64,42 @@ class ModelRecord:
         config: its config.json.
     """
 
-    history: Mapping[str, Any]
+    history: History
     config: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> "ModelRecord":
+        """What the files in a folder say.
+
+        Raises:
+            UnreadableFileError: one of them is missing, or not as a conversion writes it.
+        """
+        history = read_history(folder)
+        if history is None:
+            raise UnreadableFileError(
+                f"{folder} has no conversion.json: it is no folder that eomt-convert wrote.",
+                "Give the output of a conversion.",
+            )
+        path = folder / "config.json"
+        config = read_config(path)
+        size = config.get("image_size")
+        sides = size if isinstance(size, list) and len(size) == 2 else [size]
+        for name, right in {
+            "image_size": all(type(side) is int for side in sides),
+            "num_queries": type(config.get("num_queries")) is int,
+            "id2label": isinstance(config.get("id2label"), dict),
+        }.items():
+            if not right:
+                found = reprlib.repr(config.get(name))
+                raise UnreadableFileError(
+                    f"{name} in {path} is {found}, which is no possible value.", "Convert again."
+                )
+        return cls(history, config)
 
     @property
     def checkpoint(self) -> Checkpoint | None:
         """The catalogue's entry that it is a conversion of, if it is one."""
-        return find_named(self.history.get("checkpoint"))
+        return self.history.checkpoint
 
     @property
     def verdict(self) -> Verdict:
@@ -76,7 +108,7 @@ class ModelRecord:
         Raises:
             ValueError: conversion.json claims more than the levels in it.
         """
-        return read_record(self.history["verdict"], known_recordings())
+        return read_record(self.history.verdict, known_recordings())
 
     @property
     def derived(self) -> bool:
@@ -85,9 +117,9 @@ class ModelRecord:
         All are, but for the offline checkpoints: those are known by the digests of their files.
         """
         digests = [
-            file["sha256"]
-            for source in self.history["sources"].values()
-            for name, file in source["files"].items()
+            digest
+            for source in self.history.sources.values()
+            for name, digest in source.digests.items()
             if not name.endswith(".json")
         ]
         return is_derived(self.checkpoint, digests)
@@ -96,17 +128,18 @@ class ModelRecord:
     def metric(self) -> Metric | None:
         """The published figure, if these are the published weights."""
         entry = self.checkpoint
-        delta = self.history["sources"].get("delta", {}).get("repo")
-        return entry.metric if entry and find_named(delta) == entry else None
+        delta = self.history.sources.get("delta")
+        return entry.metric if entry and delta and find_named(delta.repo_id) == entry else None
 
     @property
     def backbone(self) -> str | None:
         """The backbone's repository: where it came from, or where Meta publishes that file."""
-        source = self.history["sources"].get("backbone")
+        source = self.history.sources.get("backbone")
         if source is None:
             return None
-        digests = [file["sha256"] for file in source["files"].values()]
-        return source["repo"] or next(filter(None, map(published_repo, digests)), None)
+        return source.repo_id or next(
+            filter(None, map(published_repo, source.digests.values())), None
+        )
 
 
 def is_derived(checkpoint: Checkpoint | None, digests: Collection[str]) -> bool:
@@ -135,13 +168,13 @@ def model_card(repo_id: str, made: ModelRecord) -> "ModelCard":
         begin=BEGIN,
         end=END,
         repo_id=repo_id,
-        task=history["task"] or "universal",
-        post_process=history["task"] or "panoptic",
+        task=history.task or "universal",
+        post_process=history.task or "panoptic",
         height=height,
         width=width,
         queries=config["num_queries"],
         classes=len(config["id2label"]),
-        weights=history["weights"],
+        weights=history.weights,
         verdict=made.verdict,
         levels=[
             {"level": level.level, "status": level.status, "figures": _figures(level.figures)}
@@ -149,10 +182,10 @@ def model_card(repo_id: str, made: ModelRecord) -> "ModelCard":
         ],
         metric=made.metric,
         metric_source=MODEL_ZOO,
-        command=history["command"],
-        version=history["tool"]["version"],
-        dtype=history["dtype"],
-        sources=_sources(history["sources"]),
+        command=history.command,
+        version=history.version,
+        dtype=history.dtype,
+        sources=_sources(history.sources),
         derived=made.derived,
         licence_file=LICENCE_FILE,
         licence_link=LICENCE_LINK,
@@ -164,7 +197,7 @@ def model_card(repo_id: str, made: ModelRecord) -> "ModelCard":
 def _card_data(repo_id: str, made: ModelRecord) -> "ModelCardData":
     from huggingface_hub import EvalResult, ModelCardData
 
-    metric, task = made.metric, made.history["task"]
+    metric, task = made.metric, made.history.task
     dataset = _HUB_DATASETS[metric.dataset] if metric else None
     optional: dict[str, Any] = {}
     if made.derived:
@@ -219,17 +252,17 @@ def _use(config: Mapping[str, Any], *, square: bool) -> dict[str, str]:
     }
 
 
-def _sources(sources: Mapping[str, Any]) -> list[dict[str, str]]:
+def _sources(sources: Mapping[Source, PastSource]) -> list[dict[str, str]]:
     return [
         {
             "role": role,
-            "repo": source["repo"] or "a local file",
-            "revision": source["revision"] or "",
+            "repo": source.repo_id or "a local file",
+            "revision": source.revision or "",
             "file": name,
-            "sha256": file["sha256"],
+            "sha256": digest,
         }
         for role, source in sources.items()
-        for name, file in source["files"].items()
+        for name, digest in source.digests.items()
     ]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from converter.catalog import Checkpoint
 from converter.checks.verdict import Verdict
 from converter.checks.verification import verify
-from converter.configs import read_config, read_model_config
+from converter.configs import read_model_config
 from converter.conversion import REPORT
 from converter.errors import (
     AccessError,
@@ -19,7 +19,8 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
-from converter.files import read_bytes, read_json_object
+from converter.files import read_bytes
+from converter.history import HISTORY
 from converter.hub.access import Access, Snapshot, explained, not_found, without_secrets
 from converter.hub.card import LICENCE_FILE, ModelRecord, is_derived, model_card, updated
 from converter.hub.downloads import download
@@ -287,25 +288,15 @@ def check_licence(
 
 def _read(folder: Path, *, allow_unverified: bool) -> tuple[ModelRecord, dict[str, Content]]:
     """Reads a folder, which must be as it was when it was verified."""
-    history_file = folder / "conversion.json"
-    if not history_file.is_file():
-        raise UnreadableFileError(
-            f"{folder} has no conversion.json: it is no folder that eomt-convert wrote.",
-            "Give the output of a conversion.",
-        )
-    history = read_json_object(history_file)
+    made = ModelRecord.read(folder)
     try:
-        expected = {name: str(entry["sha256"]) for name, entry in history["files"].items()}
-        made = ModelRecord(history, read_config(folder / "config.json"))
         _check_verdict(made, folder, allow_unverified=allow_unverified)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UnreadableFileError(f"{history_file} lacks what it should hold: {error}.") from error
     except ValueError as error:
         raise UnreadableFileError(
-            f"The verdict in {history_file} makes no sense: {error}.", "Convert again."
+            f"The verdict in {folder / HISTORY} makes no sense: {error}.", "Convert again."
         ) from error
-    files = {"conversion.json": Content.of(history_file)}
-    for name, digest in expected.items():
+    files = {HISTORY: Content.of(folder / HISTORY)}
+    for name, digest in made.history.files.items():
         # conversion.json may come from anywhere: no file outside the folder is ever sent
         if name != Path(name).name or not (folder / name).is_file():
             raise UnreadableFileError(
@@ -344,7 +335,7 @@ def _licence(made: ModelRecord, given: str | Path | None, access: Access) -> Con
         raise UsageError(
             f"{_LICENCE_NEEDED}; conversion.json names no repository to take it from.", _GIVE_IT
         )
-    revision = made.history["sources"]["backbone"]["revision"] or MAIN
+    revision = made.history.sources["backbone"].revision or MAIN
     return _licence_text(_fetch_licence(HubSource(made.backbone, revision), access))
 
 
@@ -388,7 +379,7 @@ def _card(repo_id: str, made: ModelRecord, remote: Snapshot | None, access: Acce
 
 def _message(made: ModelRecord) -> str:
     subject = made.checkpoint.name if made.checkpoint else "a model"
-    return f"Convert {subject} with eomt-convert {made.history['tool']['version']}"
+    return f"Convert {subject} with eomt-convert {made.history.version}"
 
 
 # the Hub ---------------------------------------------------------------------------------------

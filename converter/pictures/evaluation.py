@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from converter.checks.provenance import find_named, has_weights_of, read_history
+from converter.catalog import find_named
+from converter.checks.provenance import has_weights_of
 from converter.errors import EomtConvertError, UsageError
+from converter.history import read_history
 from converter.hub.access import Access
 from converter.models import fetch_model, load_model, repository_of
 from converter.pictures.datasets import (

@@ -1,0 +1,227 @@
+"""conversion.json, which a conversion leaves beside a model: how it was made, and what was found.
+
+It may come from anybody. It is read here and nowhere else, all of it, into a type.
+"""
+
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from converter.catalog import Checkpoint, Task, find_named
+from converter.errors import UnreadableFileError
+from converter.files import read_json_object
+from converter.job import Dtype
+from converter.weights.inspection import WeightsKind
+from converter.weights.plan import Source
+
+HISTORY = "conversion.json"
+
+
+@dataclass(frozen=True)
+class PastSource:
+    """A source of a model.
+
+    Attributes:
+        repo_id: the repository it came from; None for local files.
+        revision: its commit; None for local files.
+        digests: SHA-256 of its files, by name.
+    """
+
+    repo_id: str | None
+    revision: str | None
+    digests: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class PastTensor:
+    """A tensor of a model.
+
+    Attributes:
+        shape, dtype: as it was written; the type as safetensors names it.
+        recipe: how it came about.
+        sha256: of its little-endian bytes.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    recipe: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class History:
+    """What conversion.json says of a model.
+
+    Attributes:
+        tool, version: what converted it.
+        command: that converts it again.
+        checkpoint: the catalogue's entry that it was converted as, if any.
+        task: what it segments, where that was known.
+        dtype: of its weights.
+        weights: what it was made from.
+        sources: the files it was made from.
+        files: SHA-256 of the model's own files, by name.
+        rows: every tensor, by name.
+        verdict: what was found, as `converter.checks.verdict.read_record` takes it.
+    """
+
+    tool: str
+    version: str
+    command: str
+    checkpoint: Checkpoint | None
+    task: Task | None
+    dtype: Dtype
+    weights: WeightsKind
+    sources: Mapping[Source, PastSource]
+    files: Mapping[str, str]
+    rows: Mapping[str, PastTensor]
+    verdict: Mapping[str, Any]
+
+    @property
+    def tensors(self) -> dict[str, str]:
+        """SHA-256 of every tensor, by name."""
+        return {name: row.sha256 for name, row in self.rows.items()}
+
+
+def read_history(folder: Path) -> History | None:
+    """What a model's conversion.json says; None where there is none.
+
+    Raises:
+        UnreadableFileError: it is no conversion.json that a conversion wrote.
+    """
+    path = folder / HISTORY
+    return parse_history(read_json_object(path), path) if path.is_file() else None
+
+
+def parse_history(content: Mapping[str, Any], path: Path = Path(HISTORY)) -> History:
+    """What the content of a conversion.json says.
+
+    Args:
+        content: of the file.
+        path: of the file, for errors.
+
+    Raises:
+        UnreadableFileError: it is not as a conversion writes it; the message says where.
+    """
+    top = _Object(path, "", content)
+    tool = top.object("tool")
+    checkpoint = top.optional_text("checkpoint")
+    _check_verdict(top.object("verdict"))
+    return History(
+        tool=tool.text("name"),
+        version=tool.text("version"),
+        command=top.text("command"),
+        checkpoint=find_named(checkpoint),
+        task=cast("Task | None", top.one_of("task", *get_args(Task), None)),
+        dtype=cast("Dtype", top.one_of("dtype", *get_args(Dtype))),
+        weights=cast("WeightsKind", top.one_of("weights", *get_args(WeightsKind))),
+        sources={
+            cast("Source", role): PastSource(
+                source.optional_text("repo"), source.optional_text("revision"), _digests(source)
+            )
+            for role, source in top.object("sources").objects(*get_args(Source))
+        },
+        files=_digests(top),
+        rows={
+            name: PastTensor(
+                tuple(row.value("shape", "a list of sizes", _is_shape)),
+                row.text("dtype"),
+                row.text("recipe"),
+                row.text("sha256"),
+            )
+            for name, row in top.object("tensors").objects()
+        },
+        verdict=content["verdict"],
+    )
+
+
+@dataclass(frozen=True)
+class _Object:
+    """A JSON object of the file, whose values are taken with a look at what they are.
+
+    Attributes:
+        path: of the file.
+        place: of the object in it, such as ``sources.delta``; empty for all of it.
+        content: of the object.
+    """
+
+    path: Path
+    place: str
+    content: Mapping[str, Any]
+
+    def wrong(self, finding: str) -> UnreadableFileError:
+        return UnreadableFileError(
+            f"{self.path} is not as a conversion writes it: {finding}.",
+            "Convert again, or delete it to check the model without it.",
+        )
+
+    def place_of(self, key: str) -> str:
+        return f"{self.place}.{key}" if self.place else key
+
+    def value(self, key: str, expected: str, fits: Callable[[Any], bool]) -> Any:
+        if key not in self.content:
+            raise self.wrong(f"{self.place or 'it'} lacks {key!r}, {expected}")
+        value = self.content[key]
+        if not fits(value):
+            found = reprlib.repr(value)
+            raise self.wrong(f"{self.place_of(key)} is {found}; expected {expected}")
+        return value
+
+    def text(self, key: str) -> str:
+        return cast(str, self.value(key, "a text", lambda value: isinstance(value, str)))
+
+    def optional_text(self, key: str) -> str | None:
+        return cast("str | None", self.value(key, "a text or null", _is_text_or_null))
+
+    def one_of(self, key: str, *known: str | None) -> str | None:
+        expected = "one of " + ", ".join("null" if name is None else name for name in known)
+        return cast("str | None", self.value(key, expected, lambda value: value in known))
+
+    def object(self, key: str) -> "_Object":
+        content = self.value(key, "an object", lambda value: isinstance(value, dict))
+        return _Object(self.path, self.place_of(key), content)
+
+    def objects(self, *known: str) -> "Iterator[tuple[str, _Object]]":
+        """Its values, all of them objects; with names, no others than those."""
+        for name in self.content:
+            if known and name not in known:
+                raise self.wrong(f"{self.place} has {name!r}; expected {', '.join(known)}")
+            yield name, self.object(name)
+
+
+def _digests(entry: _Object) -> dict[str, str]:
+    return {name: file.text("sha256") for name, file in entry.object("files").objects()}
+
+
+def _is_text_or_null(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, list) and all(
+        type(size) is int and 0 <= size < 2**63 for size in value
+    )
+
+
+def _check_verdict(verdict: _Object) -> None:
+    """Checks the form of a verdict; `read_record` checks what it claims."""
+    verdict.text("verdict")
+    if "basis" in verdict.content:  # which 0.1 did not write
+        verdict.optional_text("basis")
+    levels = verdict.value("levels", "a list", lambda value: isinstance(value, list))
+    for number, content in enumerate(levels):
+        place = f"{verdict.place}.levels.{number}"
+        if not isinstance(content, dict):
+            raise verdict.wrong(f"{place} is {reprlib.repr(content)}; expected an object")
+        level = _Object(verdict.path, place, content)
+        level.text("level")
+        level.text("status")
+        figures = level.object("figures")
+        for name in figures.content:
+            if name.endswith("tolerance"):
+                figures.value(name, "a number", lambda value: type(value) in (int, float))
+            figures.value(
+                name, "a figure or a text", lambda value: isinstance(value, str | int | float)
+            )
