@@ -7,6 +7,7 @@ is shown: as a control sequence of a terminal, or as markup of Markdown.
 
 import json
 import re
+from urllib.parse import quote
 
 # characters of a line on a terminal, and of a cell of a table there
 LONGEST_LINE, LONGEST_CELL = 1000, 200
@@ -44,3 +45,44 @@ def json_text(content: object, *, only_ascii: bool = False) -> str:
     return re.sub(
         r"[^ -~\n]", lambda c: c[0] if c[0].isprintable() else json.dumps(c[0])[1:-1], text
     )
+
+
+class Markdown(str):
+    """Text that is Markdown already: our own, or what came from outside made harmless."""
+
+    __slots__ = ()
+
+
+def prose(text: str) -> Markdown:
+    """A text for a sentence or a table of Markdown, where it shows as it is written."""
+    return Markdown(_ACTIVE.sub(r"\\\g<0>", visible(text)))
+
+
+# What means something within a line of Markdown, or would become a link of itself; _ between
+# letters means nothing. GitHub Flavored Markdown, https://github.github.com/gfm/
+_ACTIVE = re.compile(
+    r"[\\`*\[\]<>|~&$@]|(?<!\w)_|_(?!\w)|:(?=//)|(?<=www)\.|^\s*[-+#=]|^\s*\d+(?=[.)])", re.I
+)
+
+
+def code(text: str) -> Markdown:
+    r"""A text as a code span of Markdown, in a sentence or a table; none for an empty one.
+
+    Backticks and bars, which would end the span or the cell, are written as `visible` writes what
+    it makes visible: ``\x60``, ``\x7c``.
+    """
+    shown = visible(text).replace("`", r"\x60").replace("|", r"\x7c")
+    return Markdown(f"`{shown}`" if shown.strip() else "")
+
+
+def fenced(text: str) -> Markdown:
+    """A text of one line as a block of code, whatever backticks it has."""
+    fence = "`" * (1 + max([2, *map(len, re.findall("`+", text))]))
+    return Markdown(f"{fence}\n{visible(text)}\n{fence}")
+
+
+def link(text: str, address: str) -> Markdown:
+    """A link of Markdown; no link, but the text, where the address is none of the web."""
+    if not re.match("https?://", address):
+        return prose(text)
+    return Markdown(f"[{prose(text)}]({quote(address, ':/?#@%&=+,;~', errors='replace')})")

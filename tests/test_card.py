@@ -1,20 +1,28 @@
 """The model card: what stands in it, and what becomes of people's edits."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from click.testing import Result
 from conftest import FIXTURES
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from markdown_it import MarkdownIt
 
 from converter.errors import EomtConvertError
+from converter.history import PastSource
 from converter.hub.card import BEGIN, END, ModelRecord, model_card, updated
+from converter.hub.releasing import Release, Step
+from converter.outside import link, prose
 from converter.weights.plan import Source
 
 REPO = "me/model"
+
+Command = Callable[..., Result]
 
 
 def record_of(folder: Path) -> ModelRecord:
@@ -87,7 +95,7 @@ def test_the_text_tells_verdict_command_sources_and_use(
         "eomt-convert --checkpoint coco_panoptic_small_640 --image-size 64x64 --labels labels.json"
     )
     assert command in text
-    assert f"| delta | {delta.repo_id} | {delta.revision} | pytorch_model.bin |" in text
+    assert f"| delta | `{delta.repo_id}` | `{delta.revision}` | `pytorch_model.bin` |" in text
     assert f'EomtDinov3ForUniversalSegmentation.from_pretrained("{REPO}")' in text
     assert "from transformers import AutoImageProcessor" in text
     assert "from reference_model import" in text
@@ -163,6 +171,103 @@ def test_a_semantic_model_is_used_as_one(converted: Callable[[str], Path]) -> No
 
     assert "post_process_semantic_segmentation" in text
     assert "segmentation = results[0]\n" in text
+
+
+# what strangers wrote ---------------------------------------------------------------------------
+
+HOSTILE = (
+    "a`b``|c\\|\n\n# Heading\n\n```\n~~~\n<b>[link](http://evil.example)</b> **d** _e_ \ud800"
+    "\u202e https://evil.example www.evil.example <http://evil.example> --> {{ 7 * 7 }} &lt;"
+)
+
+
+def structure(text: str) -> list[tuple[str, ...]]:
+    """What a reader of Markdown makes of it, without its words."""
+    parser = MarkdownIt("commonmark").enable("table")
+    tokens = parser.parse(text)
+    tokens = [inner for token in tokens for inner in (token, *(token.children or ()))]
+    return [
+        (token.type, token.tag, *sorted(str(token.attrs.get(name)) for name in ("href", "src")))
+        for token in tokens
+        if token.type not in ("inline", "text", "text_special")
+    ]
+
+
+@pytest.mark.parametrize("hostile", [HOSTILE, "```", "`", "|", "\\", "x" * 70_000, "-->"])
+def test_what_a_stranger_wrote_into_conversion_json_does_nothing_in_the_card(
+    published: ModelRecord, hostile: str
+) -> None:
+    delta = published.history.sources["delta"]
+    source = PastSource(f"somebody/{hostile}", hostile, {hostile: hostile})
+    clean = PastSource("somebody/model", "main", {"delta.bin": 64 * "0"})
+
+    def card(source: PastSource, command: str, version: str) -> str:
+        sources: dict[Source, PastSource] = {"delta": source, "backbone": delta}
+        made = changed(published, sources=sources, command=command, version=version)
+        return model_card(REPO, made).text
+
+    text = card(source, hostile, hostile)
+    assert structure(text) == structure(card(clean, "eomt-convert", "0.1"))
+    assert "49" not in text.partition("How it was made")[2].partition("Licence")[0]
+    assert max(map(len, text.splitlines())) < 6000
+    assert text.encode()
+
+
+def test_a_file_with_a_heading_in_its_name_is_published_harmlessly(
+    command: Command, tmp_path: Path
+) -> None:
+    name = "delta`\n\n# Heading\n\n```\n<b>[x](http:evil)<b>\n|.bin"
+    source = FIXTURES / "tiny_panoptic_64"
+    shutil.copy(source / "delta" / "pytorch_model.bin", tmp_path / name)
+    command(
+        *("--delta", name, "--backbone", source / "backbone", "--task", "panoptic"),
+        *("--image-size", "64", "--output", "out", "--no-verify"),
+    )
+    text = model_card(REPO, ModelRecord.read(tmp_path / "out")).text
+
+    assert "\n# Heading" not in text
+    assert "| `delta\\x60\\n\\n# Heading\\n" in text
+    assert [entry for entry in structure(text) if "evil" in str(entry)] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("PQ 47.2 on COCO panoptic val2017, 1e-05, coco_panoptic", None),
+        ("a `b` *c* _d_ [e](f) <g> h|i ~j~", r"a \`b\` \*c\* \_d\_ \[e\](f) \<g\> h\|i \~j\~"),
+        ("# a", r"\# a"),
+        ("1. a", r"\1. a"),
+        ("http://a www.b a@b &lt;", r"http\://a www\.b a\@b \&lt;"),
+        ("a\nb\x1b", r"a\\nb\\x1b"),
+    ],
+)
+def test_prose_shows_as_it_is_written(text: str, shown: str | None) -> None:
+    assert prose(text) == (text if shown is None else shown)
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://a.b/c/tree/main", "[x_y](https://a.b/c/tree/main)"),
+        ("https://a.b/) [c](d <e>\n\ud800", "[x_y](https://a.b/%29%20%5Bc%5D%28d%20%3Ce%3E%0A?)"),
+        ("javascript:alert(1)", "x_y"),
+        ("", "x_y"),
+    ],
+)
+def test_a_link_leads_into_the_web_and_nowhere_else(address: str, shown: str) -> None:
+    assert link("x_y", address) == shown
+
+
+def test_release_notes_are_a_table_whatever_stands_in_release_json(tmp_path: Path) -> None:
+    name = "tiny_panoptic_64"
+    wrong = Step(name, HOSTILE, "published", HOSTILE, HOSTILE, HOSTILE, f"https://a/{HOSTILE}")
+    clean = Step(name, "me/a", "published", "passed", "original", "0123456789ab", "https://a/b")
+    found, expected = (
+        [kind for kind, *_ in structure(Release(tmp_path, (step,)).markdown())]
+        for step in (wrong, clean)
+    )
+
+    assert found == expected
 
 
 # edits -----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ the people who edit it on the Hub.
 import reprlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
@@ -19,11 +20,13 @@ from converter.errors import EomtConvertError, UnreadableFileError
 from converter.files import read_json_object
 from converter.history import History, PastSource, read_history
 from converter.hub.downloads import is_sha256
+from converter.outside import Markdown, code, fenced, prose
 from converter.weights.backbones import published_repo
 from converter.weights.plan import Source
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
+    from jinja2 import Template
 
 BEGIN = (
     "<!-- eomt-convert begin: a push rewrites what stands between this line and the end mark -->"
@@ -46,10 +49,10 @@ _HUB_DATASETS = {
     "ADE20K val": "scene_parse_150",
 }
 
-_TRANSFORMERS_IMPORTS = (
+_TRANSFORMERS_IMPORTS = Markdown(
     "from transformers import AutoImageProcessor, EomtDinov3ForUniversalSegmentation"
 )
-_REFERENCE_IMPORTS = (
+_REFERENCE_IMPORTS = Markdown(
     "from reference_model import EomtDinov3ForUniversalSegmentation\n"
     "from reference_model import EomtImageProcessor as AutoImageProcessor"
 )
@@ -161,13 +164,12 @@ def model_card(repo_id: str, made: ModelRecord) -> "ModelCard":
 
     history, config = made.history, made.config
     height, width = _height_and_width(config["image_size"])
-    card: ModelCard = ModelCard.from_template(
-        _card_data(repo_id, made),
-        template_path=str(_TEMPLATE),
+    text = _template().render(
+        card_data=Markdown(_card_data(repo_id, made).to_yaml()),
         title=repo_id.partition("/")[2],
-        begin=BEGIN,
-        end=END,
-        repo_id=repo_id,
+        begin=Markdown(BEGIN),
+        end=Markdown(END),
+        repo_id=Markdown(repo_id),
         task=history.task or "universal",
         post_process=history.task or "panoptic",
         height=height,
@@ -181,17 +183,33 @@ def model_card(repo_id: str, made: ModelRecord) -> "ModelCard":
             for level in made.verdict.levels
         ],
         metric=made.metric,
-        metric_source=MODEL_ZOO,
+        metric_source=Markdown(MODEL_ZOO),
         command=history.command,
         version=history.version,
         dtype=history.dtype,
         sources=_sources(history.sources),
         derived=made.derived,
-        licence_file=LICENCE_FILE,
-        licence_link=LICENCE_LINK,
+        licence_file=Markdown(LICENCE_FILE),
+        licence_link=Markdown(LICENCE_LINK),
         **_use(config, square=height == width),
     )
-    return card
+    return ModelCard(text)
+
+
+@cache
+def _template() -> "Template":
+    """The card's template, in which every text is prose, unless it is said to be something else."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(  # noqa: S701  # for Markdown, not for HTML
+        loader=FileSystemLoader(_TEMPLATE.parent), undefined=StrictUndefined, finalize=_finalised
+    )
+    environment.filters |= {"code": code, "fenced": fenced}
+    return environment.get_template(_TEMPLATE.name)
+
+
+def _finalised(value: object) -> object:
+    return prose(value) if isinstance(value, str) and not isinstance(value, Markdown) else value
 
 
 def _card_data(repo_id: str, made: ModelRecord) -> "ModelCardData":
@@ -242,12 +260,14 @@ def _use(config: Mapping[str, Any], *, square: bool) -> dict[str, str]:
     else:
         return {
             "library": "transformers",
+            "transformers_note": "",
             "imports": _TRANSFORMERS_IMPORTS,
             "reference_imports": _REFERENCE_IMPORTS,
         }
     return {
         "library": "eomt-convert's reference model",
         "imports": _REFERENCE_IMPORTS,
+        "reference_imports": "",
         "transformers_note": note,
     }
 
@@ -256,7 +276,7 @@ def _sources(sources: Mapping[Source, PastSource]) -> list[dict[str, str]]:
     return [
         {
             "role": role,
-            "repo": source.repo_id or "a local file",
+            "repo": code(source.repo_id) if source.repo_id else "a local file",
             "revision": source.revision or "",
             "file": name,
             "sha256": digest,

@@ -39,6 +39,7 @@ from converter.hub.remote import (
     wrong_files,
 )
 from converter.hub.sources import HubSource, LocalSource, fetch_first, listed_digests
+from converter.outside import visible
 from converter.weights.backbones import published_repo
 
 if TYPE_CHECKING:
@@ -379,7 +380,7 @@ def _card(repo_id: str, made: ModelRecord, remote: Snapshot | None, access: Acce
 
 def _message(made: ModelRecord) -> str:
     subject = made.checkpoint.name if made.checkpoint else "a model"
-    return f"Convert {subject} with eomt-convert {made.history.version}"
+    return f"Convert {subject} with eomt-convert {visible(made.history.version)}"
 
 
 # the Hub ---------------------------------------------------------------------------------------

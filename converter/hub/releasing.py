@@ -13,6 +13,7 @@ from converter.files import read_json_object, replacing, write_json
 from converter.hub.access import Access, without_secrets
 from converter.hub.publishing import check_licence, check_login, publish
 from converter.job import Dtype
+from converter.outside import code, link, prose
 from converter.version import __version__
 
 JOURNAL = "release.json"
@@ -77,12 +78,12 @@ class Release:
         for step in self.steps:
             metric = find(step.checkpoint).metric
             cells = (
-                step.checkpoint,
-                f"{metric.name} {metric.value}" if metric else "",
-                f"[{step.repo_id}]({step.url})" if step.url else step.repo_id,
-                step.verdict or "",
-                step.basis or "",
-                f"`{step.commit[:12]}`" if step.commit else step.status,
+                prose(step.checkpoint),
+                prose(f"{metric.name} {metric.value}" if metric else ""),
+                link(step.repo_id, step.url or ""),
+                prose(step.verdict or ""),
+                prose(step.basis or ""),
+                code(step.commit[:12]) if step.commit else prose(step.status),
             )
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines) + "\n"
@@ -253,8 +254,8 @@ def _read_journal(folder: Path, settings: Mapping[str, Any]) -> dict[str, Step]:
     content = read_json_object(path)
     try:
         earlier = content["settings"]
-        steps = [Step(**entry) for entry in content["checkpoints"]]
-    except (KeyError, TypeError) as error:
+        steps = [_step(entry) for entry in content["checkpoints"]]
+    except (KeyError, TypeError, AttributeError) as error:
         raise UnreadableFileError(
             f"{path} is no record of a release.", "--force starts anew."
         ) from error
@@ -265,6 +266,17 @@ def _read_journal(folder: Path, settings: Mapping[str, Any]) -> dict[str, Step]:
             "Give --output for another folder; --force starts this one anew.",
         )
     return {step.checkpoint: replace(step, error=None) for step in steps}
+
+
+def _step(entry: Mapping[str, Any]) -> Step:
+    """A step as release.json has it.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not all(value is None or isinstance(value, str) for value in entry.values()):
+        raise TypeError
+    return Step(**entry)
 
 
 def _write_journal(folder: Path, settings: Mapping[str, Any], steps: Mapping[str, Step]) -> None:
