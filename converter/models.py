@@ -9,7 +9,7 @@ from converter.catalog import find_named
 from converter.configs import read_config
 from converter.errors import UnreadableFileError, UsageError
 from converter.files import read_json_object
-from converter.history import read_history
+from converter.history import HISTORY, read_history
 from converter.hub.access import Access
 from converter.hub.downloads import not_in_cache
 from converter.hub.sources import HubSource, LocalSource, fetch, fetch_first, parse_source
@@ -49,7 +49,7 @@ def fetch_model(model: str | Path, access: Access) -> Path:
     if isinstance(source, LocalSource):
         folder = source.path
     else:
-        folder = fetch(source, access, beside=(_PREPROCESSOR, "conversion.json")).weights.parent
+        folder = fetch(source, access, beside=(_PREPROCESSOR, HISTORY)).weights.parent
     read_config(folder / "config.json")
     read_json_object(folder / _PREPROCESSOR)
     return folder

@@ -236,7 +236,13 @@ def release_table(found: Release) -> list[str]:
         told = (step.status, step.verdict or "-", step.basis or "-", (step.commit or "-")[:12])
         rows.append((step.checkpoint, step.repo_id, *told))
     reasons = [f"{step.checkpoint}: {step.error}" for step in found.steps if step.error]
-    return [*aligned(rows), *reasons]
+    return [*aligned(rows), *(line for reason in reasons for line in indented(reason))]
+
+
+def indented(text: str) -> list[str]:
+    """The lines of a text, such as an error and its remedy; all but the first are indented."""
+    first, *others = text.split("\n")
+    return [first, *(f"  {line}" for line in others)]
 
 
 def released(found: Release) -> str:

@@ -212,6 +212,27 @@ def test_a_surrogate_from_json_gets_everywhere(command: Command, shapes: Path) -
     assert Path("again/config.json").read_text(encoding="utf-8")
 
 
+def test_names_of_repositories_branches_and_tags(
+    command: Command, hub: Hub, me: str, model: Path
+) -> None:
+    hub.create_repo("me/model", {"config.json": b"{}"})
+    name = "\x9b31mevil"  # which the Hub of the tests can put into a header
+    for arguments in (
+        ("inspect", f"me/model@{name}"),
+        ("inspect", f"me/{name}"),
+        ("push", model, f"me/{name}"),
+        ("push", model, "me/model", "--dry-run", "--revision", name),
+        ("push", model, "me/model", "--dry-run", "--tag", name),
+        ("--checkpoint", name),
+        ("release", "--checkpoint", "tiny_panoptic_64", "--namespace", name),
+    ):
+        result = command(*arguments, "--debug")
+        assert result.exit_code in (0, 1, 2, 4)
+        assert is_harmless(result)
+        assert result.exit_code == 0 or "\\x9b31mevil" in result.output
+        assert "This is a fault" not in result.stderr
+
+
 # standard output --------------------------------------------------------------------------------
 
 

@@ -330,3 +330,25 @@ def test_a_release_goes_on_after_a_kill(
         assert len(hub.commits(repo)) == 2
     assert me not in finished.stdout + finished.stderr
     assert me not in (output / "release.json").read_text()
+
+
+def test_an_error_and_its_remedy_are_lines_of_their_own(
+    command: Command, hub: Hub, me: str, output: Path
+) -> None:
+    hub.break_request(Status(401), path="/api/repos/create", times=None)
+    result = command("release", "--checkpoint", NAMES[0], "--namespace", "me", "--output", output)
+
+    assert result.exit_code == 1
+    for printed in (result.stdout, result.stderr):
+        assert "\n  Make a new one at https://huggingface.co/settings/tokens, then" in printed
+        assert "\\n" not in printed
+
+
+def test_a_release_json_of_another_form_is_refused(me: str, output: Path) -> None:
+    release(output, NAMES[0])
+    content = json.loads((output / "release.json").read_text())
+    content["checkpoints"][0]["commit"] = ["0123"]
+    (output / "release.json").write_text(json.dumps(content))
+
+    with pytest.raises(UnreadableFileError, match="is no record of a release"):
+        release(output, NAMES[0])

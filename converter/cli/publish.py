@@ -143,7 +143,7 @@ def release_command(
                 token=token,
                 cache_dir=cache_dir,
                 progress=progress,
-                announce=session.say,
+                announce=lambda text: session.say(*report.indented(text)),
                 **options,
             )
         table = report.release_table(released)
