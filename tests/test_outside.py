@@ -29,6 +29,9 @@ PICTURE = SHAPES / "val" / "images" / "000000.png"
 HOSTILE = "\x1b[2J\x9b31m\u202eevil\ud800"
 SHOWN = "\\x1b[2J\\x9b31m\\u202eevil\\ud800"
 
+# without that half, for files that are refused where they hold one
+HOSTILE_TEXT, SHOWN_TEXT = HOSTILE[:-1], SHOWN[:-6]
+
 # for names of files, which can hold no halves of characters but those of bytes that are no UTF-8
 HOSTILE_NAME = "\x1b[2J\u202eevil\nverdict   passed\udcff"
 SHOWN_NAME = "\\x1b[2J\\u202eevil\\nverdict   passed\\udcff"
@@ -84,7 +87,7 @@ def shapes(converted: Callable[[str], Path], tmp_path: Path) -> Path:
     folder = tmp_path / "shapes"
     shutil.copytree(converted("shapes_panoptic_128"), folder)
     names = json.loads((folder / "config.json").read_text())["id2label"]
-    change_json(folder / "config.json", id2label=names | {"0": HOSTILE, "1": "x" * 65_000})
+    change_json(folder / "config.json", id2label=names | {"0": HOSTILE_TEXT, "1": "x" * 65_000})
     return folder
 
 
@@ -113,7 +116,7 @@ def test_names_of_classes_and_pictures_that_are_segmented(
     command: Command, shapes: Path, tmp_path: Path
 ) -> None:
     names = json.loads((shapes / "config.json").read_text())["id2label"]
-    change_json(shapes / "config.json", id2label=dict.fromkeys(names, HOSTILE))
+    change_json(shapes / "config.json", id2label=dict.fromkeys(names, HOSTILE_TEXT))
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     shutil.copy(PICTURE, pictures / f"{HOSTILE_NAME}.png")
@@ -124,11 +127,11 @@ def test_names_of_classes_and_pictures_that_are_segmented(
     assert result.exit_code == as_json.exit_code == 1
     assert is_harmless(result)
     assert f"/{SHOWN_NAME}.png -> out/" in result.stdout
-    assert SHOWN in result.stdout.partition(" -> ")[2]
+    assert SHOWN_TEXT in result.stdout.partition(" -> ")[2]
     assert f"/broken{SHOWN_NAME}.png: " in result.stderr
     content = json.loads(as_json.stdout)
     assert content["pictures"][0]["picture"].endswith(f"/{HOSTILE_NAME}.png")
-    assert set(content["categories"].values()) == {HOSTILE}
+    assert set(content["categories"].values()) == {HOSTILE_TEXT}
 
 
 def test_names_of_files_in_summaries_and_errors(command: Command, tmp_path: Path) -> None:
@@ -189,18 +192,18 @@ def test_keys_and_values_of_a_models_files(
 def test_names_of_tensors_in_conversion_json(command: Command, model: Path) -> None:
     tensors = json.loads((model / "conversion.json").read_text())["tensors"]
     some = next(iter(tensors.values()))
-    names = {HOSTILE: some, f"a{HOSTILE}\nverdict   passed": some, "b" * 65_000: some}
+    names = {HOSTILE_TEXT: some, f"a{HOSTILE_TEXT}\nverdict   passed": some, "b" * 65_000: some}
     change_json(model / "conversion.json", tensors=names, checkpoint=None)
     result = command("verify", model, "--recorded", TINY)
 
     assert result.exit_code == 3
     assert is_harmless(result)
-    assert SHOWN in result.stdout
+    assert SHOWN_TEXT in result.stdout
     assert "verdict   passed" not in result.stdout.splitlines()
 
 
-def test_a_surrogate_from_json_gets_everywhere(command: Command, shapes: Path) -> None:
-    """A name that no encoding can hold, into files, tables and pages."""
+def test_a_hostile_name_gets_everywhere(command: Command, shapes: Path) -> None:
+    """Into files, tables and pages."""
     report = command("verify", shapes, "--recorded", SHAPES, "--report", "page.html")
     converted = command("--delta", shapes, "--output", "again", "--no-verify")
 
@@ -210,6 +213,20 @@ def test_a_surrogate_from_json_gets_everywhere(command: Command, shapes: Path) -
     assert is_harmless(converted)
     assert Path("page.html").read_text(encoding="utf-8")
     assert Path("again/config.json").read_text(encoding="utf-8")
+
+
+def test_half_of_a_character_is_refused_and_shown(command: Command, shapes: Path) -> None:
+    names = json.loads((shapes / "config.json").read_text())["id2label"]
+    change_json(shapes / "config.json", id2label=names | {"0": HOSTILE})
+    change_json(shapes / "conversion.json", **{HOSTILE: 1})
+    for arguments in (
+        ("verify", shapes, "--recorded", SHAPES),
+        ("--delta", shapes, "--output", "b"),
+    ):
+        result = command(*arguments)
+        assert result.exit_code == 1
+        assert is_harmless(result)
+        assert "holds half of a character" in result.stderr
 
 
 def test_names_of_repositories_branches_and_tags(
