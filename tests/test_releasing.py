@@ -204,7 +204,7 @@ def test_a_shared_backbone_is_fetched_once(
     def no_picture(_access: Access) -> Path:
         raise AccessError("There is no network.")
 
-    monkeypatch.setattr("converter.weights.pairing.recorded_picture", no_picture)
+    monkeypatch.setattr("converter.checks.published.recorded_picture", no_picture)
     source = FIXTURES / "tiny_panoptic_64"
     backbone = {path.name: path for path in (source / "backbone").iterdir()}
     hub.create_repo(

@@ -12,6 +12,7 @@ from converter.checks.pixels import Normalisation, fit, read_picture
 from converter.checks.verdict import Level
 from converter.errors import AccessError
 from converter.hub.access import Access
+from converter.hub.recorded_picture import recorded_picture
 
 if TYPE_CHECKING:
     from reference_model import EomtDinov3ForUniversalSegmentation
@@ -24,7 +25,7 @@ Corner = tuple[tuple[float, float, float], ...]
 
 @dataclass(frozen=True)
 class Slices:
-    """Corners of a checkpoint's outputs, in float32, on the picture at `PICTURE_URL`.
+    """Corners of a checkpoint's outputs, in float32, on `converter.hub.recorded_picture`.
 
     The picture was made to fit ``side``, as `converter.checks.pixels.fit` does.
 
@@ -104,7 +105,6 @@ def check_published(
     import torch
 
     from converter.checks.numbers import run
-    from converter.weights.pairing import recorded_picture
 
     try:
         picture = image or recorded_picture(access)

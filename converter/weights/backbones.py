@@ -11,16 +11,13 @@ from converter.configs import BackboneConfig
 from converter.errors import PlanError
 from converter.weights.layouts import Translation, split_number
 
-# the picture that outputs were recorded on
-PICTURE_URL = "http://images.cocodataset.org/val2017/000000039769.jpg"
-
 
 @dataclass(frozen=True)
 class RecordedOutputs:
     """The first five values of two tokens after the final norm, in float32.
 
-    The input is the picture at `PICTURE_URL` as float pixels, resized to 224x224 with antialiased
-    bilinear interpolation and normalised with ImageNet's statistics.
+    The input is `converter.hub.recorded_picture` as float pixels, resized to 224x224 with
+    antialiased bilinear interpolation and normalised with ImageNet's statistics.
 
     Attributes:
         cls: of the class token.

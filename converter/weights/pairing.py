@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from converter.configs import IMAGE_MEAN, IMAGE_STD
-from converter.errors import AccessError
 from converter.hub.access import Access
+from converter.hub.recorded_picture import recorded_picture
 from converter.weights.backbones import (
     KNOWN_BACKBONES,
-    PICTURE_URL,
     describe,
     find_backbone,
     size_of,
@@ -278,7 +277,7 @@ def check_outputs(files: Files, plan: Plan, image: Path | None, access: Access) 
     """Runs the bare backbone and compares with the outputs that Meta's weights were recorded with.
 
     Raises:
-        AccessError: the picture is not here and cannot be downloaded.
+        AccessError: the picture was not given and cannot be had.
         UnreadableFileError: it cannot be read.
     """
     name = "backbone-outputs"
@@ -304,24 +303,6 @@ def check_outputs(files: Files, plan: Plan, image: Path | None, access: Access) 
             name, "failed", f"{finding}: these are other weights than those trained on lvd1689m."
         )
     return PairCheck(name, "passed", f"{finding}.")
-
-
-def recorded_picture(access: Access) -> Path:
-    """The picture that the outputs were recorded on, from the cache or its address."""
-    import torch
-    from huggingface_hub import cached_assets_path
-
-    folder = cached_assets_path("eomt-convert", namespace="images", assets_dir=access.cache_dir)
-    picture = folder / PICTURE_URL.rpartition("/")[2]
-    if not picture.is_file():
-        remedy = "Give the picture with --image."
-        if access.offline:
-            raise AccessError(f"{PICTURE_URL} is not in the cache.", remedy)
-        try:
-            torch.hub.download_url_to_file(PICTURE_URL, str(picture), progress=False)
-        except OSError as error:
-            raise AccessError(f"{PICTURE_URL} cannot be downloaded: {error}.", remedy) from error
-    return picture
 
 
 def _run_backbone(files: Files, plan: Plan, picture: Path) -> "torch.Tensor":
