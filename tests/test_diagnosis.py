@@ -715,6 +715,31 @@ def nearly_beyond_the_tolerance(model: Path) -> Change:
     return change
 
 
+@pytest.mark.parametrize("name", [PANOPTIC, SEMANTIC, SHAPES])
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+def test_files_that_changed_without_effect_are_no_fault_of_the_tensors(
+    name: str, file: str, plant: Callable[[str], Planted]
+) -> None:
+    planted = plant(name)
+    planted.file(file, extra=1)
+
+    for found in (planted.verify(), planted.verify(level=2)):
+        assert found.verdict == "failed"
+        assert found.cause is None
+        assert {trial.status for trial in found.tried} == {"not tried"}
+
+
+@pytest.mark.parametrize("name", [PANOPTIC, SEMANTIC, SHAPES])
+def test_a_name_needs_a_tensor_that_is_wrong(name: str, plant: Callable[[str], Planted]) -> None:
+    """Where no number is compared, undoing what is not there changes nothing."""
+    planted = plant(name)
+    planted.weights(delta_by(1.001))
+
+    found = planted.verify(level=2)
+
+    assert (found.verdict, found.cause) == ("failed", None)
+
+
 # two faults --------------------------------------------------------------------------------------
 
 
