@@ -23,7 +23,7 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
-from converter.files import sha256, write_json
+from converter.files import prepare_place, sha256, write_json
 from converter.history import HISTORY, read_history
 from converter.hub.access import Access
 from converter.hub.downloads import arrived_damaged, is_damaged, is_sha256
@@ -220,6 +220,9 @@ def convert(
         allow_nonfinite=allow_nonfinite,
     )
     _check_requirements(job, required=require_verified)
+    page = _path(report)
+    if page and not dry_run:
+        prepare_place(page)
     place = _place(job, output)
     rejected = place.with_name(f"{place.name}.unverified")
     if not dry_run:
@@ -242,7 +245,7 @@ def convert(
             kept,
             progress,
             force=force_here,
-            report=_path(report),
+            report=page,
             required=require_verified,
         )
 

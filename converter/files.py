@@ -12,7 +12,7 @@ from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any, BinaryIO
 
-from converter.errors import UnreadableFileError
+from converter.errors import OutputError, UnreadableFileError
 
 # bytes of a JSON file: the largest config.json of a published model has 100 kB
 JSON_LIMIT = 2**24
@@ -158,6 +158,23 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             new.unlink()
         raise
     sync(path.parent)
+
+
+def prepare_place(path: Path) -> None:
+    """Makes the folder that a file goes to, where it is missing, so that no work is done in vain.
+
+    Raises:
+        OutputError: the folder cannot be made or written to, or a folder has the file's name.
+    """
+    remedy = "Give a file in a folder that may be written to."
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}.", remedy) from error
+    if path.is_dir():
+        raise OutputError(f"{path} cannot be written: it is a folder.", remedy)
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{path} cannot be written: its folder may not be written to.", remedy)
 
 
 def sync(folder: Path) -> None:

@@ -7,8 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from converter.errors import UnreadableFileError
-from converter.files import open_regular, read_json_object, replacing, sync_tree, write_json
+import converter
+from converter.errors import OutputError, UnreadableFileError
+from converter.files import (
+    open_regular,
+    prepare_place,
+    read_json_object,
+    replacing,
+    sync_tree,
+    write_json,
+)
 
 
 def test_a_file_is_replaced_when_it_is_complete(tmp_path: Path) -> None:
@@ -83,3 +91,23 @@ def test_a_disk_that_cannot_take_what_was_written_is_an_error(
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="Input/output"):
         sync_tree(tmp_path)
+
+
+def test_the_folder_of_a_file_is_made_and_a_place_that_is_none_is_refused(tmp_path: Path) -> None:
+    prepare_place(tmp_path / "a/b/page.html")
+    assert (tmp_path / "a/b").is_dir()
+
+    (tmp_path / "file").write_bytes(b"")
+    for place in (tmp_path / "a", tmp_path / "file/page.html"):
+        with pytest.raises(OutputError, match="cannot be written"):
+            prepare_place(place)
+
+
+def test_a_report_that_cannot_be_written_is_known_before_anything_is_merged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("converter.conversion.open_inputs", None)
+    (tmp_path / "file").write_bytes(b"")
+
+    with pytest.raises(OutputError, match=r"page\.html cannot be written"):
+        converter.convert("tiny_panoptic_64", tmp_path / "out", report=tmp_path / "file/page.html")

@@ -23,7 +23,7 @@ from converter.checks.recorded import CONFIGS, Recorded, find_recorded, read_rec
 from converter.checks.verdict import LEVELS, NOT_ASKED, NUMBERED, Cause, Level, Verdict
 from converter.configs import BackboneConfig, find_backbone_config, read_config, read_model_config
 from converter.errors import UnreadableFileError, UsageError
-from converter.files import read_json_object, sha256
+from converter.files import prepare_place, read_json_object, sha256
 from converter.hub.access import Access
 from converter.hub.sources import (
     fetch_config,
@@ -190,6 +190,9 @@ def verify(
     """
     if level not in range(1, len(NUMBERED) + 1):
         raise UsageError(f"There is no level {level}: {NUMBERED[0]} is 1, {NUMBERED[-1]} is 5.")
+    page = Path(report).expanduser() if report else None
+    if page:
+        prepare_place(page)
     access = Access.of(token, cache_dir, local_files_only)
     options = Options(
         level, against, Path(image).expanduser() if image else None, device, threads, access=access
@@ -229,9 +232,9 @@ def verify(
             run_backbone=backbone is not None,
         )
         findings = check(folder, evidence, options)
-    if report:
+    if page:
         title = str(model) if repository_of(model) else folder.absolute().name
-        write_page([Path(report).expanduser()], title, folder, findings)
+        write_page([page], title, folder, findings)
     return findings.verdict
 
 
