@@ -220,10 +220,12 @@ def convert(
         allow_nonfinite=allow_nonfinite,
     )
     _check_requirements(job, required=require_verified)
+    place = _place(job, output)
     page = _path(report)
+    if page and page.resolve().is_relative_to(place):
+        raise UsageError(f"{page} is in the output {place}, which gets its own {REPORT}.")
     if page and not dry_run:
         prepare_place(page)
-    place = _place(job, output)
     rejected = place.with_name(f"{place.name}.unverified")
     if not dry_run:
         check_place(place, force=True, made=made_files)  # puts back first what a killed run left

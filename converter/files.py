@@ -178,12 +178,15 @@ def prepare_place(path: Path) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Has the names in a folder written to the disk, where the file system can.
+    """Has the names in a folder written to the disk, where the file system and the folder can.
 
     Raises:
         OSError: the folder is not there.
     """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:  # it may be written to, and not be listed
+        return
     try:
         with suppress(OSError):
             os.fsync(descriptor)

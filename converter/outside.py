@@ -55,14 +55,18 @@ class Markdown(str):
 
 def prose(text: str) -> Markdown:
     """A text for a sentence or a table of Markdown, where it shows as it is written."""
-    return Markdown(_ACTIVE.sub(r"\\\g<0>", visible(text)))
+    shown = _ACTIVE.sub(r"\\\g<0>", visible(text))
+    return Markdown(_FIRST.sub(r"\1\\\2", shown))
 
 
 # What means something within a line of Markdown, or would become a link of itself; _ between
 # letters means nothing. GitHub Flavored Markdown, https://github.github.com/gfm/
 _ACTIVE = re.compile(
-    r"[\\`*\[\]<>|~&$@]|(?<!\w)_|_(?!\w)|:(?=//)|(?<=www)\.|^\s*[-+#=]|^\s*\d+(?=[.)])", re.I
+    r"[\\`*\[\]<>|~&$@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.", re.IGNORECASE
 )
+
+# what means something at a line's beginning: headings and items of lists
+_FIRST = re.compile(r"^(\s*|\s*\d+)([-+#=](?<!\d.)|(?<=\d)[.)])")
 
 
 def code(text: str) -> Markdown:
@@ -71,14 +75,19 @@ def code(text: str) -> Markdown:
     Backticks and bars, which would end the span or the cell, are written as `visible` writes what
     it makes visible: ``\x60``, ``\x7c``.
     """
-    shown = visible(text).replace("`", r"\x60").replace("|", r"\x7c")
+    shown = _without_comments(text).replace("`", r"\x60").replace("|", r"\x7c")
     return Markdown(f"`{shown}`" if shown.strip() else "")
 
 
 def fenced(text: str) -> Markdown:
     """A text of one line as a block of code, whatever backticks it has."""
     fence = "`" * (1 + max([2, *map(len, re.findall("`+", text))]))
-    return Markdown(f"{fence}\n{visible(text)}\n{fence}")
+    return Markdown(f"{fence}\n{_without_comments(text)}\n{fence}")
+
+
+def _without_comments(text: str) -> str:
+    """A visible text in which no comment begins: a comment marks our part of a card."""
+    return visible(text).replace("<!--", r"\x3c!--")
 
 
 def link(text: str, address: str) -> Markdown:

@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,9 @@ def _source(source: Fetched) -> str:
     size = _size(source.size)
     if source.repo_id:
         return f"{source.repo_id} at {source.revision}, {source.weights.name} ({size})"
-    path = source.weights.absolute()
-    if path.is_relative_to(Path.cwd()):
-        path = path.relative_to(Path.cwd())
+    path = source.weights
+    with suppress(FileNotFoundError, ValueError):  # the working directory may be gone
+        path = path.absolute().relative_to(Path.cwd())
     return f"{path} ({size})"
 
 

@@ -1,7 +1,7 @@
 """All or nothing: an output is made in a stage, and takes its place when it is finished.
 
 A stage is a new folder ``.NAME.eomt-convert-RANDOM`` beside the output, or in it where the output
-is a mount point or its parent cannot be written. It holds:
+is a mount point or the working directory, or its parent cannot be written. It holds:
 
 - ``stage.json``: that it is a stage, of which output, and the number of the folder on its disk,
   which tells it from folders that came in an archive or a repository;
@@ -259,7 +259,8 @@ def _prefix(place: Path) -> str:
 
 
 def _make_area(place: Path) -> Path:
-    if not _is_mount(place):
+    # a folder that somebody works in is not exchanged for another one
+    if not (_is_mount(place) or (place.exists() and place.samefile(os.curdir))):
         try:
             return Path(mkdtemp(prefix=_prefix(place), dir=place.parent))
         except OSError as error:
@@ -340,12 +341,28 @@ def _clear(place: Path) -> None:
 
 def _dispose(area: Path, place: Path) -> None:
     """Removes a stage. What was not published is undone."""
-    if (area / _OUTPUT).is_dir():
+    unpublished = (area / _OUTPUT).is_dir()
+    if unpublished:
         _undo(area, place)
-    for part in (_REPLACED, _OUTPUT):  # before the marker, so that a stage stays known as one
-        if (area / part).is_dir():
-            shutil.rmtree(area / part)
-    shutil.rmtree(area)
+    try:
+        for part in (_REPLACED, _OUTPUT):  # before the marker, so that a stage stays known as one
+            if (area / part).is_dir():
+                _remove(area / part)
+        _remove(area)
+    except OSError:
+        if unpublished:
+            raise
+        # the output is in its place; what it replaced stays in the stage, and in nobody's way
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder of a stage, and in it what is in folders that may not be written to."""
+
+    def retry(function: Callable[[str], object], path: str, _: object) -> None:
+        Path(path).parent.chmod(0o700)
+        function(path)
+
+    shutil.rmtree(folder, onerror=retry)
 
 
 def _undo(area: Path, place: Path) -> None:

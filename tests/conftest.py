@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,12 @@ from numpy.typing import ArrayLike
 
 import converter
 from converter.cli import main
+
+# Under nohup and in the background, shells have signals ignored, and children of tests would ignore
+# them as well; what a handler of one's own is for is their default again.
+for _number in (signal.SIGHUP, signal.SIGQUIT):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 NAMES = (

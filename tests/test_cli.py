@@ -387,8 +387,8 @@ def test_a_signal_that_was_ignored_at_the_start_stops_nothing(
 
 def test_a_second_signal_does_not_interrupt_the_cleaning_up(tmp_path: Path) -> None:
     slow = "import shutil\nremove = shutil.rmtree\n"
-    slow += "def rmtree(path):\n    print('cleaning', flush=True)\n    time.sleep(1)\n"
-    slow += "    remove(path)\nshutil.rmtree = rmtree\n"
+    slow += "def rmtree(path, **options):\n    print('cleaning', flush=True)\n    time.sleep(1)\n"
+    slow += "    remove(path, **options)\nshutil.rmtree = rmtree\n"
     process = subprocess.Popen(
         [
             sys.executable,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import Result
 from conftest import FIXTURES, NAMES
 from hub_server import Hub
 from safetensors.torch import load_file, save_file
@@ -467,3 +468,28 @@ def test_a_published_checkpoint_is_converted_offline_from_the_cache(
 
     assert published.requests == []
     assert offline.files == online.files
+
+
+def test_a_report_in_the_output_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"gets its own verdict\.html"):
+        converter.convert(
+            "tiny_panoptic_64", tmp_path / "out", report=tmp_path / "out" / "page.html"
+        )
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_the_working_directory_is_filled_and_stays_the_same_folder(
+    force: bool, command: Callable[..., Result], tmp_path: Path
+) -> None:
+    arguments = ("--checkpoint", "tiny_panoptic_64", "--no-verify", "--output", ".")
+    number = tmp_path.stat().st_ino
+    if force:
+        assert command(*arguments).exit_code == 0
+    result = command(*arguments, *(["--force"] if force else []))
+
+    assert result.exit_code == 0, result.output
+    assert tmp_path.stat().st_ino == number
+    assert (tmp_path / "conversion.json").is_file()
+    assert not list(tmp_path.glob(".*eomt-convert*"))

@@ -648,3 +648,22 @@ def test_what_is_there_instead_of_an_output_that_is_to_be_put_back_is_kept(tmp_p
     with pytest.raises(OutputError, match="--force replaces it"):
         make(place, force=False)
     assert contents(place) == {"config.json": "old", "weights": "old"}
+
+
+def test_what_cannot_be_removed_is_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output that was replaced has a folder in it that is kept from being removed."""
+    place = tmp_path / "out"
+    make(place)
+    with monkeypatch.context() as stuck:
+        stuck.setattr("converter.staging._remove", refuse_to_remove)
+        make(place, "newer")
+        make(place, "newest")
+
+    make(place, "last")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def refuse_to_remove(folder: Path) -> None:
+    raise PermissionError(13, "Permission denied", str(folder))
