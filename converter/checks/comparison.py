@@ -129,6 +129,10 @@ def largest_difference(compared: Mapping[str, Comparison]) -> float | None:
     return max(largest) if largest and all(map(math.isfinite, largest)) else None
 
 
+# what `agreement` tells
+AGREEMENT = ("best_class", "mask_iou", "same_segment")
+
+
 def agreement(
     ours: Mapping[str, Tensor], recorded: Mapping[str, Tensor]
 ) -> dict[str, float | None]:
@@ -147,7 +151,7 @@ def agreement(
     """
     names = ("mask_logits", "class_logits")
     if any(ours[name].shape != recorded[name].shape for name in names):
-        return dict.fromkeys(("best_class", "mask_iou", "same_segment"))
+        return dict.fromkeys(AGREEMENT)
     (masks, classes), (recorded_masks, recorded_classes) = (
         (tensors["mask_logits"], tensors["class_logits"]) for tensors in (ours, recorded)
     )

@@ -5,12 +5,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from converter.catalog import Checkpoint
-from converter.catalog import find_named as find_named
+from converter.catalog import Checkpoint, find_named
 from converter.configs import BackboneConfig, find_backbone_config
 from converter.errors import AccessError, UnreadableFileError
-from converter.history import History as History
-from converter.history import read_history as read_history
+from converter.history import History
 from converter.hub.access import Access
 from converter.hub.downloads import resolve
 from converter.hub.sources import Fetched, HubSource, fetch, parse_source

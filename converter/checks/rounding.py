@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from converter.checks.comparison import (
+    AGREEMENT,
     FLOAT32,
     ROUNDED,
     Comparison,
-    agreement,
     compare,
     disagreement,
 )
@@ -45,7 +45,7 @@ def with_cost_of_rounding(
         dtype: ``bfloat16`` or ``float16``.
     """
     level = of_sums.level
-    agreed = agreement(of_rounded.outputs, recorded.tensors)
+    agreed = {name: of_rounded.level.figures[name] for name in AGREEMENT}
     shares = []
     for name in LOGITS:
         values = recorded.tensors[name].double()
@@ -124,9 +124,8 @@ def check_rounded(
             found = compare(name, stage.run(network), stage.end, FLOAT32)
             compared = {name: replace(found, failure=failure), **compared}
     problems = [comparison.failure for comparison in compared.values() if comparison.failure]
-    agreed = agreement(numbers.outputs, recorded.tensors)
     queries = recorded.tensors["class_logits"][..., 0].numel()
-    if differing := list(disagreement(agreed, queries, tolerance)):
+    if differing := list(disagreement(numbers.level.figures, queries, tolerance)):
         alone = by_layer and not problems
         why = "Every part is right but for rounding, which the network magnifies. " if alone else ""
         problems.append(why + differing[0])

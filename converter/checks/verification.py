@@ -7,23 +7,21 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from converter.catalog import Checkpoint
+from converter.catalog import Checkpoint, find_named
 from converter.checks.pixels import Normalisation, read_normalisation
 from converter.checks.provenance import (
     Given,
-    History,
     Provenance,
-    find_named,
     has_weights_of,
     is_published,
     open_sources,
-    read_history,
 )
 from converter.checks.recorded import CONFIGS, Recorded, find_recorded, read_recorded
 from converter.checks.verdict import LEVELS, NOT_ASKED, NUMBERED, Cause, Level, Verdict
 from converter.configs import BackboneConfig, find_backbone_config, read_config, read_model_config
 from converter.errors import UnreadableFileError, UsageError
 from converter.files import prepare_place, read_json_object, sha256
+from converter.history import History, read_history
 from converter.hub.access import Access
 from converter.hub.sources import (
     fetch_config,
