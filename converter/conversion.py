@@ -19,7 +19,6 @@ from converter.errors import (
     MismatchError,
     NotVerifiedError,
     OutputsDifferError,
-    PlanError,
     UnreadableFileError,
     UsageError,
 )
@@ -54,9 +53,6 @@ _SMALL_FILES = 1 << 20
 REPORT = "verdict.html"
 
 TOOL = "eomt-convert"
-
-# what a file that arrived damaged may end in
-_SIGNS_OF_DAMAGE = (UnreadableFileError, PlanError, MismatchError)
 
 # called with what is being done, and how many bytes of how many are done
 Progress = Callable[[str, int, int], None]
@@ -238,33 +234,29 @@ def convert(
     if dry_run:
         return _plan(job, access)
 
-    def carry_out() -> Conversion:
-        kept = rejected if keep_unverified else None
-        return _carry_out(
-            job,
-            access,
-            place,
-            kept,
-            progress,
-            force=force_here,
-            report=page,
-            required=require_verified,
-        )
-
-    try:
-        return carry_out()
-    except _SIGNS_OF_DAMAGE:
-        # a file that arrived damaged may look like anything; one more download tells
-        damaged = _damaged(job, access)
-        if not damaged:
-            raise
-        fetch_again(damaged, access)
-    try:
-        return carry_out()
-    except _SIGNS_OF_DAMAGE as error:
-        for source, name in _damaged(job, access):
-            raise arrived_damaged(source.title, name, source.weights.with_name(name)) from error
-        raise
+    kept = rejected if keep_unverified else None
+    fetched_again = False
+    while True:
+        try:
+            return _carry_out(
+                job,
+                access,
+                place,
+                kept,
+                progress,
+                force=force_here,
+                report=page,
+                required=require_verified,
+            )
+        except UnreadableFileError as error:
+            damaged = _damaged(error, job, access)
+            if not damaged:
+                raise
+            if fetched_again:
+                source, name = damaged[0]
+                raise arrived_damaged(source.title, name, source.weights.with_name(name)) from error
+            fetch_again(damaged, access)
+            fetched_again = True
 
 
 def _plan(job: Job, access: Access) -> Conversion:
@@ -366,10 +358,12 @@ def _make_plan(job: Job, inputs: Inputs) -> tuple[Plan, ClassNames]:
     return plan, choose_class_names(job, inputs, plan.heads.num_classes)
 
 
-def _damaged(job: Job, access: Access) -> list[tuple[Fetched, str]]:
-    """Files that are not what the Hub lists, by source and name; reads all that were fetched."""
-    fetched = [fetched_already(source, access) for source in (job.eomt, job.backbone)]
-    return [(source, name) for source in fetched if source for name in source.damaged()]
+def _damaged(error: UnreadableFileError, job: Job, access: Access) -> list[tuple[Fetched, str]]:
+    """The files that an error is about and that are not what the Hub lists, by source and name."""
+    if error.damaged is None:
+        return []
+    found = [fetched_already(source, access) for source in (job.eomt, job.backbone)]
+    return [(source, name) for source in found if source for name in source.damaged(error.damaged)]
 
 
 def _path(given: str | Path | None) -> Path | None:
@@ -487,7 +481,8 @@ def _check_digests(inputs: Inputs, merged: Merged) -> tuple[PairCheck, ...]:
                 kind = "id of the content"
             if not right:
                 raise UnreadableFileError(
-                    f"{file} is damaged: the Hub gives another {kind}, {expected[:12]}...."
+                    f"{file} is damaged: the Hub gives another {kind}, {expected[:12]}....",
+                    damaged=source.weights.with_name(name),
                 )
             checks.append(PairCheck("hub-digest", "passed", f"{file} has the Hub's {kind}."))
     return tuple(checks)

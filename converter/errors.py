@@ -1,5 +1,6 @@
 """The errors a user can meet: what happened, what to do about it, and the exit code it ends in."""
 
+from pathlib import Path
 from typing import Any
 
 
@@ -21,7 +22,16 @@ class EomtConvertError(Exception):
 
 
 class UnreadableFileError(EomtConvertError):
-    """A file that is not there, is broken, or breaks the rules of its format."""
+    """A file that is not there, is broken, or breaks the rules of its format.
+
+    Attributes:
+        damaged: the file of weights whose content is wrong, where a download that arrived damaged
+            would explain it.
+    """
+
+    def __init__(self, message: str, remedy: str = "", damaged: Path | None = None) -> None:
+        super().__init__(message, remedy)
+        self.damaged = damaged
 
 
 class PlanError(EomtConvertError):

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import converter
 from converter.configs import read_backbone_config
 from converter.errors import AccessError, MismatchError, PlanError, UnreadableFileError
+from converter.hub import downloads
 from converter.weights import backbones, pairing
 from converter.weights.backbones import KnownBackbone, RecordedOutputs
 from converter.weights.inspection import Evidence
@@ -323,6 +324,56 @@ def test_a_download_whose_header_is_wrong_is_fetched_once_more(
     conversion = converter.convert("tiny_panoptic_64", tmp_path / "out", backbone="meta/backbone")
 
     assert conversion.verdict.verdict == "passed"
+
+
+@pytest.fixture
+def digested(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the weights that are held against the Hub's digests after an error."""
+    names: list[str] = []
+
+    def is_damaged(path: Path, digest: str) -> bool:
+        names.append(path.name)
+        return downloads.is_damaged(path, digest)
+
+    monkeypatch.setattr("converter.hub.sources.is_damaged", is_damaged)
+    return names
+
+
+def test_an_error_that_no_download_explains_reads_no_weights_again(
+    hub: Hub, tmp_path: Path, digested: list[str]
+) -> None:
+    hub.create_repo("me/other", {"model.safetensors": TINY / "delta" / "pytorch_model.bin"})
+    hub.create_repo("meta/backbone", {p.name: p for p in (TINY / "backbone").iterdir()})
+    with pytest.raises(PlanError):
+        converter.convert("tiny_panoptic_64", tmp_path / "out", backbone="me/other")
+    (tmp_path / "labels").write_bytes(b"\xff")
+    with pytest.raises(UnreadableFileError, match="labels"):
+        converter.convert(
+            "tiny_panoptic_64",
+            tmp_path / "out",
+            backbone="meta/backbone",
+            labels=tmp_path / "labels",
+        )
+
+    assert digested == []
+
+
+def test_after_an_error_only_the_file_that_it_is_about_is_read_again(
+    hub: Hub, tmp_path: Path, digested: list[str]
+) -> None:
+    tensors = load_file(TINY / "backbone" / "model.safetensors")
+    tensors["norm.weight"] = torch.full_like(tensors["norm.weight"], float("nan"))
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = TINY / "backbone" / "config.json"
+    nan = {"model.safetensors": tmp_path / "model.safetensors", "config.json": config}
+    hub.create_repo("meta/backbone", nan)
+    hub.create_repo("me/delta", {"pytorch_model.bin": TINY / "delta" / "pytorch_model.bin"})
+    with pytest.raises(UnreadableFileError, match=r"norm.weight in the backbone .* holds NaN"):
+        converter.convert(
+            "tiny_panoptic_64", tmp_path / "out", backbone="meta/backbone", delta="me/delta"
+        )
+
+    assert digested == ["model.safetensors"]
 
 
 def test_a_wrong_download_stays_in_the_cache_when_offline(

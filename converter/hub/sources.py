@@ -71,13 +71,19 @@ class Fetched:
         """Size of the weights in bytes."""
         return sum(path.stat().st_size for path in self.shards or (self.weights,))
 
-    def damaged(self) -> list[str]:
-        """Names of its files that are not what the Hub lists; reads all of them."""
-        files = filter(None, (self.config, self.weights, *self.shards))
+    def damaged(self, suspect: Path) -> list[str]:
+        """Names of its files of weights that are not what the Hub lists.
+
+        Args:
+            suspect: the only file that is read for that; an index stands for all its shards.
+        """
+        parts = self.shards or (self.weights,)
         return [
-            file.name
-            for file in files
-            if file.name in self.digests and is_damaged(file, self.digests[file.name])
+            part.name
+            for part in parts
+            if suspect in (part, self.weights)
+            and part.name in self.digests
+            and is_damaged(part, self.digests[part.name])
         ]
 
     @property

@@ -210,6 +210,7 @@ def _check_finite(
             raise UnreadableFileError(
                 f"{operand.part} in the {operand.source} ({path.name}) holds NaN or infinity.",
                 "The file may be damaged; --allow-nonfinite converts it all the same.",
+                damaged=path,
             )
     raise UnreadableFileError(
         f"{row.name} overflows float32: {row.recipe}.",

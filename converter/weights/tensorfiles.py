@@ -64,6 +64,10 @@ class TensorFile(AbstractContextManager["TensorFile"]):
         except OSError as error:
             self._file.close()
             raise UnreadableFileError(f"{path} cannot be read: {error.strerror}.") from error
+        except UnreadableFileError as error:
+            self._file.close()
+            error.damaged = path
+            raise
         except BaseException:
             self._file.close()
             raise
