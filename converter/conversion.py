@@ -16,6 +16,7 @@ from converter.checks.verification import Evidence, Findings, Options, check, wr
 from converter.class_names import ClassNames
 from converter.configs import model_config, preprocessor_config
 from converter.errors import (
+    EomtConvertError,
     MismatchError,
     NotVerifiedError,
     OutputsDifferError,
@@ -248,7 +249,7 @@ def convert(
                 report=page,
                 required=require_verified,
             )
-        except UnreadableFileError as error:
+        except EomtConvertError as error:
             damaged = _damaged(error, job, access)
             if not damaged:
                 raise
@@ -283,10 +284,10 @@ def _carry_out(
         inputs = open_inputs(job, access, stack, dry_run=False)
         plan, classes = _make_plan(job, inputs)
         pair = _check_pair(job, inputs, plan)
-        _refuse_mismatch(pair, allow_mismatch=job.allow_mismatch)
+        _refuse_mismatch(pair, inputs, allow_mismatch=job.allow_mismatch)
         if job.check_backbone:
             pair += (check_outputs(inputs.files, plan, job.image, access),)
-            _refuse_mismatch(pair, allow_mismatch=job.allow_mismatch)
+            _refuse_mismatch(pair, inputs, allow_mismatch=job.allow_mismatch)
         size = sharding_of(plan, job.max_shard_size).size + _SMALL_FILES
         with staged(place, size=size, force=force, made=made_files) as stage:
             merged = _merge(job, plan, inputs, stage, progress)
@@ -358,7 +359,7 @@ def _make_plan(job: Job, inputs: Inputs) -> tuple[Plan, ClassNames]:
     return plan, choose_class_names(job, inputs, plan.heads.num_classes)
 
 
-def _damaged(error: UnreadableFileError, job: Job, access: Access) -> list[tuple[Fetched, str]]:
+def _damaged(error: EomtConvertError, job: Job, access: Access) -> list[tuple[Fetched, str]]:
     """The files that an error is about and that are not what the Hub lists, by source and name."""
     if error.damaged is None:
         return []
@@ -488,13 +489,15 @@ def _check_digests(inputs: Inputs, merged: Merged) -> tuple[PairCheck, ...]:
     return tuple(checks)
 
 
-def _refuse_mismatch(pair: tuple[PairCheck, ...], *, allow_mismatch: bool) -> None:
-    failed = [check.finding for check in pair if check.status == "failed"]
+def _refuse_mismatch(pair: tuple[PairCheck, ...], inputs: Inputs, *, allow_mismatch: bool) -> None:
+    failed = {check.check: check.finding for check in pair if check.status == "failed"}
     if failed and not allow_mismatch:
+        by_content = {"file-name", "backbone-outputs"} & set(failed)
         raise MismatchError(
-            "The weights do not belong together: " + " ".join(failed),
+            "The weights do not belong together: " + " ".join(failed.values()),
             "Give the delta as it was published, and the backbone that it was made from. "
             "--allow-mismatch converts them all the same.",
+            damaged=inputs.fetched["backbone"].weights if by_content else None,
         )
 
 

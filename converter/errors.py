@@ -11,27 +11,21 @@ class EomtConvertError(Exception):
         message: what happened: the file, the tensor, what was expected and what was found.
         remedy: what to do about it; empty where the message says it all.
         exit_code: with which the command ends.
-    """
-
-    exit_code = 1
-
-    def __init__(self, message: str, remedy: str = "") -> None:
-        super().__init__(f"{message}\n{remedy}" if remedy else message)
-        self.message = message
-        self.remedy = remedy
-
-
-class UnreadableFileError(EomtConvertError):
-    """A file that is not there, is broken, or breaks the rules of its format.
-
-    Attributes:
         damaged: the file of weights whose content is wrong, where a download that arrived damaged
             would explain it.
     """
 
+    exit_code = 1
+
     def __init__(self, message: str, remedy: str = "", damaged: Path | None = None) -> None:
-        super().__init__(message, remedy)
+        super().__init__(f"{message}\n{remedy}" if remedy else message)
+        self.message = message
+        self.remedy = remedy
         self.damaged = damaged
+
+
+class UnreadableFileError(EomtConvertError):
+    """A file that is not there, is broken, or breaks the rules of its format."""
 
 
 class PlanError(EomtConvertError):

@@ -376,6 +376,28 @@ def test_after_an_error_only_the_file_that_it_is_about_is_read_again(
     assert digested == ["model.safetensors"]
 
 
+def test_a_download_whose_digest_is_not_the_one_in_its_name_is_fetched_once_more(
+    hub: Hub, tmp_path: Path
+) -> None:
+    (weights,) = (TINY / "backbone_meta").glob("*.pth")
+    name = f"dinov3-{hashlib.sha256(weights.read_bytes()).hexdigest()[:8]}.pth"
+    hub.create_repo("meta/backbone", {name: weights})
+    cached = Path(huggingface_hub.hf_hub_download("meta/backbone", name)).resolve()
+    content = bytearray(cached.read_bytes())
+    content[content.index(b"PK\x03\x04", 100) - 1] ^= 1  # the end of a tensor
+    cached.chmod(0o644)
+    cached.write_bytes(content)
+    conversion = converter.convert(
+        "tiny_panoptic_64",
+        tmp_path / "out",
+        backbone="meta/backbone",
+        backbone_config=TINY / "backbone" / "config.json",
+    )
+
+    assert conversion.verdict.verdict == "passed"
+    assert cached.read_bytes() == weights.read_bytes()
+
+
 def test_a_wrong_download_stays_in_the_cache_when_offline(
     hub: Hub, damaged: Path, tmp_path: Path
 ) -> None:
