@@ -16,6 +16,7 @@ from converter.checks.provenance import (
     is_published,
     open_sources,
 )
+from converter.checks.published import PUBLISHED, Slices, check_published
 from converter.checks.recorded import CONFIGS, Recorded, find_recorded, read_recorded
 from converter.checks.verdict import LEVELS, NOT_ASKED, NUMBERED, Cause, Level, Verdict
 from converter.configs import BackboneConfig, find_backbone_config, read_config, read_model_config
@@ -258,7 +259,8 @@ def check(folder: Path, evidence: Evidence, options: Options | None = None) -> F
 
     options = options or Options()
     with torch_device(options.device, options.threads), full_float32():
-        return _check(_read_model(folder, keep=options.level > 1), evidence, options)
+        found = _read_model(folder, keep=_is_run(evidence, options))
+        return _check(found, evidence, options)
 
 
 def _check(found: "_Model", evidence: Evidence, options: Options) -> Findings:
@@ -273,21 +275,37 @@ def _check(found: "_Model", evidence: Evidence, options: Options) -> Findings:
         for name in LEVELS[LEVELS.index("numbers") :]:
             if _is_asked(name, options):
                 levels[name] = Level(name, "not checked", "The model cannot be built.")
-    elif options.level >= _number("numbers"):
+    elif _is_run(evidence, options):
         model = _build(found.config, found.weights, options.device)
-        judged = _check_numbers(model, found, evidence, recorded, levels["arithmetic"])
-        levels["numbers"] = judged.numbers.level
-        if _is_asked("pictures", options):
-            levels["pictures"] = _check_pictures(judged, found, evidence, recorded)
-        if options.level >= _number("peers"):
-            levels["peers"] = _check_peers(model, found, options, recorded, judged.numbers)
-        if options.level >= _number("published"):
-            levels["published"] = _check_published(model, found, evidence, options, levels)
-    for name in LEVELS:
-        if name not in levels:
-            levels[name] = Level(name, "not checked", _not_asked(options))
-    verdict = _with_diagnosis(tuple(levels.values()), found, evidence, recorded, judged)
+        if recorded:
+            judged = _check_numbers(model, found, evidence, recorded, levels["arithmetic"])
+            levels["numbers"] = judged.numbers.level
+            if _is_asked("pictures", options):
+                levels["pictures"] = _check_pictures(judged, found, evidence, recorded)
+        if options.against and _is_asked("peers", options):
+            levels["peers"] = _check_peers(model, found, recorded, judged)
+        if (slices := _slices(evidence)) and _is_asked("published", options):
+            levels["published"] = _check_published(model, slices, found, evidence, options, levels)
+    all_levels = tuple(
+        levels.get(name) or Level(name, "not checked", _why_not_checked(name, options))
+        for name in LEVELS
+    )
+    verdict = _with_diagnosis(all_levels, found, evidence, options, recorded, judged)
     return Findings(verdict, recorded, judged.numbers.outputs if judged else {})
+
+
+def _is_run(evidence: Evidence, options: Options) -> bool:
+    """Whether the network is run: whether there is something to compare its outputs with."""
+    compared_with = {
+        "numbers": evidence.recorded,
+        "peers": options.against,
+        "published": _slices(evidence),
+    }
+    return any(of and _is_asked(level, options) for level, of in compared_with.items())
+
+
+def _slices(evidence: Evidence) -> Slices | None:
+    return PUBLISHED.get(evidence.published.name) if evidence.published else None
 
 
 def _number(level: str) -> int:
@@ -297,6 +315,12 @@ def _number(level: str) -> int:
 def _is_asked(level: str, options: Options) -> bool:
     """Whether a level is to be checked; pictures are where any level after numbers is."""
     return options.level >= _number("peers" if level == "pictures" else level)
+
+
+def _why_not_checked(level: str, options: Options) -> str:
+    if not _is_asked(level, options):
+        return _not_asked(options)
+    return "No peer was asked for with --against." if level == "peers" else NOTHING_RECORDED
 
 
 def _not_asked(options: Options) -> str:
@@ -316,7 +340,7 @@ class _Model:
         values: the same, as it stands there.
         normalisation: what its preprocessor_config.json does to pixels.
         tensors: shapes and types of its tensors, by name.
-        weights: their values in float32; empty if they are not needed.
+        weights: their values in float32; empty unless the network is run.
         digests: their SHA-256.
         nonfinite: names of those that hold NaN or infinity.
         misfits: in sentences, why no model can be built of them.
@@ -363,7 +387,8 @@ def _read_model(folder: Path, *, keep: bool) -> _Model:
     except (ValueError, TypeError, KeyError) as error:
         raise UnreadableFileError(f"{folder / 'config.json'}: {error}") from error
     normalisation = read_normalisation(folder / "preprocessor_config.json", config.num_channels)
-    weights, digests, nonfinite, drawn = {}, {}, [], ""
+    weights: dict[str, Tensor] = {}
+    digests, nonfinite, drawn = {}, [], ""
     with open_tensors(path) as file:
         tensors = dict(file.tensors)
         for name, info in tensors.items():
@@ -392,6 +417,14 @@ def _read_model(folder: Path, *, keep: bool) -> _Model:
         tuple(_misfits(tensors, shapes)),
         drawn,
     )
+
+
+def _read_weights(folder: Path) -> "Mapping[str, Tensor]":
+    """The weights in float32, of a model whose network is not run."""
+    import torch
+
+    with open_tensors(_find_weights(folder)) as file:
+        return {name: torch.from_numpy(file.read(name)).float() for name in file.tensors}
 
 
 def _chance(probabilities: "Array") -> str:
@@ -618,11 +651,11 @@ def _check_numbers(
     model: "EomtDinov3ForUniversalSegmentation",
     found: _Model,
     evidence: Evidence,
-    recorded: Recorded | None,
+    recorded: Recorded,
     arithmetic: Level,
 ) -> _Judged:
     from converter.checks.comparison import FLOAT32, ROUNDED
-    from converter.checks.numbers import Numbers, bare_backbone, check_numbers
+    from converter.checks.numbers import bare_backbone, check_numbers
     from converter.checks.rounding import (
         allowing_for_rounding,
         check_rounded,
@@ -630,9 +663,6 @@ def _check_numbers(
     )
     from converter.checks.stages import Network, Skeleton, cut
 
-    if recorded is None:
-        nothing = Numbers(Level("numbers", "not checked", NOTHING_RECORDED), {}, {})
-        return _Judged(nothing, model, found.weights, FLOAT32)
     backbone = None
     if evidence.run_backbone and isinstance(evidence.sources, Provenance):
         backbone = bare_backbone(evidence.sources).to(model.device)
@@ -681,12 +711,10 @@ def _check_pictures(
     judged: _Judged,
     found: _Model,
     evidence: Evidence,
-    recorded: Recorded | None,
+    recorded: Recorded,
 ) -> Level:
     from converter.checks.pictures import check_pictures
 
-    if recorded is None:
-        return Level("pictures", "not checked", NOTHING_RECORDED)
     return check_pictures(
         judged.model,
         found.folder,
@@ -702,30 +730,24 @@ def _check_pictures(
 def _check_peers(
     model: "EomtDinov3ForUniversalSegmentation",
     found: _Model,
-    options: Options,
     recorded: Recorded | None,
-    numbers: "Numbers",
+    judged: _Judged | None,
 ) -> Level:
-    if options.against is None:
-        return Level("peers", "not checked", "No peer was asked for with --against.")
     from converter.checks.peers import check_transformers
 
-    pixels = recorded.pixels if recorded and numbers.outputs else None
+    numbers = judged.numbers if judged and judged.numbers.outputs else None
+    pixels = recorded.pixels if recorded and numbers else None
     return check_transformers(found.folder, model, found.normalisation, pixels, numbers)
 
 
 def _check_published(
     model: "EomtDinov3ForUniversalSegmentation",
+    slices: Slices,
     found: _Model,
     evidence: Evidence,
     options: Options,
     levels: Mapping[str, Level],
 ) -> Level:
-    from converter.checks.published import PUBLISHED, check_published
-
-    slices = PUBLISHED.get(evidence.published.name) if evidence.published else None
-    if slices is None:
-        return Level("published", "not checked", NOTHING_RECORDED)
     if found.rounded_to:
         sums = _sums(found, evidence, levels["arithmetic"])
         if sums is None:
@@ -739,11 +761,12 @@ def _with_diagnosis(
     levels: tuple[Level, ...],
     found: _Model,
     evidence: Evidence,
+    options: Options,
     recorded: Recorded | None,
     judged: _Judged | None,
 ) -> Verdict:
     failed = {level.level for level in levels if level.status == "failed"}
-    if found.drawn and (found.misfits or not found.weights):
+    if found.drawn and (found.misfits or not _is_asked("arithmetic", options)):
         known = Cause("masked-attention-on", ("attn_mask_probs",), None, found.drawn)
         return Verdict(levels, cause=known)
     if found.misfits or not (found.drawn or failed & {"arithmetic", "numbers"}):
@@ -762,7 +785,7 @@ def _with_diagnosis(
             return Verdict(levels, difference, None, tried)
     provenance = evidence.sources if isinstance(evidence.sources, Provenance) else None
     digests = evidence.recipes or (evidence.history and evidence.history.tensors)
-    weights = judged.weights if judged else found.weights
+    weights = judged.weights if judged else found.weights or _read_weights(found.folder)
     cause, tried = diagnose(
         Network(Skeleton(found.config), weights, found.normalisation),
         recorded if "numbers" in failed else None,
