@@ -15,6 +15,9 @@ from reference_model.files import open_regular
 
 Picture: TypeAlias = Image.Image | str | Path | BinaryIO | NDArray[Any] | Tensor
 
+# Files of pixels. Pillow knows more: PostScript, say, it has another program run.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+
 CHANNELS = (1, 3, 4)  # lengths that transformers takes for a dimension of channels
 
 
@@ -83,7 +86,7 @@ def _open(picture: Image.Image | str | Path | BinaryIO) -> Image.Image:
     with ExitStack() as stack:
         if isinstance(picture, str | Path):
             picture = stack.enter_context(open_regular(picture))
-        return ImageOps.exif_transpose(stack.enter_context(Image.open(picture)))
+        return ImageOps.exif_transpose(stack.enter_context(Image.open(picture, formats=FORMATS)))
 
 
 def _to_numpy(array: NDArray[Any] | Tensor) -> NDArray[Any]:

@@ -38,7 +38,10 @@ def test_nothing_that_runs_code_is_called(package: str) -> None:
                 assert (node.module or "").partition(".")[0] not in RUNNERS, path
             elif isinstance(node, ast.Call):
                 assert ast.unparse(node.func) not in CALLS, path
-                assert "trust_remote_code" not in {each.arg for each in node.keywords}, path
+                arguments = {each.arg for each in node.keywords}
+                assert "trust_remote_code" not in arguments, path
+                if ast.unparse(node.func) == "Image.open":  # some formats have a program run
+                    assert "formats" in arguments, path
 
 
 def test_vulnerabilities_are_reported_in_private() -> None:

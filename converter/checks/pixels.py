@@ -104,8 +104,10 @@ def read_picture(path: Path) -> "Tensor":
     import torch
     from PIL import Image
 
+    from reference_model.pictures import FORMATS
+
     try:
-        with Image.open(_content(path)) as opened:
+        with Image.open(_content(path), formats=FORMATS) as opened:
             pixels = np.array(opened.convert("RGB"))
     except Exception as error:  # as above
         raise _unreadable(path, error) from error

@@ -209,8 +209,10 @@ class Files:
         Raises:
             UnreadableFileError: as in `read`, or it is no picture or one of a hostile size.
         """
-        content = self.read(name, _MAX_PICTURE_BYTES)
-        with _readable(self.title(name)), Image.open(BytesIO(content)) as image:
+        from reference_model.pictures import FORMATS
+
+        content = BytesIO(self.read(name, _MAX_PICTURE_BYTES))
+        with _readable(self.title(name)), Image.open(content, formats=FORMATS) as image:
             return image.convert(mode)
 
     def read_json(self, name: str) -> dict[str, Any]:
