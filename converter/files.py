@@ -5,7 +5,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
@@ -14,8 +14,9 @@ from typing import Any, BinaryIO
 
 from converter.errors import OutputError, UnreadableFileError
 
-# bytes of a JSON file: the largest config.json of a published model has 100 kB
-JSON_LIMIT = 2**24
+# Bytes of a JSON file: the largest config.json of a published model has 100 kB. What is parsed
+# takes up to thirty times as much memory.
+JSON_LIMIT = 2**22
 
 # bytes of a picture's file: of 8-bit RGB, the largest that Pillow opens without a warning
 # (Image.MAX_IMAGE_PIXELS)
@@ -95,13 +96,15 @@ def _half_character(value: Any) -> list[str] | None:
     """The keys to text that no encoding has, innermost first; None where there is none."""
     if isinstance(value, str):
         return None if is_unicode(value) else []
+    entries: Iterable[tuple[str, Any]] = ()
     if isinstance(value, list):
-        value = {f"{index}": entry for index, entry in enumerate(value)}
-    if isinstance(value, dict):
-        for key, entry in value.items():
-            found = _half_character(entry) if is_unicode(key) else []
-            if found is not None:
-                return [*found, key]
+        entries = ((f"{index}", entry) for index, entry in enumerate(value))
+    elif isinstance(value, dict):
+        entries = value.items()
+    for key, entry in entries:
+        found = _half_character(entry) if is_unicode(key) else []
+        if found is not None:
+            return [*found, key]
     return None
 
 

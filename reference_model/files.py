@@ -9,8 +9,9 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-# bytes of a JSON file: the largest config.json of a published model has 100 kB
-JSON_LIMIT = 2**24
+# Bytes of a JSON file: the largest config.json of a published model has 100 kB. What is parsed
+# takes up to thirty times as much memory.
+JSON_LIMIT = 2**22
 
 
 def open_regular(path: str | Path) -> BufferedReader:

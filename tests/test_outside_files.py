@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +15,17 @@ import pytest
 import torch
 from click.testing import Result
 from conftest import FIXTURES
+from PIL import EpsImagePlugin
 from safetensors.torch import load_file, save_file
 
 import reference_model
 from converter import configs
+from converter.checks import pixels
 from converter.configs import LIMITS, read_config
+from converter.errors import UnreadableFileError
+from converter.files import JSON_LIMIT, read_json_object
+from converter.pictures import segmenting
+from converter.pictures.datasets import Files
 
 pytestmark = pytest.mark.numbers
 
@@ -118,6 +125,49 @@ def test_a_file_larger_than_its_kind_is_not_read(
     assert f"{Path(file).name}" in message
     assert "larger than" in message
     assert "bytes" in message
+
+
+def test_the_densest_json_takes_little_memory(tmp_path: Path) -> None:
+    content = b'{"a":[' + b"[]," * (JSON_LIMIT // 3 - 4) + b"1]}"
+    (tmp_path / "config.json").write_bytes(content)
+    assert len(content) <= JSON_LIMIT
+
+    tracemalloc.start()
+    try:
+        read_json_object(tmp_path / "config.json")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 2**28
+
+
+# pictures ----------------------------------------------------------------------------------------
+
+
+def read_from_dataset(picture: Path) -> None:
+    with Files(picture.parent) as files:
+        files.read_image(picture.name, "RGB")
+
+
+@pytest.mark.parametrize(
+    "read", [segmenting._read, pixels.open_picture, pixels.read_picture, read_from_dataset]
+)
+def test_no_program_is_run_to_read_a_picture(
+    read: Callable[[Path], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = tmp_path / "0.png"
+    picture.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n%%EOF\n")
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/was-run\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # to be looked for again
+
+    with pytest.raises(UnreadableFileError, match="no picture|known format"):
+        read(picture)
+
+    assert not (tmp_path / "was-run").exists()
 
 
 # numbers of config.json --------------------------------------------------------------------------

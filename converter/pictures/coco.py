@@ -62,8 +62,9 @@ def measure(mask: NDArray[np.bool_]) -> tuple[int, tuple[int, int, int, int]]:
 
 def id_map_image(id_map: NDArray[np.integer[Any]]) -> Image.Image:
     """An id map (height, width) as RGB: id = red + 256 green + 256² blue, 0 for no segment."""
-    bytes_of_ids = [(id_map >> shift) & 255 for shift in (0, 8, 16)]
-    return Image.fromarray(np.stack(bytes_of_ids, axis=-1).astype(np.uint8))
+    # a byte has the lowest 8 bits of a number; a map of whole numbers takes eight times as much
+    bytes_of_ids = [(id_map >> shift).astype(np.uint8) for shift in (0, 8, 16)]
+    return Image.fromarray(np.stack(bytes_of_ids, axis=-1))
 
 
 def encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
