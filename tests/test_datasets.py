@@ -289,6 +289,12 @@ def test_a_picture_that_claims_a_hostile_size_is_refused(side: int, tmp_path: Pa
     assert "decompression bomb" in refusal("coco-panoptic", tmp_path)
 
 
+def test_annotations_of_nothing_but_brackets_are_not_parsed(tmp_path: Path) -> None:
+    (tmp_path / "panoptic.json").write_bytes(b'{"categories":[' + b"[]," * 2**21 + b"1]}")
+
+    assert "more than 2,097,152 lists and objects" in refusal("coco-panoptic", tmp_path)
+
+
 def test_a_member_larger_than_any_published_one_is_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

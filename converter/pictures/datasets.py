@@ -38,6 +38,10 @@ _MAX_ANNOTATION_BYTES = 1 << 26
 _MAX_ZIP_BYTES = 1 << 28
 _MAX_DIRECTORY_BYTES = 1 << 24
 
+# Lists and objects in a file of annotations, which take a hundred times as much memory as their
+# text. instances_val2017.json has a tenth.
+_MAX_CONTAINERS = 1 << 21
+
 # How much larger than in its zip a file may be. JSON shrinks to a tenth, pictures hardly; but small
 # files may shrink to next to nothing.
 _MAX_RATIO = 100
@@ -222,7 +226,10 @@ class Files:
             UnreadableFileError: as in `read`, or it is no JSON object.
         """
         with _readable(self.title(name)):
-            content = json.loads(self.read(name, _MAX_ANNOTATION_BYTES))
+            text = self.read(name, _MAX_ANNOTATION_BYTES)
+            if text.count(b"[") + text.count(b"{") > _MAX_CONTAINERS:
+                raise ValueError(f"more than {_MAX_CONTAINERS:,} lists and objects")
+            content = json.loads(text)
             if not isinstance(content, dict):
                 raise ValueError("not a JSON object")
             return content
