@@ -38,13 +38,14 @@ from converter.job import (
     open_inputs,
     role_of,
 )
-from converter.staging import Stage, check_place, staged
+from converter.staging import Stage, check_place, put_back, staged
 from converter.version import __version__
 from converter.weights.inspection import WeightsKind, signs_of_a_delta
 from converter.weights.layouts import BACKBONE_LAYOUTS
 from converter.weights.merge import Digests, Merged, merge, sharding_of
 from converter.weights.pairing import PairCheck, check_absolute, check_outputs, check_pair
 from converter.weights.plan import Plan, Source, make_plan
+from converter.weights.tensorfiles import damage
 from converter.weights.writing import parse_size
 
 # room for the files beside the weights
@@ -225,7 +226,7 @@ def convert(
         prepare_place(page)
     rejected = place.with_name(f"{place.name}.unverified")
     if not dry_run:
-        check_place(place, force=True, made=made_files)  # puts back first what a killed run left
+        put_back(place)
         force_here = force or (exist_ok and _made_by(job, place))
         check_place(place, force=force_here, made=made_files)
         if keep_unverified:
@@ -402,15 +403,16 @@ def _place(job: Job, output: str | Path | None) -> Path:
     return Path(name).expanduser().resolve()
 
 
-def made_files(folder: Path) -> set[str]:
-    """Names of the files in a folder that a conversion has written, by its conversion.json."""
+def made_files(folder: Path) -> Mapping[str, str | None]:
+    """Names and SHA-256 of the files that a conversion has written, by its conversion.json."""
     try:
         history = read_history(folder)
     except UnreadableFileError:
-        return set()
+        return {}
     if history is None or history.tool != TOOL:
-        return set()
-    return {HISTORY, REPORT, *(name for name in history.files if name == Path(name).name)}
+        return {}
+    plain = {name: digest for name, digest in history.files.items() if name == Path(name).name}
+    return {**plain, HISTORY: None, REPORT: None}
 
 
 def _made_by(job: Job, place: Path) -> bool:
@@ -461,11 +463,7 @@ def _check_digests(inputs: Inputs, merged: Merged) -> tuple[PairCheck, ...]:
     checks = []
     for role, names in merged.wrong_checksums.items():
         if names:
-            more = f" So have {len(names) - 1} more." if names[1:] else ""
-            finding = (
-                f"{names[0]!r} in {inputs.files[role].path} has another CRC-32 than the file names "
-                f"for it.{more} The file may be damaged."
-            )
+            finding = damage(inputs.files[role].path, names)
             checks.append(PairCheck("crc-32", "flagged", finding))
     for role, source in inputs.fetched.items():
         for name, (_, digest) in merged.inputs[role].items():

@@ -64,7 +64,7 @@ def _own_folder() -> Path:
     folders = [own, temporary / f"eomt-convert-{os.geteuid()}"][not own.is_absolute() :]
     for folder in folders:
         with suppress(OSError):
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.parent.mkdir(exist_ok=True)  # a home that is not there is not made
             with suppress(FileExistsError):
                 folder.mkdir(mode=0o700)
             found = folder.lstat()

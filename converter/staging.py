@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -28,7 +28,7 @@ from typing import Any
 from filelock import FileLock
 
 from converter.errors import OutputError, UnreadableFileError
-from converter.files import read_json_object, sync, sync_tree
+from converter.files import read_json_object, sha256, sync, sync_tree
 from converter.locks import locked
 
 _MARKER, _LOCK, _OUTPUT, _REPLACED, _MOVED = (
@@ -39,12 +39,13 @@ _MARKER, _LOCK, _OUTPUT, _REPLACED, _MOVED = (
     "moved.json",
 )
 
-# names, relative to a folder, of the files in it that this tool has made
-Made = Callable[[Path], Collection[str]]
+# Names, relative to a folder, of the files in it that this tool has made, with the SHA-256 that
+# they had then; None where nothing tells.
+Made = Callable[[Path], Mapping[str, str | None]]
 
 
-def _nothing(_: Path) -> Collection[str]:
-    return ()
+def _nothing(_: Path) -> Mapping[str, str | None]:
+    return {}
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,18 @@ class Stage:
             (self.folder / name).rename(self.place / name)
         sync(self.place)
         self.folder.rmdir()
+
+
+def put_back(place: Path) -> None:
+    """Clears up what a killed run has left of an output; puts back what it was about to replace.
+
+    Raises:
+        OutputError: something else is there by now, or another process is writing there.
+    """
+    with _os_errors(place):
+        place = place.resolve()
+        with locked(place):
+            _clear(place)
 
 
 def check_place(place: Path, *, force: bool, made: Made = _nothing) -> None:
@@ -179,6 +192,12 @@ def _os_errors(place: Path) -> Iterator[None]:
             f"{place} cannot be written: {error.strerror or error}.",
             "Free some space, or choose an output on another disk." if full else "",
         ) from error
+    except NotImplementedError as error:  # from filelock
+        raise OutputError(
+            f"{place} cannot be written: its disk, or that of the folder for locks, has no locks, "
+            "which keep two runs from writing to one output.",
+            "Choose an output on another disk, or set XDG_CACHE_HOME to a folder on another disk.",
+        ) from error
 
 
 @contextmanager
@@ -215,16 +234,29 @@ def _check(folder: Path, place: Path, *, force: bool, made: Made, area: Path | N
     if not folder.is_dir() or folder.is_symlink():
         raise OutputError(f"{place} is a file.", "Choose another output.")
     there = _contents(folder, area)
-    others = [name for name in _others(folder, made(folder)) if PurePath(name).parts[0] in there]
+    ours = made(folder)
+    others = [name for name in _others(folder, ours) if PurePath(name).parts[0] in there]
     if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        raise OutputError(
-            f"{place} has files in it that eomt-convert has not made "
-            f"({', '.join(sorted(others)[:3])}{more}); --force does not replace that.",
-            "Move them away, or choose another output.",
-        )
+        raise _kept(place, "that eomt-convert has not made", others)
     if there and not force:
         raise OutputError(f"{place} exists.", "--force replaces it.")
+    # such as a model that was trained further and saved under the same names
+    changed = [name for name, digest in ours.items() if digest and _differs(folder / name, digest)]
+    if changed:
+        raise _kept(place, "that were changed since eomt-convert made them", changed)
+
+
+def _kept(place: Path, which: str, names: Collection[str]) -> OutputError:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return OutputError(
+        f"{place} has files in it {which} ({', '.join(sorted(names)[:3])}{more}); --force does not "
+        "replace that.",
+        "Move them away, or choose another output.",
+    )
+
+
+def _differs(path: Path, digest: str) -> bool:
+    return os.path.lexists(path) and (not path.is_file() or sha256(path) != digest)
 
 
 def _contents(folder: Path, area: Path | None) -> set[str]:

@@ -308,6 +308,20 @@ def test_files_that_others_put_into_an_output_stop_the_run(
     assert (tmp_path / "out" / "notes.txt").read_text() == "precious"
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_force_does_not_replace_a_model_that_was_changed_in_its_place(
+    tmp_path: Path, name: str
+) -> None:
+    converter.convert("tiny_panoptic_64", tmp_path / "out", verify=False)
+    changed = (tmp_path / "out" / name).read_bytes() + b" "
+    (tmp_path / "out" / name).write_bytes(changed)
+
+    with pytest.raises(OutputError, match=rf"changed since eomt-convert made them \({name}\)"):
+        converter.convert("tiny_panoptic_64", tmp_path / "out", force=True)
+
+    assert (tmp_path / "out" / name).read_bytes() == changed
+
+
 @pytest.mark.parametrize("history", [None, "[]", '{"tool": {"name": "other"}, "files": {"a": {}}}'])
 def test_force_replaces_no_folder_without_our_conversion_json(
     tmp_path: Path, history: str | None

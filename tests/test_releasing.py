@@ -111,7 +111,9 @@ def test_what_was_converted_is_not_converted_again(hub: Hub, output: Path) -> No
     assert weights.stat().st_ino == before
 
 
-def test_what_was_changed_since_is_converted_again_by_the_next_run(hub: Hub, output: Path) -> None:
+def test_what_was_changed_since_is_named_and_converted_again_once_it_was_moved_away(
+    hub: Hub, output: Path
+) -> None:
     hub.break_request(Status(500), method="POST", path="/commit/", times=None)
     release(output, NAMES[0])
     hub.mend()
@@ -121,6 +123,8 @@ def test_what_was_changed_since_is_converted_again_by_the_next_run(hub: Hub, out
     weights.write_bytes(content)
 
     assert release(output, NAMES[0]).failed
+    assert "(model.safetensors)" in str(release(output, NAMES[0]).steps[0].error)
+    weights.rename(output.parent / "changed.safetensors")
     assert not release(output, NAMES[0]).failed
 
 

@@ -1,6 +1,7 @@
 """All or nothing."""
 
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
@@ -15,11 +16,12 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from converter.errors import OutputError
 from converter.staging import check_place, staged
 
-MADE = ("config.json", "weights")
+MADE = {"config.json": None, "weights": None}
 
 
 def make(place: Path, text: str = "new", *, force: bool = True) -> None:
@@ -149,8 +151,9 @@ def slow(path, target):
         hold()
     return rename(path, target)
 Path.rename = slow
-with staged(place, size=0, force=True, made=lambda _: ("config.json", "weights")) as stage:
-    for name in ("config.json", "weights"):
+made = {"config.json": None, "weights": None}
+with staged(place, size=0, force=True, made=lambda _: made) as stage:
+    for name in made:
         (stage.folder / name).write_text("half")
     if before == "":
         hold()
@@ -193,6 +196,35 @@ def test_only_what_this_tool_made_is_replaced(tmp_path: Path, stray: str, force:
 
     assert (place / stray).exists()
     assert (place / "config.json").read_text() == "old"
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("meanwhile", [False, True])
+def test_what_was_changed_since_it_was_made_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool, meanwhile: bool
+) -> None:
+    place = tmp_path / "out"
+    make(place, "old")
+    made = {"config.json": None, "weights": hashlib.sha256(b"old").hexdigest(), "gone": "0" * 64}
+    monkeypatch.setattr(os.path, "ismount", lambda path: inside and Path(path) == place)
+    check_place(place, force=True, made=lambda _: made)
+    if not meanwhile:
+        (place / "weights").write_text("trained")
+        with pytest.raises(OutputError, match="exists"):
+            check_place(place, force=False, made=lambda _: made)
+        with pytest.raises(OutputError, match=r"changed since .* \(weights\)"):
+            check_place(place, force=True, made=lambda _: made)
+
+    with (
+        pytest.raises(OutputError, match=r"changed since .* \(weights\); --force does not replace"),
+        staged(place, size=0, force=True, made=lambda _: made) as stage,
+    ):
+        (stage.folder / "config.json").write_text("new")
+        (place / "weights").write_text("trained")
+        stage.publish()
+
+    assert contents(place) == {"config.json": "old", "weights": "trained"}
     assert names(tmp_path) == ["out"]
 
 
@@ -551,6 +583,26 @@ def test_without_a_home_locks_are_in_the_folder_for_temporary_files(
     make(tmp_path / "out")
 
     assert names(tmp_path) == [f"eomt-convert-{os.geteuid()}", "out"]
+
+
+def test_a_home_that_is_not_there_is_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    make(tmp_path / "out")
+
+    assert names(tmp_path) == [f"eomt-convert-{os.geteuid()}", "out"]
+
+
+def test_a_disk_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: FileLock) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(FileLock, "acquire", fail)
+    with pytest.raises(OutputError, match=r"its disk, or .* has no locks"):
+        make(tmp_path / "out")
 
 
 # what others have put there -------------------------------------------------------------------

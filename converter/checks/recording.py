@@ -177,19 +177,20 @@ def record(
     return _write(place, tensors, pictures, description, verdict, force=force)
 
 
-def made_files(folder: Path) -> set[str]:
-    """Names of the files in a folder that `record` has written, by its recorded.json."""
+def made_files(folder: Path) -> Mapping[str, str | None]:
+    """Names and SHA-256 of the files that `record` has written, by its recorded.json."""
     try:
         content = read_json_object(folder / PROVENANCE_FILE)
     except UnreadableFileError:
-        return set()
+        return {}
     provenance, digests = content.get("provenance"), content.get("sha256")
     if not (isinstance(provenance, dict) and isinstance(digests, dict)):
-        return set()
+        return {}
     if not str(provenance.get("implementation")).startswith(_TOOL):
-        return set()  # of the original implementation, which is not recorded again so easily
+        return {}  # of the original implementation, which is not recorded again so easily
     pictures = re.compile(rf"{IMAGES}/\d+\.png")
-    return {PROVENANCE_FILE} | {n for n in digests if n == FILE or pictures.fullmatch(n)}
+    ours = {n: digest for n, digest in digests.items() if n == FILE or pictures.fullmatch(n)}
+    return {**ours, PROVENANCE_FILE: None}
 
 
 def _load(folder: Path, device: str) -> "EomtDinov3ForUniversalSegmentation":
