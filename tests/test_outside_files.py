@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import tracemalloc
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -164,7 +165,7 @@ def test_no_program_is_run_to_read_a_picture(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # to be looked for again
 
-    with pytest.raises(UnreadableFileError, match="no picture|known format"):
+    with pytest.raises(UnreadableFileError, match=r"no picture|known format"):
         read(picture)
 
     assert not (tmp_path / "was-run").exists()
@@ -238,15 +239,22 @@ def test_the_limits_of_the_reference_model_are_those_of_the_commands() -> None:
 
 def test_a_wrong_checksum_of_the_weights_is_a_warning(command: Command, tmp_path: Path) -> None:
     content = bytearray((TINY / "delta" / "pytorch_model.bin").read_bytes())
-    entry = content.rindex(b"pytorch_model/data/79") - 46
-    assert content[entry : entry + 4] == b"PK\1\2"
-    content[entry + 16] ^= 1
+    with zipfile.ZipFile(TINY / "delta" / "pytorch_model.bin") as archive:
+        entry = archive.getinfo("pytorch_model/data/79")
+        with archive.open(entry) as record:
+            content[content.index(record.read(), entry.header_offset)] ^= 1
     (tmp_path / "delta.bin").write_bytes(content)
+    warning = "Warning: 'pytorch_model/data/79' in delta.bin has another CRC-32"
 
     result = command("--delta", "delta.bin", *CONVERT[2:], "--no-verify")
-
     assert result.exit_code == 0
-    assert "Warning: 'pytorch_model/data/79' in delta.bin has another CRC-32" in result.stderr
+    assert warning in result.stderr
+
+    result = command("inspect", "delta.bin")
+    assert result.exit_code == 0
+    assert warning in result.stderr
+    shown = json.loads(command("inspect", "delta.bin", "--json").stdout)
+    assert shown["wrong_checksums"] == ["pytorch_model/data/79"]
 
 
 # values without sense ----------------------------------------------------------------------------

@@ -643,6 +643,7 @@ LOCAL = FILE.index(b"model/data/0") - 30
         (LOCAL + 8, b"\x08\0", "it is compressed"),
         (LOCAL + 6, b"\x01\0", "it is encrypted"),
         (LOCAL + 6, b"\x40\0", "it is encrypted"),
+        (LOCAL + 14, bytes(4), "its CRC-32 is 00000000, not "),
         (LOCAL + 18, struct.pack("<L", 12), "its size is 12, not 16"),
         (LOCAL + 22, struct.pack("<L", 12), "its size is 12, not 16"),
         (LOCAL + 18, struct.pack("<LL", 0, 0), "its size is 0, not 16"),
@@ -665,6 +666,19 @@ def test_a_size_that_follows_its_record_may_be_missing_but_not_wrong(tmp_path: P
     assert content[local + 18 : local + 26] == bytes(8)
     content[local + 22] = 12
     assert "its size is 12, not 16" in refused(path, bytes(content))
+
+
+@pytest.mark.parametrize("position", [4, 8, 12])
+def test_what_follows_a_record_may_not_contradict_the_directory(
+    tmp_path: Path, position: int
+) -> None:
+    path = tmp_path / "x.bin"
+    torch.save({"a": torch.arange(4.0)}, path)
+    content = bytearray(path.read_bytes())
+    data = content.index(torch.arange(4.0).numpy().tobytes())
+    assert content[data + 16 : data + 20] == b"PK\7\x08"
+    content[data + 16 + position] ^= 1
+    assert "the CRC-32 or the sizes that follow the record" in refused(path, bytes(content))
 
 
 def test_a_zip64_header_that_contradicts_the_directory_is_refused(tmp_path: Path) -> None:

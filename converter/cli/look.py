@@ -37,9 +37,11 @@ def inspect_command(
         from converter.hub.access import Access
         from converter.hub.sources import fetch, parse_source
         from converter.weights.inspection import inspect
-        from converter.weights.tensorfiles import open_tensors
+        from converter.weights.tensorfiles import damage, open_tensors
 
         fetched = fetch(parse_source(source), Access.of(token, cache_dir, offline))
         with open_tensors(fetched.weights) as file:
             found = inspect(file)
+        if found.wrong_checksums:
+            session.say(f"Warning: {damage(fetched.weights, found.wrong_checksums)}")
         session.show(report.inspection(found), found.to_dict())

@@ -6,6 +6,7 @@ a file is ever executed: these files come from strangers.
 
 import json
 import math
+import os
 import struct
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -389,7 +390,7 @@ def _contradiction(file: BinaryIO, entry: zipfile.ZipInfo) -> str:
     """
     file.seek(entry.header_offset)
     header = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
-    _, _, flags, method, _, _, _, compressed, size, name_length, extra_length = header
+    _, _, flags, method, _, _, crc32, compressed, size, name_length, extra_length = header
     name, extra = file.read(name_length), file.read(extra_length)
     if name != entry.filename.encode("utf-8" if entry.flag_bits & _UTF_8 else "cp437", "replace"):
         return f"its name is {shortened(name)}"
@@ -399,9 +400,22 @@ def _contradiction(file: BinaryIO, entry: zipfile.ZipInfo) -> str:
         return "it is encrypted"
     if _ZIP64 in (compressed, size):
         size, compressed = _zip64_sizes(extra)
-    right = {entry.file_size, 0} if flags & _SIZES_FOLLOW else {entry.file_size}
-    wrong = {size, compressed} - right
-    return f"its size is {wrong.pop()}, not {entry.file_size}" if wrong else ""
+    follow = {0} if flags & _SIZES_FOLLOW else set()
+    if wrong := {size, compressed} - {entry.file_size} - follow:
+        return f"its size is {wrong.pop()}, not {entry.file_size}"
+    if crc32 not in {entry.CRC} | follow:
+        return f"its CRC-32 is {crc32:08x}, not {entry.CRC:08x}"
+    file.seek(entry.file_size, os.SEEK_CUR)
+    descriptor = file.read(24)
+    if follow and descriptor.startswith(b"PK\x07\x08"):  # which empty records lack
+        short = entry.file_size % 2**32
+        right = (
+            struct.pack("<4xLLL", entry.CRC, short, short),
+            struct.pack("<4xLQQ", entry.CRC, entry.file_size, entry.file_size),
+        )
+        if not (bytes(4) + descriptor[4:]).startswith(right):
+            return "the CRC-32 or the sizes that follow the record are others"
+    return ""
 
 
 def _zip64_sizes(extra: bytes) -> tuple[int, int]:

@@ -39,6 +39,7 @@ class Inspection:
         evidence: the signs that this was decided from.
         tensors: name, dtype and shape of every tensor.
         parameters: number of elements of all tensors.
+        wrong_checksums: records of a torch file that have another CRC-32 than it names.
     """
 
     format: str
@@ -48,6 +49,7 @@ class Inspection:
     evidence: tuple[Evidence, ...]
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     parameters: int
+    wrong_checksums: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """The inspection as JSON shows it."""
@@ -57,6 +59,7 @@ class Inspection:
             "weights": self.weights,
             "evidence": [sign.to_dict() for sign in self.evidence],
             "parameters": self.parameters,
+            "wrong_checksums": list(self.wrong_checksums),
             "tensors": {
                 name: {"dtype": dtype, "shape": list(shape)}
                 for name, (dtype, shape) in self.tensors.items()
@@ -65,7 +68,7 @@ class Inspection:
 
 
 def inspect(file: TensorFile | ShardedTensorFile) -> Inspection:
-    """Looks at a file's header, and at the small tensors that tell a delta.
+    """Looks at a file's header, at the small tensors that tell a delta, and at the checksums.
 
     Raises:
         UnreadableFileError: the file ends before one of these tensors does.
@@ -83,6 +86,7 @@ def inspect(file: TensorFile | ShardedTensorFile) -> Inspection:
         evidence=evidence,
         tensors={name: (info.dtype, info.shape) for name, info in file.tensors.items()},
         parameters=sum(info.size for info in file.tensors.values()),
+        wrong_checksums=file.wrong_checksums(),
     )
 
 

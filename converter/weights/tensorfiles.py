@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +39,15 @@ def open_tensors(path: Path) -> "TensorFile | ShardedTensorFile":
             format.
     """
     return ShardedTensorFile(path) if path.suffix == ".json" else TensorFile(path)
+
+
+def damage(path: Path, wrong_checksums: Sequence[str]) -> str:
+    """A sentence on the records of a file that have another CRC-32 than it names."""
+    more = f" So have {len(wrong_checksums) - 1} more." if wrong_checksums[1:] else ""
+    return (
+        f"{wrong_checksums[0]!r} in {path} has another CRC-32 than the file names for it.{more} "
+        "The file may be damaged."
+    )
 
 
 class TensorFile(AbstractContextManager["TensorFile"]):
