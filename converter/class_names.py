@@ -70,7 +70,12 @@ def read(path: Path) -> ClassNames:
         text = read_text(path, encoding="utf-8-sig")
     except OSError as error:
         reason = error.strerror
-        raise UnreadableFileError(f"The labels in {path} cannot be read: {reason}.") from error
+        raise UnreadableFileError(
+            f"The labels in {path} cannot be read: {reason}.",
+            "What a command prints can be read from a file: COMMAND > labels.txt."
+            if path.is_fifo()
+            else "",
+        ) from error
     except UnicodeDecodeError as error:
         raise UnreadableFileError(f"The labels in {path} cannot be read: {error}.") from error
     return _parse(text, path.name)

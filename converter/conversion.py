@@ -23,7 +23,7 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
-from converter.files import prepare_place, sha256, write_json
+from converter.files import prepare_place, real_path, sha256, write_json
 from converter.history import HISTORY, read_history
 from converter.hub.access import Access
 from converter.hub.downloads import arrived_damaged, is_damaged, is_sha256
@@ -220,11 +220,11 @@ def convert(
     _check_requirements(job, required=require_verified)
     place = _place(job, output)
     page = _path(report)
-    if page and page.resolve().is_relative_to(place):
+    if page and real_path(page).is_relative_to(place):
         raise UsageError(f"{page} is in the output {place}, which gets its own {REPORT}.")
     if page and not dry_run:
         prepare_place(page)
-    rejected = place.with_name(f"{place.name}.unverified")
+    rejected = place.parent / f"{place.name}.unverified"  # / has no name
     if not dry_run:
         put_back(place)
         force_here = force or (exist_ok and _made_by(job, place))
@@ -400,7 +400,7 @@ def _place(job: Job, output: str | Path | None) -> Path:
     if output is None and job.checkpoint is None:
         raise UsageError("Without --checkpoint, --output must be given.")
     name = output or (job.checkpoint.name if job.checkpoint else "")
-    return Path(name).expanduser().resolve()
+    return real_path(Path(name).expanduser())
 
 
 def made_files(folder: Path) -> Mapping[str, str | None]:

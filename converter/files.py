@@ -23,6 +23,11 @@ JSON_LIMIT = 2**22
 PICTURE_LIMIT = 2**28
 
 
+def real_path(path: Path) -> Path:
+    """An absolute path without links, but for one that leads to itself, which stays."""
+    return Path(os.path.realpath(path))
+
+
 def open_regular(path: str | Path) -> BufferedReader:
     """Opens a regular file to be read, at once: a pipe or a device is never waited for.
 
@@ -172,9 +177,10 @@ def prepare_place(path: Path) -> None:
     remedy = "Give a file in a folder that may be written to."
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        is_folder = path.is_dir()
     except OSError as error:
         raise OutputError(f"{path} cannot be written: {error.strerror}.", remedy) from error
-    if path.is_dir():
+    if is_folder:
         raise OutputError(f"{path} cannot be written: it is a folder.", remedy)
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise OutputError(f"{path} cannot be written: its folder may not be written to.", remedy)

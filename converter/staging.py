@@ -28,7 +28,7 @@ from typing import Any
 from filelock import FileLock
 
 from converter.errors import OutputError, UnreadableFileError
-from converter.files import read_json_object, sha256, sync, sync_tree
+from converter.files import read_json_object, real_path, sha256, sync, sync_tree
 from converter.locks import locked
 
 _MARKER, _LOCK, _OUTPUT, _REPLACED, _MOVED = (
@@ -115,7 +115,7 @@ def put_back(place: Path) -> None:
         OutputError: something else is there by now, or another process is writing there.
     """
     with _os_errors(place):
-        place = place.resolve()
+        place = real_path(place)
         with locked(place):
             _clear(place)
 
@@ -133,7 +133,7 @@ def check_place(place: Path, *, force: bool, made: Made = _nothing) -> None:
             there.
     """
     with _os_errors(place):
-        place = place.resolve()
+        place = real_path(place)
         with locked(place):
             _clear(place)
             _check(place, place, force=force, made=made)
@@ -166,7 +166,7 @@ def staged(
             the with block.
     """
     with _os_errors(place):
-        place = place.resolve()
+        place = real_path(place)
         with locked(place), _parents(place):
             _clear(place)
             _check(place, place, force=force, made=made)

@@ -1,5 +1,6 @@
 """Files of class names."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,11 @@ def test_other_forms_are_refused(tmp_path: Path, text: str, complaint: str) -> N
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UnreadableFileError, match="nowhere"):
         read(tmp_path / "nowhere")
+
+
+def test_a_pipe_is_refused_with_the_way_to_do_without(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+
+    with pytest.raises(UnreadableFileError, match="no regular file") as refused:
+        read(tmp_path / "pipe")
+    assert refused.value.remedy.endswith("COMMAND > labels.txt.")

@@ -37,6 +37,7 @@ CONVERT = (
     *("--delta", TINY / "delta", "--backbone", TINY / "backbone"),
     *("--task", "panoptic", "--image-size", "64", "--output", "out"),
 )
+LONG = "x" * 300
 SEGMENT = ("segment", "model", TINY / "images" / "0.png", "--output", "out")
 
 
@@ -169,6 +170,60 @@ def test_no_program_is_run_to_read_a_picture(
         read(picture)
 
     assert not (tmp_path / "was-run").exists()
+
+
+# places ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect", LONG),
+        ("verify", LONG),
+        ("verify", "model", "--recorded", LONG),
+        ("segment", LONG, TINY / "images" / "0.png"),
+        ("segment", "model", LONG),
+        ("segment", "model", TINY / "images" / "0.png", "--output", LONG),
+        ("record", "model", "--random", "1", "--output", LONG),
+        ("push", LONG, "me/model"),
+        ("--delta", LONG, "--backbone", LONG, "--output", "out"),
+        (*CONVERT, "--labels", LONG),
+        (*CONVERT[:-1], LONG),
+        (*CONVERT, "--report", LONG),
+        (*CONVERT, "--recorded", LONG),
+    ],
+    ids=lambda arguments: " ".join(map(shortened, arguments)),
+)
+def test_a_path_that_no_system_takes_ends_in_one_error(
+    command: Command, model: Path, arguments: tuple[str | Path, ...]
+) -> None:
+    assert "name too long" in error_of(command, *arguments)
+
+
+def test_pictures_that_may_not_be_looked_at_are_skipped(
+    command: Command, model: Path, tmp_path: Path
+) -> None:
+    result = command("segment", "model", LONG, TINY / "images" / "0.png", "--output", "out")
+
+    assert result.exit_code == 1
+    assert f"Skipped {LONG}: File name too long" in result.stderr
+    assert (tmp_path / "out" / "0.overlay.png").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [CONVERT, ("record", "model", "--random", "1", "--output", "out"), SEGMENT]
+)
+def test_an_output_that_is_a_link_to_itself_is_refused(
+    command: Command, model: Path, arguments: tuple[str | Path, ...], tmp_path: Path
+) -> None:
+    (tmp_path / "out").symlink_to("out")
+
+    message = error_of(command, *arguments)
+    assert any(reason in message for reason in ("out is a file", "out cannot be written"))
+
+
+def test_the_root_of_the_file_system_is_no_output(command: Command) -> None:
+    assert "--force does not replace that" in error_of(command, *CONVERT[:-1], "/")
 
 
 # numbers of config.json --------------------------------------------------------------------------

@@ -258,6 +258,13 @@ def test_the_command_prints_a_table_and_writes_notes(
     assert commit[:12] in notes
 
 
+def test_an_output_that_is_a_file_is_refused(hub: Hub, output: Path) -> None:
+    output.write_text("")
+
+    with pytest.raises(OutputError, match="cannot be written"):
+        release(output)
+
+
 @pytest.mark.parametrize("name", ["release.json", "release.md"])
 def test_files_of_others_are_not_taken_for_those_of_a_release(
     hub: Hub, output: Path, name: str

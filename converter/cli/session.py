@@ -208,10 +208,22 @@ class Session:
             number = error.number if isinstance(error, _StopError) else signal.SIGINT
             self.say("Interrupted; nothing unfinished was left behind.")
             sys.exit(128 + number)  # as shells report it
+        except OSError as error:
+            # a folder on the way that may not be looked into, a name too long, a broken disk: any
+            # look at a path that was given can end so
+            if error.filename is None:
+                self._fault(error)
+            path = os.fsdecode(error.filename)
+            unusable = EomtConvertError(f"{path} cannot be used: {error.strerror}.")
+            unusable.__cause__ = error  # for --debug
+            self.fail(unusable)
         except Exception as error:
-            self.say(*"".join(traceback.format_exception(error)).split("\n"))
-            self.say("This is a fault in eomt-convert. Please report it with the lines above.")
-            sys.exit(EomtConvertError.exit_code)
+            self._fault(error)
+
+    def _fault(self, error: Exception) -> NoReturn:
+        self.say(*"".join(traceback.format_exception(error)).split("\n"))
+        self.say("This is a fault in eomt-convert. Please report it with the lines above.")
+        sys.exit(EomtConvertError.exit_code)
 
 
 def _write(stream: TextIO | None, text: str) -> None:

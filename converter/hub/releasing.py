@@ -9,7 +9,7 @@ from typing import Any, Literal
 from converter.catalog import CATALOG, Checkpoint, find
 from converter.conversion import TOOL, Progress, convert
 from converter.errors import EomtConvertError, OutputError, UnreadableFileError, UsageError
-from converter.files import read_json_object, replacing, write_json
+from converter.files import prepare_place, read_json_object, replacing, write_json
 from converter.hub.access import Access, without_secrets
 from converter.hub.publishing import check_licence, check_login, publish
 from converter.job import Dtype
@@ -194,7 +194,7 @@ def release(
     access = Access.of(token, cache_dir)
     check_login([step.repo_id for step in asked.values()], access)
     _check_output(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    prepare_place(folder / JOURNAL)
     for number, name in enumerate(asked, 1):
         if steps[name].status == "published":
             continue

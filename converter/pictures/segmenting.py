@@ -217,19 +217,29 @@ def find_pictures(arguments: Sequence[str | Path]) -> tuple[list[Path], list[Ski
     skipped = []
     for argument in arguments:
         path = Path(argument).expanduser()
-        if path.is_dir():
-            found = sorted(entry for entry in path.iterdir() if _is_picture(entry))
-            reason = "there is no picture in this folder"
-        elif has_magic(str(path)) and not path.exists():
-            matches = map(Path, glob(str(path), recursive=True))  # noqa: PTH207  # absolute ones too
-            found = sorted(entry for entry in matches if entry.is_file())
-            reason = "no file has this pattern"
-        else:
-            found = [path]
+        try:
+            found, reason = _found_at(path)
+        except OSError as error:  # a folder that may not be looked into
+            found, reason = [], error.strerror or str(error)
         if not found:
             skipped.append(Skipped(str(path), reason))
         paths += found
     return list(dict.fromkeys(paths)), skipped
+
+
+def _found_at(path: Path) -> tuple[list[Path], str]:
+    """The files that a path stands for; why, if none.
+
+    Raises:
+        OSError: a folder may not be looked into.
+    """
+    if path.is_dir():
+        found = sorted(entry for entry in path.iterdir() if _is_picture(entry))
+        return found, "there is no picture in this folder"
+    if has_magic(str(path)) and not path.exists():
+        matches = map(Path, glob(str(path), recursive=True))  # noqa: PTH207  # absolute ones too
+        return sorted(entry for entry in matches if entry.is_file()), "no file has this pattern"
+    return [path], ""
 
 
 def printable(path: str | Path) -> str:
