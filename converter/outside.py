@@ -2,7 +2,8 @@
 
 Whatever a stranger may have written: names of files, pictures, classes, tensors, repositories and
 branches, keys and values of configuration files, messages of servers. None of it may act where it
-is shown: as a control sequence of a terminal, or as markup of Markdown.
+is shown: as a control sequence of a terminal, or as markup of Markdown. In a page of HTML, whose
+template escapes markup, `visible` is what remains to be done.
 """
 
 import json

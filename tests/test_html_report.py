@@ -21,7 +21,17 @@ from torch import Tensor
 
 import converter
 from converter.checks.comparison import Tolerance, agreement
-from converter.checks.html_report import Chart, Point, ReportData, gather, render, write_report
+from converter.checks.html_report import (
+    Chart,
+    Point,
+    ReportData,
+    Segment,
+    SourceFile,
+    TensorRow,
+    gather,
+    render,
+    write_report,
+)
 from converter.checks.numbers import run
 from converter.checks.pixels import read_normalisation
 from converter.checks.recorded import Recorded, read_recorded
@@ -300,6 +310,31 @@ def test_whatever_a_model_says_of_itself_is_text_and_never_markup(
         assert (link["href"] or "").startswith("https://huggingface.co/")
 
 
+def test_every_character_of_the_page_shows_and_long_texts_are_cut(right: ReportData) -> None:
+    # an escape sequence and a right-to-left override; halves of characters are no text of a source
+    hostile, long = "\x1b[2J\u202edessap", "x" * 70_000
+    segment = Segment("#1f77b4", (hostile, long), (0.5, 0.5))
+    data = replace(
+        right,
+        title=hostile + "\ud800",
+        verdict=Verdict((Level("structure", "failed", hostile, {"problems": [hostile, long]}),)),
+        charts=(Chart("numbers", hostile, (point(hostile, 1.0), point(long, 1.0))),),
+        pictures=tuple(replace(picture, segments=(segment,)) for picture in right.pictures),
+        tensors=(TensorRow(hostile, (1,), hostile, hostile, long, "as expected"),),
+        sources=(SourceFile("delta", hostile, hostile, hostile, hostile),),
+        versions={"converted with": hostile},
+    )
+    page = Page(render(data))
+    shown = "\\x1b[2J\\u202edessap"
+    assert page.text["h1"] == shown + "\\ud800"
+    for tag in ("title", "h1", "h2", "p", "li", "td", "code", "dd", "a"):
+        assert shown in page.text[tag]
+    texts = [*page.text.values(), *(v or "" for _, found in page.elements for v in found.values())]
+    assert all(line.isprintable() for text in texts for line in text.split("\n"))
+    assert long[:1001] not in render(data)
+    assert [picture_in(source).shape for source in page.values("src")]
+
+
 def test_the_page_asks_for_nothing_and_allows_only_its_own_style_and_script(
     right: ReportData,
 ) -> None:
@@ -330,15 +365,6 @@ def test_the_same_model_in_another_place_has_the_same_report(
 
 
 # the file ---------------------------------------------------------------------------------------
-
-
-def test_text_that_is_no_unicode_is_written_as_a_reference(
-    converted: Converted, tmp_path: Path
-) -> None:
-    path = tmp_path / "verdict.html"
-    folder = converted("tiny_panoptic_64")
-    write_report([path], "half \ud800", folder, converter.verify(folder, level=1), None, {})
-    assert "<h1>half &#55296;</h1>" in path.read_text(encoding="utf-8")
 
 
 def test_a_folder_that_is_not_there_is_named(converted: Converted, tmp_path: Path) -> None:

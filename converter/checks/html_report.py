@@ -25,6 +25,7 @@ from converter.checks.verdict import NUMBERED, Level, Verdict
 from converter.errors import OutputError
 from converter.files import replacing
 from converter.history import History, read_history
+from converter.outside import visible
 from converter.pictures.drawing import Colour, class_colour
 from converter.version import __version__
 from converter.weights.tensorfiles import WEIGHTS, WEIGHTS_INDEX, open_tensors
@@ -146,7 +147,7 @@ class Picture:
         segments: the largest, the recorded ones first.
     """
 
-    images: Mapping[str, str]
+    images: Mapping[str, Markup]
     height: int
     width: int
     differing: int
@@ -238,9 +239,7 @@ def write_report(
         OutputError: a file cannot be written.
         UnreadableFileError: the model's conversion.json is not as a conversion writes it.
     """
-    text = render(gather(title, folder, verdict, recorded, outputs))
-    # JSON may hold halves of characters, which no file in UTF-8 can
-    content = text.encode("utf-8", errors="xmlcharrefreplace")
+    content = render(gather(title, folder, verdict, recorded, outputs)).encode()
     for path in paths:
         try:
             if str(path).startswith(_STREAMS) or (path.exists() and not path.is_file()):
@@ -459,10 +458,10 @@ def _difference(picture: Image.Image, differing: NDArray[np.bool_]) -> Image.Ima
     return pale
 
 
-def _data_uri(image: Image.Image) -> str:
+def _data_uri(image: Image.Image) -> Markup:
     file = io.BytesIO()
     image.save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return Markup("data:image/png;base64,{}").format(base64.b64encode(file.getvalue()).decode())
 
 
 # the page ---------------------------------------------------------------------------------------
@@ -473,6 +472,7 @@ def _template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
+        finalize=_shown,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -482,8 +482,16 @@ def _template() -> Template:
     return environment.get_template("verdict.html")
 
 
+def _shown(value: Any) -> Any:
+    """What an expression of the template writes; all text but our own markup is made visible."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def render(data: ReportData) -> str:
-    """The page, the same for the same data; whatever stands in the data is text, never markup."""
+    """The page, the same for the same data.
+
+    Whatever stands in the data is text, never markup, and every character of it shows.
+    """
     not_tried: dict[str, list[str]] = {}
     for trial in data.verdict.tried:
         if trial.status == "not tried":
