@@ -29,6 +29,7 @@ from converter.errors import EomtConvertError
 from converter.pictures.coco import encode_mask, measure
 from converter.pictures.drawing import class_colour
 from converter.pictures.segmenting import SegmentedPicture, segment
+from converter.version import __version__
 from reference_model import EomtDinov3ForUniversalSegmentation
 
 pytestmark = pytest.mark.numbers
@@ -153,6 +154,7 @@ def test_panoptic_json_describes_the_id_map(converted: Converted, tmp_path: Path
     (picture,) = segment(converted(SHAPES), [images(SHAPES) / "2.png"], tmp_path).pictures
     content, ids = read_segments(picture), read_ids(picture)
 
+    assert content["info"] == {"contributor": "eomt-convert", "version": __version__}
     assert content["images"] == [{"id": 1, "file_name": "2.png", "height": 200, "width": 140}]
     assert content["categories"][:4:3] == [
         {"id": 0, "name": "circle", "isthing": 1},
@@ -394,27 +396,56 @@ def test_planted_links_are_not_followed(
     converted: Converted, picture: Path, tmp_path: Path, ending: str
 ) -> None:
     victim, output = tmp_path / "victim", tmp_path / "out"
-    victim.write_text("precious")
     output.mkdir()
     (output / f".street.{ending}.unfinished").symlink_to(victim)
 
     segment(converted(SHAPES), [picture], output)
+    shutil.copy(output / "street.segments.json", victim)  # so that what it stands for is ours
+    precious = victim.read_bytes()
     (output / f"street.{ending}").unlink()
     (output / f"street.{ending}").symlink_to(victim)
     segment(converted(SHAPES), [picture], output, force=True)
 
-    assert victim.read_text() == "precious"
+    assert victim.read_bytes() == precious
     assert not (output / f"street.{ending}").is_symlink()
     assert len(list(output.iterdir())) == 4
 
 
-def test_a_link_to_nothing_is_not_replaced_without_force(
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_what_no_earlier_run_has_made_is_never_replaced(
+    converted: Converted, picture: Path, tmp_path: Path, ending: str, force: bool
+) -> None:
+    mine = tmp_path / f"street.{ending}"
+    mine.write_text('{"info": {"contributor": "me"}}')
+
+    with pytest.raises(OutputError, match=rf"street\.{ending} exists, not made by"):
+        segment(converted(SHAPES), [picture], tmp_path, force=force)
+
+    assert "me" in mine.read_text()
+
+
+def test_what_is_made_while_the_network_runs_is_not_replaced(
     converted: Converted, picture: Path, tmp_path: Path
+) -> None:
+    mine = tmp_path / "street.overlay.png"
+
+    with pytest.raises(OutputError, match="not made by eomt-convert"):
+        segment(
+            converted(SHAPES), [picture], tmp_path, progress=lambda *_: mine.write_text("precious")
+        )
+
+    assert mine.read_text() == "precious"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_link_to_nothing_is_not_replaced(
+    converted: Converted, picture: Path, tmp_path: Path, force: bool
 ) -> None:
     (tmp_path / "street.overlay.png").symlink_to("missing")
 
     with pytest.raises(OutputError, match=r"street\.overlay\.png exists"):
-        segment(converted(SHAPES), [picture], tmp_path)
+        segment(converted(SHAPES), [picture], tmp_path, force=force)
 
 
 def test_an_output_that_is_a_file_is_refused(

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     help="Of the weights. [default: as in the file]",
 )
 @threads_option
-@click.option("--force", is_flag=True, help="Replace files of an earlier run.")
+@click.option("--force", is_flag=True, help="Replace files of an earlier run, and no others.")
 @hub_options
 @common_options
 def segment_command(

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from converter.errors import EomtConvertError, OutputError, UnreadableFileError, UsageError
-from converter.files import PICTURE_LIMIT, read_bytes, replacing, write_json
+from converter.files import PICTURE_LIMIT, read_bytes, read_json_object, replacing, write_json
 from converter.hub.access import Access
 from converter.models import fetch_model, find_task, load_model, torch_device
 from converter.pictures.coco import Segment, document, encode_mask, id_map_image, measure
 from converter.pictures.drawing import Label, draw_overlay
+from converter.version import __version__
 
 if TYPE_CHECKING:
     from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor
@@ -32,6 +33,12 @@ OVERLAY, ID_MAP, SEGMENTS = ".overlay.png", ".segments.png", ".segments.json"
 
 # of the files in a folder, those that are taken for pictures
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+# who made a file of segments, in its JSON
+_TOOL = "eomt-convert"
+
+# bytes of a file of segments: 100 instances have masks of up to 2.5 MB
+_SEGMENTS_LIMIT = 2**28
 
 # a quarter larger than by zlib's default, 6, in a fifth of the time
 _COMPRESSION = 2
@@ -146,7 +153,8 @@ def segment(
         device: as torch names it; by default a GPU if there is one.
         dtype: of the weights, as torch names it; ``auto`` for that of the file.
         threads: of torch on the CPU; by default as many as it takes.
-        force: whether files of an earlier run are replaced.
+        force: whether files of an earlier run are replaced: a picture's three, if their JSON file
+            says that this tool made it. Nothing else is.
         token: for the Hub; overrides HF_TOKEN and the login file.
         cache_dir: where downloads are kept.
         local_files_only: use the cache alone.
@@ -197,6 +205,7 @@ def segment(
                 files = _files(places[index])
                 size = image.height, image.width
                 found = SegmentedPicture(paths[index], *files, size, segments)
+                _check_output(output, [places[index]], force=force)  # it may be there by now
                 _write(found, index + 1, image, id_map, categories, rle=task == "instance")
                 done.append(found)
         progress("Segmenting", len(paths), len(paths))
@@ -397,12 +406,33 @@ def _check_output(folder: Path, places: Sequence[Path], *, force: bool) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file.", "Choose another output.")
-    existing = [path for place in places for path in _files(place) if os.path.lexists(path)]
-    if existing and not force:
-        more = f", and {len(existing) - 1} more files" if len(existing) > 1 else ""
+    ours: list[Path] = []
+    others: list[Path] = []
+    for place in places:
+        existing = [path for path in _files(place) if os.path.lexists(path)]
+        (ours if _is_ours(place) else others).extend(existing)
+    if others:
         raise OutputError(
-            f"{existing[0]} exists{more}.", "--force replaces them, --output goes elsewhere."
+            f"{_named(others)}, not made by eomt-convert; --force does not replace that.",
+            "Move it away, or choose another output.",
         )
+    if ours and not force:
+        raise OutputError(f"{_named(ours)}.", "--force replaces them, --output goes elsewhere.")
+
+
+def _named(paths: Sequence[Path]) -> str:
+    more = f", and {len(paths) - 1} more files" if len(paths) > 1 else ""
+    return f"{paths[0]} exists{more}"
+
+
+def _is_ours(place: Path) -> bool:
+    """Whether this tool has made the files of a picture, by what their JSON file says."""
+    _, _, segments = _files(place)
+    try:
+        info = read_json_object(segments, _SEGMENTS_LIMIT).get("info")
+    except UnreadableFileError:
+        return False
+    return isinstance(info, dict) and info.get("contributor") == _TOOL
 
 
 def _files(place: Path) -> tuple[Path, Path, Path]:
@@ -429,7 +459,10 @@ def _write(
         "height": height,
         "width": width,
     }
-    content = document(entry, found.segments, categories, None if rle else found.id_map.name)
+    content = {
+        "info": {"contributor": _TOOL, "version": __version__},
+        **document(entry, found.segments, categories, None if rle else found.id_map.name),
+    }
     ranked = sorted(found.segments, key=lambda segment: -(segment.score or 0))
     labels = [
         Label(
@@ -440,13 +473,14 @@ def _write(
         )
         for segment in ranked
     ]
-    with _os_errors(found.overlay.parent):
-        with replacing(found.id_map) as file:
-            id_map_image(id_map).save(file, "PNG")
-        write_json(found.segments_file, content)
-        with replacing(found.overlay) as file:
-            overlay = draw_overlay(image, id_map, labels)
-            overlay.save(file, "PNG", compress_level=_COMPRESSION)
+    with (
+        _os_errors(found.overlay.parent),
+        replacing(found.overlay) as overlay,
+        replacing(found.id_map) as ids,
+    ):
+        id_map_image(id_map).save(ids, "PNG")
+        draw_overlay(image, id_map, labels).save(overlay, "PNG", compress_level=_COMPRESSION)
+        write_json(found.segments_file, content)  # comes first, and says whose the others are
 
 
 def _note(segment: Segment, pixels: int) -> str:
