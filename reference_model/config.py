@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any, Self, TypeGuard
 
-from huggingface_hub import hf_hub_download
 from huggingface_hub.constants import CONFIG_NAME
 
 from reference_model.activations import ACTIVATIONS
-from reference_model.files import read_json_object
+from reference_model.files import fetch_file, read_json_object, write_json_object
 
 MODEL_TYPE = "eomt_dinov3"
 ROPE_TYPE = "default"
@@ -227,12 +225,9 @@ class EomtDinov3Config:
             FileNotFoundError: the folder has no config.json.
             ValueError: as in `from_file`.
         """
-        folder = Path(pretrained_model_name_or_path)
-        if folder.is_dir():
-            return cls.from_file(folder / CONFIG_NAME)
         return cls.from_file(
-            hf_hub_download(
-                str(pretrained_model_name_or_path),
+            fetch_file(
+                pretrained_model_name_or_path,
                 CONFIG_NAME,
                 revision=revision,
                 token=token,
@@ -244,10 +239,7 @@ class EomtDinov3Config:
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Writes config.json into a folder, which is made if need be."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False)
-        (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        write_json_object(Path(save_directory) / CONFIG_NAME, self.to_dict())
 
     def _check_sizes(self) -> None:
         if self.num_upscale_blocks is None and is_int(self.patch_size) and self.patch_size > 0:

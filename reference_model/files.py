@@ -1,17 +1,38 @@
-"""Files that may come from anywhere: opened as regular files, read up to a limit."""
+"""Files: found, opened as regular ones, read up to a limit, and replaced as a whole."""
 
 from __future__ import annotations
 
 import json
 import os
 import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from huggingface_hub import hf_hub_download
 
 # Bytes of a JSON file: the largest config.json of a published model has 100 kB. What is parsed
 # takes up to thirty times as much memory.
 JSON_LIMIT = 2**22
+
+
+def fetch_file(folder_or_repo: str | Path, name: str, **hub: Any) -> Path:
+    """Where a file of a folder is, which need not be there, or one of a Hub repository.
+
+    Args:
+        folder_or_repo: a folder, or a repository's id.
+        name: of the file.
+        hub: parameters of hf_hub_download.
+
+    Raises:
+        EntryNotFoundError: the repository has no such file.
+    """
+    if Path(folder_or_repo).is_dir():
+        return Path(folder_or_repo, name)
+    return Path(hf_hub_download(str(folder_or_repo), name, **hub))
 
 
 def open_regular(path: str | Path) -> BufferedReader:
@@ -46,3 +67,32 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError("expected a JSON object")
     return content
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a new file, which takes a path's place when it is complete.
+
+    It is in a folder of its own, whose name cannot be foreseen: no link that somebody has put at
+    the path or near it is followed. What stands at the path stays until then, and if anything
+    fails.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with TemporaryDirectory(prefix=".", dir=path.parent) as folder:
+        unfinished = Path(folder, path.name)
+        yield unfinished
+        unfinished.replace(path)
+
+
+def write_json_object(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file with sorted keys, as transformers does, into a folder made if need be.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
+    with replacing(path) as unfinished:
+        unfinished.write_text(text + "\n", encoding="utf-8")

@@ -5,7 +5,6 @@ Source: github.com/tue-mps/eomt training/lightning_module.py.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -14,14 +13,13 @@ from typing import Any, Self, TypeAlias
 
 import numpy as np
 import torch
-from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from reference_model.config import LIMITS, EomtDinov3Config, is_int, is_number, refusal
-from reference_model.files import read_json_object
+from reference_model.files import fetch_file, read_json_object, write_json_object
 from reference_model.model import EomtDinov3ForUniversalSegmentationOutput
 from reference_model.pictures import Picture, flatten, read_map, read_picture
 from reference_model.post_processing import (
@@ -167,13 +165,7 @@ class EomtImageProcessor:
             "local_files_only": local_files_only,
             "force_download": force_download,
         }
-        folder = Path(pretrained_model_name_or_path)
-        if folder.is_dir():
-            path = folder / PREPROCESSOR_CONFIG_NAME
-        else:
-            path = Path(
-                hf_hub_download(str(pretrained_model_name_or_path), PREPROCESSOR_CONFIG_NAME, **hub)
-            )
+        path = fetch_file(pretrained_model_name_or_path, PREPROCESSOR_CONFIG_NAME, **hub)
         values = _read_settings(path) | settings
         if "stuff_classes" not in values:
             try:
@@ -188,10 +180,7 @@ class EomtImageProcessor:
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Writes preprocessor_config.json, which transformers reads too, into a folder."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True)
-        (folder / PREPROCESSOR_CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        write_json_object(Path(save_directory) / PREPROCESSOR_CONFIG_NAME, self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """What goes into preprocessor_config.json."""

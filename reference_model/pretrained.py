@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import torch
-from huggingface_hub import ModelHubMixin, hf_hub_download
-from huggingface_hub.constants import SAFETENSORS_INDEX_FILE, SAFETENSORS_SINGLE_FILE
+from huggingface_hub import ModelHubMixin
+from huggingface_hub.constants import (
+    REPOCARD_NAME,
+    SAFETENSORS_INDEX_FILE,
+    SAFETENSORS_SINGLE_FILE,
+)
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reference_model.config import EomtDinov3Config
-from reference_model.files import open_regular, read_json_object
+from reference_model.files import fetch_file, open_regular, read_json_object, replacing
 
 MODEL_CARD = """\
 ---
@@ -94,21 +98,15 @@ class EomtDinov3PreTrainedModel(
         """
         model_id = str(pretrained_model_name_or_path)
 
-        def fetch(name: str) -> Path:
-            if Path(model_id).is_dir():
-                return Path(model_id) / name
-            return Path(
-                hf_hub_download(
-                    model_id,
-                    name,
-                    revision=revision,
-                    cache_dir=cache_dir,
-                    force_download=force_download,
-                    local_files_only=local_files_only,
-                    token=token,
-                )
-            )
-
+        fetch = partial(
+            fetch_file,
+            model_id,
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+        )
         if config is None:
             config = EomtDinov3Config.from_file(fetch("config.json"))
         with torch.device("meta"):
@@ -123,11 +121,12 @@ class EomtDinov3PreTrainedModel(
         extra = {"architectures": [type(self).__name__], **self.config.extra, "dtype": dtype}
         replace(self.config, extra=extra).save_pretrained(save_directory)
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-        # The weights may still be mapped from a file of this name: write beside it, then replace.
-        with TemporaryDirectory(prefix=".", dir=save_directory) as folder:
-            unfinished = Path(folder) / SAFETENSORS_SINGLE_FILE
+        # the weights may still be mapped from the file that is replaced
+        with replacing(save_directory / SAFETENSORS_SINGLE_FILE) as unfinished:
             save_file(state, unfinished, metadata={"format": "pt"})
-            unfinished.replace(save_directory / SAFETENSORS_SINGLE_FILE)
+        card = save_directory / REPOCARD_NAME
+        if card.is_symlink() and not card.exists():
+            card.unlink()  # ModelHubMixin would write to where the link leads
 
 
 def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

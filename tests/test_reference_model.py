@@ -23,10 +23,15 @@ from torch.testing import assert_close
 from transformers import EomtDinov3Config as TransformersConfig
 from transformers import EomtDinov3ForUniversalSegmentation as TransformersModel
 
-from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
+from reference_model import (
+    EomtDinov3Config,
+    EomtDinov3ForUniversalSegmentation,
+    EomtImageProcessor,
+)
 
 pytestmark = pytest.mark.numbers
 
+SAVED = ("README.md", "config.json", "model.safetensors", "preprocessor_config.json")
 PLAIN_AND_SQUARE = ("shapes_panoptic_128", "tiny_panoptic_64", "tiny_semantic_48")
 
 
@@ -382,16 +387,25 @@ def test_a_loaded_model_can_be_saved_over_its_own_file(saved: Path) -> None:
     assert not list(saved.glob("*.unfinished"))
 
 
-def test_saving_follows_no_planted_link(saved: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("name", ["model.safetensors.unfinished", *SAVED])
+def test_saving_follows_no_planted_link(
+    saved: Path, tmp_path: Path, name: str, there: bool
+) -> None:
+    model, processor = small_model(), EomtImageProcessor()
     victim = tmp_path / "victim"
-    victim.write_bytes(b"precious")
-    (saved / "model.safetensors.unfinished").symlink_to(victim)
-    before = sorted(saved.iterdir())
+    if there:
+        victim.write_bytes(b"precious")
+    (saved / name).unlink(missing_ok=True)
+    (saved / name).symlink_to(victim)
 
-    EomtDinov3ForUniversalSegmentation.from_pretrained(saved).save_pretrained(saved)
+    model.save_pretrained(saved)
+    model.config.save_pretrained(saved)
+    processor.save_pretrained(saved)
 
-    assert victim.read_bytes() == b"precious"
-    assert sorted(saved.iterdir()) == before
+    assert victim.exists() == there
+    assert not there or victim.read_bytes() == b"precious"
+    assert {path.name for path in saved.iterdir()} == {name, *SAVED}
 
 
 def test_weights_are_cast_on_request_and_the_config_says_so(saved: Path) -> None:
