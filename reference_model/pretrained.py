@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any, Self
 
 import torch
@@ -32,6 +34,9 @@ MODEL_CARD = """\
 An EoMT-DINOv3 segmentation model. `EomtDinov3ForUniversalSegmentation.from_pretrained` loads it,
 in transformers and in the reference model of eomt-convert alike.
 """
+
+# no folder, no way out of one, nothing that steers a terminal
+_SHARD_NAME = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 
 FLOATING_POINT = {"F64", "F32", "F16", "BF16"}  # safetensors' names
 
@@ -166,10 +171,10 @@ def _shard_names(index: Path) -> list[str]:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{index}: not an index of safetensors shards") from error
     for name in names:
-        # a backslash parts folders on Windows only, but such a name is no shard's anywhere
-        plain = isinstance(name, str) and name == PureWindowsPath(PurePosixPath(name).name).name
-        if not plain or not name.endswith(".safetensors"):
-            raise ValueError(f"{index}: {name!r} is not the plain name of a safetensors file")
+        if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
+            raise ValueError(
+                f"{index}: {shortened(name)} is not the plain name of a safetensors file"
+            )
     return sorted(names)
 
 

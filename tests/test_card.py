@@ -213,6 +213,21 @@ def test_what_a_stranger_wrote_into_conversion_json_does_nothing_in_the_card(
     assert text.encode()
 
 
+@pytest.mark.parametrize(
+    "repo_id", ["a/b\u202e", "a/b\x9b31m", "a/b\nlicense: mit", "a/b/c", "../b", "b" * 70_000, ""]
+)
+def test_a_backbone_that_can_be_no_repository_is_left_out(
+    published: ModelRecord, repo_id: str
+) -> None:
+    digests = {"model.safetensors": 64 * "0"}
+    made = with_source(published, "backbone", repo_id=repo_id, digests=digests)
+    text = str(model_card(REPO, made))
+
+    assert made.backbone is None
+    assert "base_model" not in text
+    assert all(line.isprintable() for line in text.split("\n"))
+
+
 def test_a_file_with_a_heading_in_its_name_is_published_harmlessly(
     command: Command, tmp_path: Path
 ) -> None:

@@ -461,12 +461,19 @@ def test_a_tensor_that_does_not_fit_is_named(
         "a/b.safetensors",
         "a\\b.safetensors",
         "x.bin",
+        "\x1b[2J.safetensors",
+        "\u202ex.safetensors",
+        "x\n.safetensors",
+        f"{'x' * 70_000}\\.safetensors",
+        None,
     ],
 )
-def test_a_shard_outside_of_the_folder_is_refused(saved: Path, name: Any) -> None:
+def test_a_shard_that_is_no_file_beside_its_index_is_refused(saved: Path, name: Any) -> None:
     write_index(saved, shard(saved) | {"query.weight": name})
-    with pytest.raises(ValueError, match=r"index\.json: .* plain name"):
+    with pytest.raises(ValueError, match=r"index\.json: .* plain name") as error:
         EomtDinov3ForUniversalSegmentation.from_pretrained(saved)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}'])

@@ -140,9 +140,23 @@ class ModelRecord:
         source = self.history.sources.get("backbone")
         if source is None:
             return None
-        return source.repo_id or next(
-            filter(None, map(published_repo, source.digests.values())), None
-        )
+        if source.repo_id and _is_repo_id(source.repo_id):
+            return source.repo_id
+        return next(filter(None, map(published_repo, source.digests.values())), None)
+
+
+def _is_repo_id(text: str) -> bool:
+    """Whether a repository may have this name, and not whatever a conversion.json may hold."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but in no __all__
+        validate_repo_id,
+    )
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return True
 
 
 def is_derived(checkpoint: Checkpoint | None, digests: Collection[str]) -> bool:
