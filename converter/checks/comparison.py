@@ -219,9 +219,12 @@ def equal_pixels(ours: Tensor, theirs: Tensor) -> float:
     if ours.ndim == 2:
         return float((ours == theirs).double().mean())
     same_class = ours[..., 0] == theirs[..., 0]
-    pairs = torch.stack((ours[..., 1], theirs[..., 1]), dim=-1)[same_class]
-    unique, times = pairs.unique(dim=0, return_counts=True)
-    found: list[list[int]] = unique.tolist()
+    (_, mine), (their_ids, recorded) = (
+        side[..., 1][same_class].unique(return_inverse=True) for side in (ours, theirs)
+    )
+    # pairs as numbers: to sort them as rows takes twenty times as long
+    pairs, times = (mine * len(their_ids) + recorded).unique(return_counts=True)
+    found = [divmod(pair, len(their_ids)) for pair in pairs.tolist()]
     counts: list[int] = times.tolist()
     most: dict[tuple[int, int], int] = {}  # pixels shared with another segment, by side and id
     for pair, count in zip(found, counts, strict=True):

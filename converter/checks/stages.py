@@ -108,6 +108,7 @@ class Network:
                 dict(self.weights),
                 (self.normalisation(pixels),),
                 {"output_hidden_states": True},
+                tie_weights=False,  # none are, and to look for them takes longer than a small layer
             )
         return named_outputs(output)
 
@@ -119,7 +120,9 @@ class Network:
             for name, tensor in self.weights.items()
             if name.startswith(prefix)
         }
-        output: Tensor = functional_call(self.skeleton.module(module), weights, args)
+        output: Tensor = functional_call(
+            self.skeleton.module(module), weights, args, tie_weights=False
+        )
         return output
 
     def step(self, module: str, x: Tensor, grid: tuple[int, int]) -> Tensor:
