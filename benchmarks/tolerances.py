@@ -148,7 +148,8 @@ def random_subject(place: Path, image_size: int) -> Subject:
     model = Model(config)
     model.attn_mask_probs.zero_()  # as in a converted model
     model.save_pretrained(place)
-    processor = EomtImageProcessor(do_pad=True)
+    size = {"height": image_size, "width": image_size}
+    processor = EomtImageProcessor(size=size, do_pad=True)
     processor.save_pretrained(place)
     pixels = torch.randint(256, (2, 3, image_size, image_size), dtype=torch.uint8)
     inputs = prepare(
