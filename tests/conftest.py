@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 import signal
+import ssl
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,14 @@ def _locks_of_ones_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
     """Keeps locks of outputs that are gone out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _certificates_read_once() -> Iterator[None]:
+    """Has every test's client of the Hub, which needs none, share the system's certificates."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ssl, "create_default_context", cache(ssl.create_default_context))
         yield
 
 
