@@ -109,21 +109,34 @@ def load_model(
             padded. The published preprocessor_config.json of a semantic model pads.
 
     Raises:
-        UnreadableFileError: a file is missing or broken.
+        UnreadableFileError: a file is missing or broken, or the two do not go together.
     """
     from safetensors import SafetensorError
 
     from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor
 
     try:
-        return (
-            EomtDinov3ForUniversalSegmentation.from_pretrained(folder, device=device, dtype=dtype),
-            EomtImageProcessor.from_pretrained(
-                folder, do_resize=True, do_split_image=windows, do_pad=not windows
-            ),
+        network = EomtDinov3ForUniversalSegmentation.from_pretrained(
+            folder, device=device, dtype=dtype
+        )
+        processor = EomtImageProcessor.from_pretrained(
+            folder, do_resize=True, do_split_image=windows, do_pad=not windows
         )
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UnreadableFileError(f"{folder} is no usable model: {error}") from error
+    trained, made = network.config.input_size, processor.image_size
+    if made != trained:
+        raise UnreadableFileError(
+            f"image_size in {folder / 'config.json'} is {list(trained)}, {_PREPROCESSOR} makes "
+            f"pictures of {list(made)}.",
+            "Give both the height and width in pixels that the model was trained with.",
+        )
+    if network.config.num_channels != 3:
+        raise UnreadableFileError(
+            f"num_channels in {folder / 'config.json'} is {network.config.num_channels}; pictures "
+            "have 3."
+        )
+    return network, processor
 
 
 @contextmanager

@@ -123,7 +123,7 @@ def _finding(level: Level) -> str:
             return f"{figures['tensors']} tensors are what {given}"
         case "arithmetic", "failed":
             return f"{len(figures['different'])} of {figures['tensors']} tensors differ"
-        case "numbers" | "peers" | "published", _ if figures:
+        case "numbers" | "peers" | "published", _ if "compared" in figures:
             return _differences(figures)
         case "pictures", _ if "compared" in figures:
             return f"{figures['pictures']} pictures, {_differences(figures)}{_results(figures)}"

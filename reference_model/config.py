@@ -115,6 +115,10 @@ class EomtDinov3Config:
         self._check_sizes()
         self._check_rope()
         self._check_classes()
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if entry.type in ("float", "float | None") and is_int(value):  # JSON may say 1 for 1.0
+                object.__setattr__(self, entry.name, float(value))
 
     @property
     def num_labels(self) -> int:

@@ -191,6 +191,20 @@ def test_annotations_cannot_name_files_elsewhere(file_name: str, tmp_path: Path)
         ({"annotations": 3}, "not iterable"),
         ({"categories": [{"id": 1}]}, "it lacks 'name'"),
         ({"categories": [{"id": 1, "name": "a"}, {"id": "b", "name": "b"}]}, "not supported"),
+        ({"categories": [{"id": [1], "name": "a"}]}, "id is [1], not a whole number"),
+        ({"images": [{"id": None, "file_name": "a.jpg"}]}, "id is None, not a whole number"),
+        (
+            {
+                "annotations": [
+                    {
+                        "image_id": 10,
+                        "file_name": "000000000000.png",
+                        "segments_info": [{"id": 1, "category_id": [1], "iscrowd": 0}],
+                    }
+                ]
+            },
+            "category_id is [1], not a whole number",
+        ),
     ],
 )
 def test_annotations_of_another_form_are_refused(

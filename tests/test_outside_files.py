@@ -38,6 +38,8 @@ CONVERT = (
     *("--task", "panoptic", "--image-size", "64", "--output", "out"),
 )
 LONG = "x" * 300
+DATA = FIXTURES / "shapes_panoptic_128" / "val"
+EVALUATE = ("evaluate", "model", "--dataset", "coco-panoptic", "--data", DATA)
 SEGMENT = ("segment", "model", TINY / "images" / "0.png", "--output", "out")
 
 
@@ -365,6 +367,38 @@ def test_a_senseless_value_of_the_processor_is_named(
     message = error_of(command, *SEGMENT)
 
     assert f"model/preprocessor_config.json: {key} is {shortened(value)}; expected" in message
+
+
+@pytest.mark.parametrize("pixels", [63, 128, 2**14])
+@pytest.mark.parametrize("arguments", [SEGMENT, EVALUATE])
+def test_pictures_of_another_size_than_the_models_are_refused(
+    command: Command, model: Path, arguments: tuple[str, ...], pixels: int
+) -> None:
+    size = {"shortest_edge": pixels, "longest_edge": pixels}
+    edit(model / "preprocessor_config.json", size=size)
+
+    message = error_of(command, *arguments)
+
+    assert "image_size in model/config.json is [64, 64]" in message
+    assert f"preprocessor_config.json makes pictures of [{pixels}, {pixels}]" in message
+
+
+def test_a_model_of_other_channels_than_pictures_have_is_refused(
+    command: Command, model: Path
+) -> None:
+    weights = load_file(model / "model.safetensors")
+    patches = "embeddings.patch_embeddings.weight"
+    weights[patches] = weights[patches][:, :1].contiguous()
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    edit(model / "config.json", num_channels=1)
+
+    assert "num_channels in model/config.json is 1; pictures have 3." in error_of(command, *SEGMENT)
+
+
+def test_a_layer_scale_that_is_a_whole_number_is_one(command: Command, model: Path) -> None:
+    edit(model / "config.json", layerscale_value=1)
+
+    assert command("verify", "model", "--level", "1").exit_code == 0
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,11 @@ def test_upscaling_follows_from_the_patch_size(patch_size: int, blocks: int) -> 
     assert EomtDinov3Config(patch_size=patch_size).num_upscale_blocks == blocks
 
 
+@pytest.mark.parametrize("key", ["layerscale_value", "layer_norm_eps", "pos_embed_rescale"])
+def test_a_whole_number_stands_for_the_same_with_a_point(key: str) -> None:
+    assert type(getattr(EomtDinov3Config.from_dict({key: 1}), key)) is float
+
+
 def test_given_upscaling_is_kept() -> None:
     assert EomtDinov3Config(patch_size=16, num_upscale_blocks=3).num_upscale_blocks == 3
 

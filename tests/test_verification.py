@@ -159,7 +159,9 @@ def test_another_number_of_classes_fails_with_both_shapes(
     assert {trial.status for trial in verdict.tried} == {"not tried"}
 
 
-def test_pictures_that_patches_do_not_fill_fail(model: Path, tmp_path: Path) -> None:
+def test_pictures_that_patches_do_not_fill_fail(
+    model: Path, command: Command, tmp_path: Path
+) -> None:
     recorded = load_file(TINY / "recorded.safetensors")
     recorded["pixels"] = torch.zeros(1, 3, 65, 64, dtype=torch.uint8)
     save_file(recorded, tmp_path / "recorded.safetensors")
@@ -168,6 +170,9 @@ def test_pictures_that_patches_do_not_fill_fail(model: Path, tmp_path: Path) -> 
 
     assert verdict.verdict == "failed"
     assert "does not suit the model" in verdict.reason
+    result = command("verify", model, "--recorded", tmp_path / "recorded.safetensors")
+    assert result.exit_code == 3
+    assert "The recorded input does not suit the model" in result.stdout
 
 
 @pytest.mark.parametrize("name", ["layers.2.norm1.bias", "attn_mask_probs"])

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path, PurePosixPath
+from reprlib import repr as shortened
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 import numpy as np
@@ -263,13 +264,13 @@ class CocoPanoptic:
             self.names, self.stuff, self._class_ids = _parse_categories(content)
             file_names = _parse_file_names(content)
             self._entries = sorted(
-                (file_names[entry["image_id"]], entry["image_id"], _plain(entry["file_name"]))
+                (file_names[_id(entry, "image_id")], entry["image_id"], _plain(entry["file_name"]))
                 for entry in content["annotations"]
                 if entry["segments_info"]
             )
             self._segments = {
-                entry["image_id"]: {
-                    segment["id"]: (segment["category_id"], bool(segment["iscrowd"]))
+                _id(entry, "image_id"): {
+                    _id(segment): (_id(segment, "category_id"), bool(segment["iscrowd"]))
                     for segment in entry["segments_info"]
                 }
                 for entry in content["annotations"]
@@ -332,7 +333,7 @@ class CocoInstances:
             file_names = _parse_file_names(content)
             self._objects: dict[int, list[dict[str, Any]]] = {}
             for annotation in content["annotations"]:
-                self._objects.setdefault(annotation["image_id"], []).append(annotation)
+                self._objects.setdefault(_id(annotation, "image_id"), []).append(annotation)
             self._entries = sorted((file_names[image_id], image_id) for image_id in self._objects)
 
     def __len__(self) -> int:
@@ -347,7 +348,7 @@ class CocoInstances:
             objects = [
                 annotation
                 for annotation in self._objects[image_id]
-                if annotation["category_id"] in self._class_ids
+                if _id(annotation, "category_id") in self._class_ids
             ]
             target = Instances(
                 index,
@@ -482,7 +483,7 @@ def _parse_categories(
     content: Mapping[str, Any],
 ) -> tuple[tuple[str, ...], tuple[int, ...], dict[int, int]]:
     """Class names, ids of stuff classes, and class ids by category id, which has gaps in COCO."""
-    categories = sorted(content["categories"], key=lambda category: category["id"])
+    categories = sorted(content["categories"], key=_id)
     return (
         tuple(str(category["name"]) for category in categories),
         tuple(i for i, category in enumerate(categories) if not category.get("isthing", True)),
@@ -490,8 +491,16 @@ def _parse_categories(
     )
 
 
-def _parse_file_names(content: Mapping[str, Any]) -> dict[int, str]:
-    return {image["id"]: _plain(image["file_name"]) for image in content["images"]}
+def _parse_file_names(content: Mapping[str, Any]) -> dict[Any, str]:
+    return {_id(image): _plain(image["file_name"]) for image in content["images"]}
+
+
+def _id(entry: Mapping[str, Any], key: str = "id") -> Any:
+    """An id, which is a number in COCO, and a text in datasets that were made like it."""
+    value = entry[key]
+    if type(value) not in (int, str):
+        raise TypeError(f"{key} is {shortened(value)}, not a whole number or a text")
+    return value
 
 
 def _plain(file_name: str) -> str:
