@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +210,26 @@ def test_doubled_sizes_that_agree_fail_by_both_keys(name: str, own: Callable[[st
         f"prepared with {json.dumps(size)}. image_size in config.json is "
         f"[{2 * height}, {2 * width}], that of the recorded pictures is [{height}, {width}]."
     )
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_nothing_is_made_of_pictures_that_would_be_padded_to_another_size(
+    name: str, own: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = own(name)
+    size = {"height": 2048, "width": 2048}
+    change_json(model / PREPROCESSOR, do_resize=False, size=size)
+    change_json(model / "config.json", image_size=[2048, 2048])
+    made = set()
+
+    def note(processor: EomtImageProcessor, images: Sequence[Image.Image]) -> pipeline.Inputs:
+        made.add(processor.image_size)
+        return pipeline.prepare(processor, images)
+
+    monkeypatch.setattr("converter.checks.pictures.prepare", note)
+
+    assert "do_resize in preprocessor_config.json is false" in fail(model, name)
+    assert made == {tuple(read_json(FIXTURES / name / "recorded.json")["image_size"])}
 
 
 @pytest.mark.parametrize("name", ["shapes_panoptic_128", SEMANTIC])

@@ -159,6 +159,16 @@ def test_another_number_of_classes_fails_with_both_shapes(
     assert {trial.status for trial in verdict.tried} == {"not tried"}
 
 
+def test_a_tensor_of_no_name_that_is_recorded_is_not_compared(model: Path, tmp_path: Path) -> None:
+    recorded = load_file(TINY / "recorded.safetensors")
+    recorded["hidden_states.2.0"] = recorded["hidden_states.2"] + 1
+    save_file(recorded, tmp_path / "recorded.safetensors")
+
+    verdict = converter.verify(model, recorded=tmp_path / "recorded.safetensors", level=3)
+
+    assert verdict.verdict == "passed"
+
+
 def test_pictures_that_patches_do_not_fill_fail(
     model: Path, command: Command, tmp_path: Path
 ) -> None:

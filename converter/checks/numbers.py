@@ -1,5 +1,6 @@
 """The reference model run on a recorded input, beside what was recorded."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -150,7 +151,7 @@ def _comparable(recorded: Recorded, *, bare: bool) -> dict[str, Tensor]:
     blocks = range(len(_masks(recorded)))
     names = {
         *("patch_embeddings", "last_hidden_state", *LOGITS),
-        *(name for name in recorded.tensors if name.startswith("hidden_states.")),
+        *(name for name in recorded.tensors if re.fullmatch(r"hidden_states\.\d+", name)),
         *(f"masked.{kind}.{block}" for kind in LOGITS for block in blocks),
         *([_BARE] if bare else []),
     }

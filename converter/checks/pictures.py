@@ -170,7 +170,8 @@ def _prepare(folder: Path, settings: Mapping[str, Any], pictures: RecordedPictur
     recorded = tuple(pictures.pixels.shape[-2:])
     try:
         processor = EomtImageProcessor.from_pretrained(folder, **settings)
-        if processor.do_resize and processor.image_size != recorded:  # however large it may be
+        makes_fit = processor.do_resize or processor.do_pad
+        if makes_fit and processor.image_size != recorded:  # however large it may be
             return f"its size is {list(processor.image_size)}, that of the recording {[*recorded]}"
         return prepare(processor, pictures.images)
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
