@@ -3,7 +3,6 @@
 It may come from anybody. It is read here and nowhere else, all of it, into a type.
 """
 
-import re
 import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -120,9 +119,7 @@ def parse_history(content: Mapping[str, Any], path: Path = Path(HISTORY)) -> His
         weights=cast("WeightsKind", top.one_of("weights", *get_args(WeightsKind))),
         sources={
             cast("Source", role): PastSource(
-                source.optional_name("repo", "owner/name", r"[\w.-]+/[\w.-]+"),
-                source.optional_name("revision", "a commit", "[0-9a-f]{40}"),
-                _digests(source),
+                source.optional_text("repo"), source.optional_text("revision"), _digests(source)
             )
             for role, source in top.object("sources").objects(*get_args(Source))
         },
@@ -177,14 +174,6 @@ class _Object:
 
     def optional_text(self, key: str) -> str | None:
         return cast("str | None", self.value(key, "a text or null", _is_text_or_null))
-
-    def optional_name(self, key: str, form: str, pattern: str) -> str | None:
-        """A text of a form that goes into addresses and file names, or null."""
-        text = self.optional_text(key)
-        if text is not None and not re.fullmatch(pattern, text, re.ASCII):
-            found = reprlib.repr(text)
-            raise self.wrong(f"{self.place_of(key)} is {found}; expected {form} or null")
-        return text
 
     def one_of(self, key: str, *known: str | None) -> str | None:
         expected = "one of " + ", ".join("null" if name is None else name for name in known)

@@ -681,7 +681,8 @@ class Outcome:
 
     Attributes:
         number: of the case.
-        refused: whether the command failed with an error that a user can understand.
+        refused: whether the command ended with an error that a user can understand; a verdict,
+            whichever, is none.
         finding: what it did that no command may do; empty where there is nothing.
         output: what it printed.
         seconds: that it took.
@@ -803,7 +804,8 @@ def _run(number: int, case: Case, place: Path) -> Outcome:
     if new - {"out", "report.html"}:
         findings.append(f"it leaves {sorted(new)} behind")
     finding = "; ".join(dict.fromkeys(findings))
-    return Outcome(number, case, code not in (0, None), finding, stdout + stderr, seconds)
+    refused = re.search("^Error: ", stderr, re.MULTILINE) is not None
+    return Outcome(number, case, refused, finding, stdout + stderr, seconds)
 
 
 def _wrong_output(case: Case, stdout: str, stderr: str, place: Path) -> Iterator[str]:
