@@ -14,6 +14,7 @@ from hub_server import Hub
 from safetensors.torch import load_file, save_file
 
 import converter
+from converter.checks import verification
 from converter.checks.comparison import TOLERANCE
 from converter.checks.verdict import LEVELS, NUMBERED, Level, Verdict
 from converter.errors import UnreadableFileError, UsageError
@@ -74,6 +75,34 @@ def test_without_a_recording_a_model_is_unverified(model: Path) -> None:
 
     assert verdict.verdict == "unverified"
     assert verdict.reason == "not verified numerically: nothing recorded"
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_weights_are_kept_only_for_a_network_that_is_run(
+    recorded: bool, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = []
+    check_structure = verification._check_structure
+
+    def count(found: Any, *arguments: Any) -> Level:
+        kept.append(len(found.weights))
+        return check_structure(found, *arguments)
+
+    monkeypatch.setattr(verification, "_check_structure", count)
+    change_json(model / "conversion.json", checkpoint=None)
+    converter.verify(model, recorded=TINY if recorded else None)
+
+    assert kept == [len(load_file(model / "model.safetensors")) if recorded else 0]
+
+
+def test_what_differs_is_diagnosed_where_nothing_is_recorded(model: Path) -> None:
+    change_json(model / "conversion.json", checkpoint=None)
+    change_weights(model, lambda state: state["layernorm.weight"].zero_())
+    verdict = converter.verify(model)
+
+    assert level_of(verdict, "numbers").status == "not checked"
+    assert verdict.cause is not None
+    assert verdict.cause.tensors == ("layernorm.weight",)
 
 
 def test_changed_weights_fail_with_figures(model: Path) -> None:
