@@ -313,6 +313,12 @@ def test_a_wrong_checksum_of_the_weights_is_a_warning(command: Command, tmp_path
     shown = json.loads(command("inspect", "delta.bin", "--json").stdout)
     assert shown["wrong_checksums"] == ["pytorch_model/data/79"]
 
+    given = ("--delta", "delta.bin", "--backbone", TINY / "backbone")
+    result = command("verify", "out", *given, "--level", "2", "--json")
+    (_, arithmetic, *_) = json.loads(result.stdout)["levels"]
+    assert arithmetic["status"] == "passed"
+    assert "'pytorch_model/data/79' in delta.bin has another CRC-32" in arithmetic["reason"]
+
 
 # values without sense ----------------------------------------------------------------------------
 

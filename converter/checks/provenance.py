@@ -16,7 +16,7 @@ from converter.weights.inspection import WeightsKind, decide, signs_of_a_delta
 from converter.weights.layouts import EOMT_TRANSFORMERS, recognise
 from converter.weights.merge import CHUNK, Files, compute, read_operand, round_to
 from converter.weights.plan import Plan, Row, Source, make_plan
-from converter.weights.tensorfiles import ShardedTensorFile, TensorFile, open_tensors
+from converter.weights.tensorfiles import ShardedTensorFile, TensorFile, damage, open_tensors
 
 if TYPE_CHECKING:
     from converter.weights.tensorfiles import Array
@@ -54,6 +54,11 @@ class Provenance:
                     digest.update(np.ascontiguousarray(round_to(values, row.dtype)).data)
             digests[row.name] = digest.hexdigest()
         return digests
+
+    def damage(self) -> tuple[str, ...]:
+        """A sentence on each file with records that have another CRC-32 than it names."""
+        wrong = {file.path: file.wrong_checksums() for file in self.files.values()}
+        return tuple(damage(path, names) for path, names in wrong.items() if names)
 
     def tensor(self, name: str, *, rounded: bool = True) -> "Array":
         """A tensor as its recipe makes it, as float32.

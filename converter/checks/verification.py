@@ -85,6 +85,7 @@ class Evidence:
         of_published: whether the sources are the published delta, as its repository's main branch
             has it, and a backbone.
         recipes: SHA-256 of every tensor as its recipe makes it; None without the sources.
+        damage: in sentences, what speaks for damage to the sources without proving it.
         backbone_config: the backbone's config.json, if a backbone was given.
         run_backbone: whether the bare backbone is run too.
     """
@@ -97,6 +98,7 @@ class Evidence:
     sources: Provenance | str = "The sources are not at hand."
     of_published: bool = False
     recipes: Mapping[str, str] | None = None
+    damage: tuple[str, ...] = ()
     backbone_config: BackboneConfig | None = None
     run_backbone: bool = False
 
@@ -225,6 +227,7 @@ def verify(
             and delta is None
             and is_published(checkpoint, history, access),
             recipes=sources.digests() if isinstance(sources, Provenance) else None,
+            damage=sources.damage() if isinstance(sources, Provenance) else (),
             backbone_config=find_backbone_config(fetch_config(parse_source(backbone), access))
             if backbone
             else None,
@@ -606,7 +609,7 @@ def _check_arithmetic(found: _Model, evidence: Evidence) -> Level:
     if files:
         reason = f"{files[0]} is not as it was written, by conversion.json."
         return Level("arithmetic", "failed", reason, figures)
-    return Level("arithmetic", "passed", figures=figures)
+    return Level("arithmetic", "passed", " ".join(evidence.damage), figures)
 
 
 def _recipe(name: str, evidence: Evidence) -> str:
