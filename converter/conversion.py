@@ -23,7 +23,7 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
-from converter.files import prepare_place, real_path, sha256, write_json
+from converter.files import prepare_place, real_path, sha256, user_path, write_json
 from converter.history import HISTORY, read_history
 from converter.hub.access import Access
 from converter.hub.downloads import arrived_damaged, is_damaged, is_sha256
@@ -369,7 +369,7 @@ def _damaged(error: EomtConvertError, job: Job, access: Access) -> list[tuple[Fe
 
 
 def _path(given: str | Path | None) -> Path | None:
-    return Path(given).expanduser() if given else None
+    return user_path(given) if given else None
 
 
 def _height_and_width(given: int | tuple[int, int] | None) -> tuple[int, int] | None:
@@ -400,7 +400,7 @@ def _place(job: Job, output: str | Path | None) -> Path:
     if output is None and job.checkpoint is None:
         raise UsageError("Without --checkpoint, --output must be given.")
     name = output or (job.checkpoint.name if job.checkpoint else "")
-    return real_path(Path(name).expanduser())
+    return real_path(user_path(name))
 
 
 def made_files(folder: Path) -> Mapping[str, str | None]:

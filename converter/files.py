@@ -23,6 +23,11 @@ JSON_LIMIT = 2**22
 PICTURE_LIMIT = 2**28
 
 
+def user_path(given: str | Path) -> Path:
+    """A path as users write it, with ``~`` for a home folder, which stays where there is none."""
+    return Path(os.path.expanduser(given))  # noqa: PTH111  # pathlib's raises a RuntimeError
+
+
 def real_path(path: Path) -> Path:
     """An absolute path without links, but for one that leads to itself, which stays."""
     return Path(os.path.realpath(path))

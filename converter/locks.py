@@ -11,7 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from converter.errors import OutputError
-from converter.files import read_text, replacing
+from converter.files import read_text, replacing, user_path
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def _own_folder() -> Path:
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not cache.is_absolute():  # as the specification of XDG_CACHE_HOME says
-        cache = Path(os.path.expanduser("~/.cache"))  # noqa: PTH111  # stays so without a home
+        cache = user_path("~/.cache")
     own, temporary = cache / "eomt-convert", Path(tempfile.gettempdir())
     folders = [own, temporary / f"eomt-convert-{os.geteuid()}"][not own.is_absolute() :]
     for folder in folders:

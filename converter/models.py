@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from converter.catalog import find_named
 from converter.configs import read_config
 from converter.errors import UnreadableFileError, UsageError
-from converter.files import read_json_object
+from converter.files import read_json_object, user_path
 from converter.history import HISTORY, read_history
 from converter.hub.access import Access
 from converter.hub.downloads import not_in_cache
@@ -63,7 +63,7 @@ def repository_of(model: str | Path) -> str | None:
 
 def _source(model: str | Path) -> LocalSource | HubSource:
     if isinstance(model, Path) or model.count("/") != 1:
-        return LocalSource(Path(model).expanduser())
+        return LocalSource(user_path(model))
     return parse_source(model)
 
 

@@ -38,6 +38,7 @@ CONVERT = (
     *("--task", "panoptic", "--image-size", "64", "--output", "out"),
 )
 LONG = "x" * 300
+NOBODY = "~no-such-user/model"
 DATA = FIXTURES / "shapes_panoptic_128" / "val"
 EVALUATE = ("evaluate", "model", "--dataset", "coco-panoptic", "--data", DATA)
 SEGMENT = ("segment", "model", TINY / "images" / "0.png", "--output", "out")
@@ -200,6 +201,25 @@ def test_a_path_that_no_system_takes_ends_in_one_error(
     command: Command, model: Path, arguments: tuple[str | Path, ...]
 ) -> None:
     assert "name too long" in error_of(command, *arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect", NOBODY),
+        ("verify", NOBODY),
+        ("verify", "model", "--recorded", NOBODY),
+        ("segment", NOBODY, TINY / "images" / "0.png"),
+        ("push", NOBODY, "me/model"),
+        ("--delta", NOBODY, "--backbone", NOBODY, *CONVERT[4:]),
+        (*CONVERT, "--labels", NOBODY),
+    ],
+    ids=lambda arguments: " ".join(map(shortened, arguments)),
+)
+def test_the_home_of_nobody_ends_in_one_error(
+    command: Command, model: Path, arguments: tuple[str | Path, ...]
+) -> None:
+    assert NOBODY in error_of(command, *arguments)
 
 
 def test_pictures_that_may_not_be_looked_at_are_skipped(

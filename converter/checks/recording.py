@@ -16,7 +16,7 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
-from converter.files import read_json_object, real_path, sha256, write_json
+from converter.files import read_json_object, real_path, sha256, user_path, write_json
 from converter.history import read_history
 from converter.hub.access import Access
 from converter.models import fetch_model, find_task, repository_of, torch_device
@@ -129,7 +129,7 @@ def record(
     """
     if bool(images) == bool(random):
         raise UsageError("A recording is of pictures (--image) or of random pixels (--random).")
-    place = real_path(Path(output).expanduser())
+    place = real_path(user_path(output))
     check_place(place, force=force, made=made_files)
     access = Access.of(token, cache_dir, local_files_only)
     folder, repo_id = fetch_model(model, access), repository_of(model)
@@ -150,7 +150,7 @@ def record(
         )
     from converter.checks.precision import full_float32
 
-    files = [Path(image).expanduser() for image in images]
+    files = [user_path(image) for image in images]
     pictures = [open_picture(file) for file in files]
     task = _task_of(model, folder)
     with torch_device(device, threads), full_float32():

@@ -21,7 +21,7 @@ from converter.checks.recorded import CONFIGS, Recorded, find_recorded, read_rec
 from converter.checks.verdict import LEVELS, NOT_ASKED, NUMBERED, Cause, Level, Verdict
 from converter.configs import BackboneConfig, find_backbone_config, read_config, read_model_config
 from converter.errors import UnreadableFileError, UsageError
-from converter.files import prepare_place, read_json_object, sha256
+from converter.files import prepare_place, read_json_object, sha256, user_path
 from converter.history import History, read_history
 from converter.hub.access import Access
 from converter.hub.sources import (
@@ -191,19 +191,19 @@ def verify(
     """
     if level not in range(1, len(NUMBERED) + 1):
         raise UsageError(f"There is no level {level}: {NUMBERED[0]} is 1, {NUMBERED[-1]} is 5.")
-    page = Path(report).expanduser() if report else None
+    page = user_path(report) if report else None
     if page:
         prepare_place(page)
     access = Access.of(token, cache_dir, local_files_only)
     options = Options(
-        level, against, Path(image).expanduser() if image else None, device, threads, access=access
+        level, against, user_path(image) if image else None, device, threads, access=access
     )
     folder = fetch_model(model, access)
     with open_tensors(_find_weights(folder)) as file:
         tensors = dict(file.tensors)
     history = read_history(folder)
     checkpoint = history.checkpoint if history else find_named(repository_of(model))
-    place = Path(recorded).expanduser() if recorded else checkpoint and checkpoint.recorded
+    place = user_path(recorded) if recorded else checkpoint and checkpoint.recorded
     with ExitStack() as stack:
         sources: Provenance | str = _not_asked(options)
         if level >= _number("arithmetic"):

@@ -20,6 +20,7 @@ from converter.errors import (
     OutputError,
     UsageError,
 )
+from converter.files import user_path
 from converter.outside import visible
 
 if TYPE_CHECKING:
@@ -109,14 +110,14 @@ class Access:
         local_files_only: bool = False,
     ) -> "Access":
         """The access of a function's parameters."""
-        return cls(token, Path(cache_dir).expanduser() if cache_dir else None, local_files_only)
+        return cls(token, user_path(cache_dir) if cache_dir else None, local_files_only)
 
     @property
     def cache(self) -> Path:
         """The folder that downloads are kept in."""
         from huggingface_hub import constants
 
-        return (self.cache_dir or Path(constants.HF_HUB_CACHE)).expanduser()
+        return user_path(self.cache_dir or constants.HF_HUB_CACHE)
 
     @property
     def offline(self) -> bool:

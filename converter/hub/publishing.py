@@ -19,7 +19,7 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
-from converter.files import read_bytes
+from converter.files import read_bytes, user_path
 from converter.history import HISTORY
 from converter.hub.access import Access, Snapshot, explained, not_found, without_secrets
 from converter.hub.card import LICENCE_FILE, ModelRecord, is_derived, model_card, updated
@@ -158,7 +158,7 @@ def publish(
             "--create-pr goes with none of --revision, --tag and --public.",
             "A pull request goes to main; tag the commit, and show it, when it is merged.",
         )
-    made, files = _read(Path(folder).expanduser(), allow_unverified=allow_unverified)
+    made, files = _read(user_path(folder), allow_unverified=allow_unverified)
     access = (access or Access.of(token, cache_dir)).online
     check_login([repo_id], access)
     if licence := _licence(made, license_file, access):
@@ -167,7 +167,7 @@ def publish(
     api, branch = HfApi(token=access.token), revision or MAIN
     remote = _read_branch(api, repo_id, branch)
     files["README.md"] = _card(repo_id, made, remote, access)
-    report = Path(folder).expanduser() / REPORT
+    report = user_path(folder) / REPORT
     if report.is_file() and not is_there(files, remote):
         # its figures were measured: that they are others elsewhere is no reason for a commit
         files[REPORT] = Content.of(report)
@@ -265,7 +265,7 @@ def check_licence(
         AccessError, HubUnavailableError: the backbone's repository cannot be reached.
     """
     if given:
-        path = Path(given).expanduser()
+        path = user_path(given)
         _licence_text(path)
         return path
     access, backbone = access.online, sources["backbone"]
@@ -329,7 +329,7 @@ def _check_verdict(made: ModelRecord, folder: Path, *, allow_unverified: bool) -
 def _licence(made: ModelRecord, given: str | Path | None, access: Access) -> Content | None:
     """The text of the licence that the weights stand under; None where they need no copy of it."""
     if given:
-        return _licence_text(Path(given).expanduser())
+        return _licence_text(user_path(given))
     if not made.derived:
         return None
     if made.backbone is None:

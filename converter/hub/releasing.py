@@ -9,7 +9,7 @@ from typing import Any, Literal
 from converter.catalog import CATALOG, Checkpoint, find
 from converter.conversion import TOOL, Progress, convert
 from converter.errors import EomtConvertError, OutputError, UnreadableFileError, UsageError
-from converter.files import prepare_place, read_json_object, replacing, write_json
+from converter.files import prepare_place, read_json_object, replacing, user_path, write_json
 from converter.hub.access import Access, without_secrets
 from converter.hub.publishing import check_licence, check_login, publish
 from converter.job import Dtype
@@ -137,7 +137,7 @@ def release(
         AccessError: nobody is logged in to the Hub.
     """
     entries = [find(name) for name in checkpoints] or [e for e in CATALOG if not e.offline]
-    folder = Path(output).expanduser()
+    folder = user_path(output)
     settings = {
         "namespace": namespace,
         "name_template": name_template,
@@ -216,7 +216,7 @@ def release(
 def _repo_id(entry: Checkpoint, namespace: str, template: str) -> str:
     try:
         return f"{namespace}/{template.format(slug=entry.slug, name=entry.name)}"
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
         raise UsageError(
             f"{template!r} is no template for names.", "It may hold {slug} and {name}."
         ) from error

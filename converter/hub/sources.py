@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from converter.errors import AccessError, UnreadableFileError, UsageError
-from converter.files import sha256
+from converter.files import sha256, user_path
 from converter.hub.access import Access, Snapshot
 from converter.hub.downloads import (
     download,
@@ -101,7 +101,7 @@ def parse_source(text: str) -> LocalSource | HubSource:
     Raises:
         UsageError: it is neither.
     """
-    path = Path(text).expanduser()
+    path = user_path(text)
     if (
         path.exists()
         or path.is_absolute()

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from converter.catalog import find_named
 from converter.checks.provenance import has_weights_of
 from converter.errors import EomtConvertError, UsageError
+from converter.files import user_path
 from converter.history import read_history
 from converter.hub.access import Access
 from converter.models import fetch_model, load_model, repository_of
@@ -145,7 +146,7 @@ def evaluate(
     folder = fetch_model(model, Access.of(token, cache_dir, local_files_only))
     place = _choose_device(device)
     with (
-        open_dataset(dataset, Path(data).expanduser()) as examples,
+        open_dataset(dataset, user_path(data)) as examples,
         _process_group(place) as (rank, processes),
     ):
         metric, predict = _recipe(dataset, examples)

@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from converter.errors import EomtConvertError, OutputError, UnreadableFileError, UsageError
-from converter.files import PICTURE_LIMIT, read_bytes, read_json_object, replacing, write_json
+from converter.files import (
+    PICTURE_LIMIT,
+    read_bytes,
+    read_json_object,
+    replacing,
+    user_path,
+    write_json,
+)
 from converter.hub.access import Access
 from converter.models import fetch_model, find_task, load_model, torch_device
 from converter.pictures.coco import Segment, document, encode_mask, id_map_image, measure
@@ -173,7 +180,7 @@ def segment(
             "There is no picture to segment: "
             + "; ".join(f"{entry.picture}: {entry.reason}" for entry in skipped)
         )
-    output = Path(output).expanduser()
+    output = user_path(output)
     places = [output / name for name in _distinct_names(paths)]
     _check_output(output, places, force=force)
     access = Access.of(token, cache_dir, local_files_only)
@@ -225,7 +232,7 @@ def find_pictures(arguments: Sequence[str | Path]) -> tuple[list[Path], list[Ski
     paths: list[Path] = []
     skipped = []
     for argument in arguments:
-        path = Path(argument).expanduser()
+        path = user_path(argument)
         try:
             found, reason = _found_at(path)
         except OSError as error:  # a folder that may not be looked into
