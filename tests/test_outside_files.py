@@ -248,6 +248,17 @@ def test_the_root_of_the_file_system_is_no_output(command: Command) -> None:
     assert "--force does not replace that" in error_of(command, *CONVERT[:-1], "/")
 
 
+@pytest.mark.parametrize("allocate", [lambda: torch.empty(2**50), lambda: bytes(2**60)])
+def test_memory_that_does_not_suffice_ends_in_one_error(
+    command: Command, model: Path, allocate: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        reference_model.EomtDinov3ForUniversalSegmentation, "forward", lambda *_, **__: allocate()
+    )
+
+    assert "memory of this machine" in error_of(command, "verify", "model")
+
+
 # numbers of config.json --------------------------------------------------------------------------
 
 

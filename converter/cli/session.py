@@ -218,12 +218,28 @@ class Session:
             unusable.__cause__ = error  # for --debug
             self.fail(unusable)
         except Exception as error:
-            self._fault(error)
+            if not _is_lack_of_memory(error):
+                self._fault(error)
+            lacking = EomtConvertError(
+                "The memory of this machine or of its GPU does not suffice.",
+                "A smaller batch needs less, and so does a smaller image size.",
+            )
+            lacking.__cause__ = error
+            self.fail(lacking)
 
     def _fault(self, error: Exception) -> NoReturn:
         self.say(*"".join(traceback.format_exception(error)).split("\n"))
         self.say("This is a fault in eomt-convert. Please report it with the lines above.")
         sys.exit(EomtConvertError.exit_code)
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Whether Python, torch on a GPU or torch on the CPU could not allocate memory."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's, which need not be loaded
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
 
 
 def _write(stream: TextIO | None, text: str) -> None:
