@@ -24,8 +24,8 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
-from converter.hub.publishing import Publication, publish
-from converter.hub.releasing import Release, release
+from converter.publishing.push import Publication, publish
+from converter.publishing.release import Release, release
 from converter.version import __version__
 
 __all__ = [

@@ -9,10 +9,10 @@ from typing import Any
 from converter.catalog import CATALOG
 from converter.checks.verdict import Level, Trial, Verdict
 from converter.conversion import Conversion
-from converter.hub.publishing import Publication
-from converter.hub.releasing import Release
 from converter.hub.sources import Fetched
 from converter.outside import LONGEST_CELL, visible
+from converter.publishing.push import Publication
+from converter.publishing.release import Release
 from converter.weights.inspection import Inspection
 from converter.weights.pairing import PairCheck
 from converter.weights.plan import Plan

@@ -15,9 +15,9 @@ from markdown_it import MarkdownIt
 
 from converter.errors import EomtConvertError
 from converter.history import PastSource
-from converter.hub.card import BEGIN, END, ModelRecord, model_card, updated
-from converter.hub.releasing import Release, Step
 from converter.outside import link, prose
+from converter.publishing.card import BEGIN, END, ModelRecord, model_card, updated
+from converter.publishing.release import Release, Step
 from converter.weights.plan import Source
 
 REPO = "me/model"

@@ -20,7 +20,7 @@ from converter.checks import pipeline
 from converter.checks.comparison import TOLERANCE, equal_areas, equal_pixels
 from converter.checks.verdict import LEVELS, Level, Verdict
 from converter.errors import OutputsDifferError, UnreadableFileError
-from converter.hub.card import ModelRecord, model_card
+from converter.publishing.card import ModelRecord, model_card
 from converter.testing import assert_matches_recorded
 from reference_model import EomtImageProcessor
 

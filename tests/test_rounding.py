@@ -26,7 +26,7 @@ from converter.checks.rounding import (
 )
 from converter.checks.stages import Network, Skeleton, cut
 from converter.checks.verdict import Level, Verdict, read_record
-from converter.hub.card import ModelRecord, model_card
+from converter.publishing.card import ModelRecord, model_card
 from converter.report import verdict as told
 from reference_model import EomtDinov3Config
 from reference_model import EomtDinov3ForUniversalSegmentation as Model

@@ -182,7 +182,7 @@ def main(
         from converter import report
         from converter.conversion import convert
         from converter.hub.access import Access
-        from converter.hub.publishing import check_licence, check_login, publish
+        from converter.publishing.push import check_licence, check_login, publish
 
         access = Access.of(token, cache_dir, offline)
         if push_to and not dry_run:

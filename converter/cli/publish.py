@@ -78,7 +78,7 @@ def push_command(
     session = Session(as_json=as_json, debug=debug, token=token)
     with session.errors():
         from converter import report
-        from converter.hub.publishing import publish
+        from converter.publishing.push import publish
 
         publication = publish(
             folder, repo, dry_run=dry_run, token=token, cache_dir=cache_dir, **options
@@ -134,7 +134,7 @@ def release_command(
     session = Session(as_json=as_json, debug=debug, token=token)
     with session.errors():
         from converter import report
-        from converter.hub.releasing import release
+        from converter.publishing.release import release
 
         with progress_bar(session.shows_progress) as progress:
             released = release(

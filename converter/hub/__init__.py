@@ -1,1 +1,1 @@
-"""The Hugging Face Hub, both ways: what is fetched, and what is published."""
+"""Fetching from the Hugging Face Hub: access, downloads, and what they are the sources of."""

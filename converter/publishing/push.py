@@ -22,9 +22,11 @@ from converter.errors import (
 from converter.files import read_bytes, user_path
 from converter.history import HISTORY
 from converter.hub.access import Access, Snapshot, explained, not_found, without_secrets
-from converter.hub.card import LICENCE_FILE, ModelRecord, is_derived, model_card, updated
 from converter.hub.downloads import download
-from converter.hub.remote import (
+from converter.hub.sources import HubSource, LocalSource, fetch_first, listed_digests
+from converter.outside import visible
+from converter.publishing.card import LICENCE_FILE, ModelRecord, is_derived, model_card, updated
+from converter.publishing.remote import (
     MAIN,
     Change,
     Committed,
@@ -38,8 +40,6 @@ from converter.hub.remote import (
     unchecked,
     wrong_files,
 )
-from converter.hub.sources import HubSource, LocalSource, fetch_first, listed_digests
-from converter.outside import visible
 from converter.weights.backbones import published_repo
 
 if TYPE_CHECKING:

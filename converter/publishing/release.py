@@ -11,9 +11,9 @@ from converter.conversion import TOOL, Progress, convert
 from converter.errors import EomtConvertError, OutputError, UnreadableFileError, UsageError
 from converter.files import prepare_place, read_json_object, replacing, user_path, write_json
 from converter.hub.access import Access, without_secrets
-from converter.hub.publishing import check_licence, check_login, publish
 from converter.job import Dtype
 from converter.outside import code, link, prose
+from converter.publishing.push import check_licence, check_login, publish
 from converter.version import __version__
 
 JOURNAL = "release.json"
