@@ -22,9 +22,8 @@ from converter.checks.by_value import UNRELATED, correlation
 from converter.checks.numbers import bare_backbone
 from converter.checks.provenance import Given, Provenance, open_sources
 from converter.checks.recorded import read_recorded
-from converter.configs import read_model_config
+from converter.configs import Dtype, read_model_config
 from converter.hub.access import Access
-from converter.job import Dtype
 
 State: TypeAlias = dict[str, Tensor]
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from converter.class_names import ClassNames, of_dataset, unnamed
 from converter.errors import UsageError
-from converter.hub.sources import HubSource, LocalSource
+from converter.places import HubSource, LocalSource
 
 Task = Literal["panoptic", "instance", "semantic"]
 

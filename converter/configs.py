@@ -5,12 +5,17 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from converter.catalog import Task
 from converter.class_names import ClassNames
 from converter.errors import UnreadableFileError
 from converter.files import read_json_object
+
+# safetensors' names of the element types that a model may have
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 # ImageNet's statistics, as github.com/tue-mps/eomt models/vit.py has them
 IMAGE_MEAN = (0.485, 0.456, 0.406)

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from converter.catalog import Checkpoint, Task, find
+from converter.checks.bare_backbone import check_outputs
 from converter.checks.provenance import Provenance
 from converter.checks.published import PUBLISHED
 from converter.checks.recorded import CONFIGS, find_recorded
 from converter.checks.verdict import Verdict, unverified
 from converter.checks.verification import Evidence, Findings, Options, check, write_page
 from converter.class_names import ClassNames
-from converter.configs import model_config, preprocessor_config
+from converter.configs import DTYPES, Dtype, model_config, preprocessor_config
 from converter.errors import (
     EomtConvertError,
     MismatchError,
@@ -29,8 +30,6 @@ from converter.hub.access import Access
 from converter.hub.downloads import arrived_damaged, is_damaged, is_sha256
 from converter.hub.sources import Fetched, fetch_again, fetched_already
 from converter.job import (
-    DTYPES,
-    Dtype,
     Inputs,
     Job,
     choose_class_names,
@@ -43,7 +42,7 @@ from converter.version import __version__
 from converter.weights.inspection import WeightsKind, signs_of_a_delta
 from converter.weights.layouts import BACKBONE_LAYOUTS
 from converter.weights.merge import Digests, Merged, merge, sharding_of
-from converter.weights.pairing import PairCheck, check_absolute, check_outputs, check_pair
+from converter.weights.pairing import PairCheck, check_absolute, check_pair
 from converter.weights.plan import Plan, Source, make_plan
 from converter.weights.tensorfiles import damage
 from converter.weights.writing import parse_size

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from converter.catalog import Checkpoint, Task, find_named
+from converter.configs import Dtype
 from converter.errors import UnreadableFileError
 from converter.files import read_json_object
-from converter.job import Dtype
 from converter.weights.inspection import WeightsKind
 from converter.weights.plan import Source
 
@@ -93,6 +93,16 @@ def read_history(folder: Path) -> History | None:
     """
     path = folder / HISTORY
     return parse_history(read_json_object(path), path) if path.is_file() else None
+
+
+def has_weights_of(checkpoint: Checkpoint | None, history: History | None) -> bool:
+    """Whether a model has a checkpoint's own weights, and not others in its name."""
+    if checkpoint is None or history is None:
+        return checkpoint is not None
+    delta = history.sources.get("delta")
+    if delta is None or delta.repo_id is None:
+        return delta is not None and checkpoint.offline
+    return find_named(delta.repo_id) == checkpoint
 
 
 def parse_history(content: Mapping[str, Any], path: Path = Path(HISTORY)) -> History:

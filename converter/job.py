@@ -12,6 +12,7 @@ from converter.catalog import Checkpoint, Task
 from converter.class_names import ClassNames
 from converter.configs import (
     BackboneConfig,
+    Dtype,
     find_backbone_config,
     read_backbone_config,
     read_config,
@@ -22,22 +23,16 @@ from converter.files import read_json_object
 from converter.hub.access import Access
 from converter.hub.sources import (
     Fetched,
-    HubSource,
-    LocalSource,
     fetch,
     fetch_config,
     parse_source,
 )
+from converter.places import HubSource, LocalSource
 from converter.weights.inspection import Evidence, WeightsKind, decide, signs_of_a_delta
 from converter.weights.layouts import EOMT_TRANSFORMERS, recognise
 from converter.weights.merge import Files
 from converter.weights.plan import Source
 from converter.weights.tensorfiles import open_tensors
-
-# safetensors' names of the element types that a model may have
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)

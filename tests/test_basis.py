@@ -21,7 +21,8 @@ from converter.checks.verdict import Level, Status, Verdict
 from converter.errors import NotVerifiedError, UnreadableFileError
 from converter.history import read_history
 from converter.hub.access import Access
-from converter.hub.sources import HubSource, fetch
+from converter.hub.sources import fetch
+from converter.places import HubSource
 from converter.testing import assert_matches_recorded
 
 Command = Callable[..., Result]

@@ -19,12 +19,11 @@ from converter.errors import (
 from converter.hub.access import OPEN_BACKBONES, Access
 from converter.hub.sources import (
     Fetched,
-    HubSource,
-    LocalSource,
     fetch,
     fetch_config,
     parse_source,
 )
+from converter.places import HubSource, LocalSource
 
 FOLDER = FIXTURES / "tiny_panoptic_64"
 BACKBONE, DELTA = "facebook/backbone", "tue-mps/delta"

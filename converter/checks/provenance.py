@@ -5,13 +5,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from converter.catalog import Checkpoint, find_named
+from converter.catalog import Checkpoint
 from converter.configs import BackboneConfig, find_backbone_config
 from converter.errors import AccessError, UnreadableFileError
 from converter.history import History
 from converter.hub.access import Access
 from converter.hub.downloads import resolve
-from converter.hub.sources import Fetched, HubSource, fetch, parse_source
+from converter.hub.sources import Fetched, fetch, parse_source
+from converter.places import HubSource
 from converter.weights.inspection import WeightsKind, decide, signs_of_a_delta
 from converter.weights.layouts import EOMT_TRANSFORMERS, recognise
 from converter.weights.merge import CHUNK, Files, compute, read_operand, round_to
@@ -85,16 +86,6 @@ class Provenance:
             if operand.source == source:
                 return read_operand(operand, row, self.files, 0, row.size).reshape(row.shape)
         return None
-
-
-def has_weights_of(checkpoint: Checkpoint | None, history: History | None) -> bool:
-    """Whether a model has a checkpoint's own weights, and not others in its name."""
-    if checkpoint is None or history is None:
-        return checkpoint is not None
-    delta = history.sources.get("delta")
-    if delta is None or delta.repo_id is None:
-        return delta is not None and checkpoint.offline
-    return find_named(delta.repo_id) == checkpoint
 
 
 def is_published(checkpoint: Checkpoint | None, history: History | None, access: Access) -> bool:

@@ -12,23 +12,27 @@ from converter.checks.pixels import Normalisation, read_normalisation
 from converter.checks.provenance import (
     Given,
     Provenance,
-    has_weights_of,
     is_published,
     open_sources,
 )
 from converter.checks.published import PUBLISHED, Slices, check_published
 from converter.checks.recorded import CONFIGS, Recorded, find_recorded, read_recorded
 from converter.checks.verdict import LEVELS, NOT_ASKED, NUMBERED, Cause, Level, Verdict
-from converter.configs import BackboneConfig, find_backbone_config, read_config, read_model_config
+from converter.configs import (
+    DTYPES,
+    BackboneConfig,
+    find_backbone_config,
+    read_config,
+    read_model_config,
+)
 from converter.errors import UnreadableFileError, UsageError
 from converter.files import prepare_place, read_json_object, sha256, user_path
-from converter.history import History, read_history
+from converter.history import History, has_weights_of, read_history
 from converter.hub.access import Access
 from converter.hub.sources import (
     fetch_config,
     parse_source,
 )
-from converter.job import DTYPES
 from converter.models import fetch_model, repository_of, torch_device
 from converter.weights.headers import TensorInfo
 from converter.weights.merge import round_to

@@ -15,8 +15,9 @@ from converter.cli.session import (
     hub_options,
     progress_bar,
 )
+from converter.configs import Dtype
 from converter.errors import UsageError
-from converter.job import Dtype, choose_source
+from converter.job import choose_source
 from converter.version import __version__
 from converter.weights.inspection import WeightsKind
 

@@ -15,32 +15,13 @@ from converter.hub.downloads import (
     not_in_cache,
     resolve,
 )
+from converter.places import HubSource, LocalSource
 from converter.weights.tensorfiles import WEIGHT_SUFFIXES, WEIGHTS, WEIGHTS_INDEX, shard_names
 
 # the file names that weights are published under, the safer format first
 _WEIGHT_FILES = (WEIGHTS, WEIGHTS_INDEX, "pytorch_model.bin")
 
 _INDEX_SUFFIX = ".index.json"
-
-
-@dataclass(frozen=True)
-class LocalSource:
-    """A file of weights, or a folder that has one."""
-
-    path: Path
-
-
-@dataclass(frozen=True)
-class HubSource:
-    """A model repository.
-
-    Attributes:
-        repo_id: owner/name.
-        revision: branch, tag or commit.
-    """
-
-    repo_id: str
-    revision: str = "main"
 
 
 @dataclass(frozen=True)

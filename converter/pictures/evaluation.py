@@ -13,10 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from converter.catalog import find_named
-from converter.checks.provenance import has_weights_of
 from converter.errors import EomtConvertError, UsageError
 from converter.files import user_path
-from converter.history import read_history
+from converter.history import has_weights_of, read_history
 from converter.hub.access import Access
 from converter.models import fetch_model, load_model, repository_of
 from converter.pictures.datasets import (

@@ -23,8 +23,9 @@ from converter.files import read_bytes, user_path
 from converter.history import HISTORY
 from converter.hub.access import Access, Snapshot, explained, not_found, without_secrets
 from converter.hub.downloads import download
-from converter.hub.sources import HubSource, LocalSource, fetch_first, listed_digests
+from converter.hub.sources import fetch_first, listed_digests
 from converter.outside import visible
+from converter.places import HubSource, LocalSource
 from converter.publishing.card import LICENCE_FILE, ModelRecord, is_derived, model_card, updated
 from converter.publishing.remote import (
     MAIN,
