@@ -7,7 +7,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from converter.pictures.drawing import Label, class_colour, draw_overlay
+from converter.colours import class_colour
+from converter.pictures.drawing import Label, draw_overlay
 
 
 def picture(width: int, height: int, colour: str = "gray") -> Image.Image:

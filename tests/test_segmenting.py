@@ -25,9 +25,9 @@ from safetensors.numpy import load_file
 
 from converter import OutputError, UnreadableFileError, UsageError
 from converter.cli.segment import segment_command
+from converter.colours import class_colour
 from converter.errors import EomtConvertError
 from converter.pictures.coco import encode_mask, measure
-from converter.pictures.drawing import class_colour
 from converter.pictures.segmenting import SegmentedPicture, segment
 from converter.version import __version__
 from reference_model import EomtDinov3ForUniversalSegmentation

@@ -22,11 +22,11 @@ from torch import Tensor
 from converter.checks.comparison import Tolerance, segments
 from converter.checks.recorded import Recorded
 from converter.checks.verdict import NUMBERED, Level, Verdict
+from converter.colours import Colour, class_colour
 from converter.errors import OutputError
 from converter.files import replacing
 from converter.history import History, read_history
 from converter.outside import visible
-from converter.pictures.drawing import Colour, class_colour
 from converter.version import __version__
 from converter.weights.tensorfiles import WEIGHTS, WEIGHTS_INDEX, open_tensors
 from reference_model import EomtDinov3Config
