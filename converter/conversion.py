@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 from converter.catalog import Checkpoint, Task, find
 from converter.checks.bare_backbone import check_outputs
+from converter.checks.evidence import Evidence
 from converter.checks.provenance import Provenance
 from converter.checks.published import PUBLISHED
 from converter.checks.recorded import CONFIGS, find_recorded
 from converter.checks.verdict import Verdict, unverified
-from converter.checks.verification import Evidence, Findings, Options, check, write_page
+from converter.checks.verification import Findings, Options, check, write_page
 from converter.class_names import ClassNames
 from converter.configs import DTYPES, Dtype, model_config, preprocessor_config
 from converter.errors import (

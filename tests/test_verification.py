@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import converter
 from converter.checks import verification
 from converter.checks.comparison import TOLERANCE
+from converter.checks.structure import StoredModel, check_structure
 from converter.checks.verdict import LEVELS, NUMBERED, Level, Verdict
 from converter.errors import UnreadableFileError, UsageError
 from converter.testing import assert_matches_recorded
@@ -82,13 +83,12 @@ def test_weights_are_kept_only_for_a_network_that_is_run(
     recorded: bool, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = []
-    check_structure = verification._check_structure
 
-    def count(found: Any, *arguments: Any) -> Level:
+    def count(found: StoredModel, *arguments: Any, **options: Any) -> Level:
         kept.append(len(found.weights))
-        return check_structure(found, *arguments)
+        return check_structure(found, *arguments, **options)
 
-    monkeypatch.setattr(verification, "_check_structure", count)
+    monkeypatch.setattr(verification, "check_structure", count)
     change_json(model / "conversion.json", checkpoint=None)
     converter.verify(model, recorded=TINY if recorded else None)
 

@@ -1,14 +1,14 @@
 """Holds a model against evidence: what was checked, how close it came, and what was not."""
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from converter.catalog import Checkpoint, find_named
-from converter.checks.pixels import Normalisation, read_normalisation
+from converter.catalog import find_named
+from converter.checks.arithmetic import changed_files, check_arithmetic, sums_before_rounding
+from converter.checks.evidence import Evidence
 from converter.checks.provenance import (
     Given,
     Provenance,
@@ -17,26 +17,29 @@ from converter.checks.provenance import (
 )
 from converter.checks.published import PUBLISHED, Slices, check_published
 from converter.checks.recorded import CONFIGS, Recorded, find_recorded, read_recorded
+from converter.checks.structure import (
+    StoredModel,
+    check_structure,
+    dtype_of,
+    find_weights,
+    read_model,
+    read_weights,
+)
 from converter.checks.verdict import LEVELS, NOT_ASKED, NUMBERED, Cause, Level, Verdict
 from converter.configs import (
-    DTYPES,
-    BackboneConfig,
     find_backbone_config,
-    read_config,
     read_model_config,
 )
-from converter.errors import UnreadableFileError, UsageError
+from converter.errors import UsageError
 from converter.files import prepare_place, read_json_object, sha256, user_path
-from converter.history import History, has_weights_of, read_history
+from converter.history import has_weights_of, read_history
 from converter.hub.access import Access
 from converter.hub.sources import (
     fetch_config,
     parse_source,
 )
 from converter.models import fetch_model, repository_of, torch_device
-from converter.weights.headers import TensorInfo
-from converter.weights.merge import round_to
-from converter.weights.tensorfiles import WEIGHTS, WEIGHTS_INDEX, open_tensors
+from converter.weights.tensorfiles import open_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -45,66 +48,10 @@ if TYPE_CHECKING:
     from converter.checks.comparison import Tolerance
     from converter.checks.numbers import Numbers
     from converter.checks.stages import Stage
-    from converter.weights.tensorfiles import Array
     from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 
 # what an unverified verdict says of a model that there are no outputs of
 NOTHING_RECORDED = "not verified numerically: nothing recorded"
-
-# torch's names of the types that weights are rounded to, by safetensors'
-ROUNDED_DTYPES = {stored: name for name, stored in DTYPES.items() if name != "float32"}
-
-# What a backbone's config.json and a model's must have in common; the rest is for training.
-_SHARED = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "patch_size",
-    "num_channels",
-    "num_register_tokens",
-    "hidden_act",
-    "layer_norm_eps",
-    "rope_theta",
-    "use_gated_mlp",
-    "query_bias",
-    "key_bias",
-    "value_bias",
-    "proj_bias",
-    "mlp_bias",
-)
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What a model is held against.
-
-    Attributes:
-        recorded: its recorded.safetensors, if there is one.
-        published: the catalogue's entry whose weights it has, if any.
-        task: what it was converted to segment, where that is known.
-        history: what its conversion.json says, if there is one.
-        sources: the files it was made from; or, in a sentence, why they are not at hand.
-        size_is_meant: whether the model is known to be meant for the size in its configuration.
-        of_published: whether the sources are the published delta, as its repository's main branch
-            has it, and a backbone.
-        recipes: SHA-256 of every tensor as its recipe makes it; None without the sources.
-        damage: in sentences, what speaks for damage to the sources without proving it.
-        backbone_config: the backbone's config.json, if a backbone was given.
-        run_backbone: whether the bare backbone is run too.
-    """
-
-    recorded: Path | None = None
-    published: Checkpoint | None = None
-    task: str | None = None
-    history: History | None = None
-    size_is_meant: bool = False
-    sources: Provenance | str = "The sources are not at hand."
-    of_published: bool = False
-    recipes: Mapping[str, str] | None = None
-    damage: tuple[str, ...] = ()
-    backbone_config: BackboneConfig | None = None
-    run_backbone: bool = False
 
 
 @dataclass(frozen=True)
@@ -203,7 +150,7 @@ def verify(
         level, against, user_path(image) if image else None, device, threads, access=access
     )
     folder = fetch_model(model, access)
-    with open_tensors(_find_weights(folder)) as file:
+    with open_tensors(find_weights(folder)) as file:
         tensors = dict(file.tensors)
     history = read_history(folder)
     checkpoint = history.checkpoint if history else find_named(repository_of(model))
@@ -215,7 +162,7 @@ def verify(
                 Given(delta, backbone),
                 history,
                 read_model_config(folder / "config.json"),
-                _dtype_of(read_json_object(folder / "config.json"), tensors),
+                dtype_of(read_json_object(folder / "config.json"), tensors),
                 access,
                 stack,
             )
@@ -224,7 +171,7 @@ def verify(
             published=checkpoint if has_weights_of(checkpoint, history) else None,
             task=history.task if history else (checkpoint.task if checkpoint else None),
             history=history,
-            size_is_meant=history is not None and not _changed_files(folder, history),
+            size_is_meant=history is not None and not changed_files(folder, history),
             sources=sources,
             of_published=isinstance(sources, Provenance)
             and "delta" in sources.files
@@ -266,15 +213,15 @@ def check(folder: Path, evidence: Evidence, options: Options | None = None) -> F
 
     options = options or Options()
     with torch_device(options.device, options.threads), full_float32():
-        found = _read_model(folder, keep=_is_run(evidence, options))
+        found = read_model(folder, keep=_is_run(evidence, options))
         return _check(found, evidence, options)
 
 
-def _check(found: "_Model", evidence: Evidence, options: Options) -> Findings:
-    structure = _check_structure(found, evidence, options)
+def _check(found: "StoredModel", evidence: Evidence, options: Options) -> Findings:
+    structure = check_structure(found, evidence, allow_nonfinite=options.allow_nonfinite)
     levels = {"structure": structure}
     if options.level >= _number("arithmetic"):
-        levels["arithmetic"] = _check_arithmetic(found, evidence)
+        levels["arithmetic"] = check_arithmetic(found, evidence)
     judged, recorded = None, None
     if evidence.recorded and options.level >= _number("numbers"):
         recorded = read_recorded(evidence.recorded)
@@ -334,149 +281,6 @@ def _not_asked(options: Options) -> str:
     return f"{NOT_ASKED} {options.level} were asked for."
 
 
-# the model's files ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Model:
-    """The files of a model, read once.
-
-    Attributes:
-        folder: where they are.
-        config: its config.json.
-        values: the same, as it stands there.
-        normalisation: what its preprocessor_config.json does to pixels.
-        tensors: shapes and types of its tensors, by name.
-        weights: their values in float32; empty unless the network is run.
-        digests: their SHA-256.
-        nonfinite: names of those that hold NaN or infinity.
-        misfits: in sentences, why no model can be built of them.
-        drawn: in a sentence, why its outputs are random; empty if they are not.
-    """
-
-    folder: Path
-    config: "EomtDinov3Config"
-    values: Mapping[str, Any]
-    normalisation: Normalisation
-    tensors: Mapping[str, TensorInfo]
-    weights: "Mapping[str, Tensor]"
-    digests: Mapping[str, str]
-    nonfinite: tuple[str, ...]
-    misfits: tuple[str, ...]
-    drawn: str
-
-    @property
-    def rounded(self) -> dict[str, str]:
-        """The type of every tensor that was rounded, ``bfloat16`` or ``float16``."""
-        return {
-            name: ROUNDED_DTYPES[info.dtype]
-            for name, info in self.tensors.items()
-            if info.dtype in ROUNDED_DTYPES
-        }
-
-    @property
-    def rounded_to(self) -> str | None:
-        """The coarsest of these types; None if nothing was rounded."""
-        types = set(self.rounded.values())
-        return "bfloat16" if "bfloat16" in types else next(iter(types), None)
-
-
-def _read_model(folder: Path, *, keep: bool) -> _Model:
-    import numpy as np
-    import torch
-
-    from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
-
-    path = _find_weights(folder)
-    values = read_config(folder / "config.json")
-    try:
-        config = EomtDinov3Config.from_dict(values)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UnreadableFileError(f"{folder / 'config.json'}: {error}") from error
-    normalisation = read_normalisation(folder / "preprocessor_config.json", config.num_channels)
-    weights: dict[str, Tensor] = {}
-    digests, nonfinite, drawn = {}, [], ""
-    with open_tensors(path) as file:
-        tensors = dict(file.tensors)
-        for name, info in tensors.items():
-            stored = file.read(name)
-            # bfloat16 comes widened: back to the bits that are stored
-            bits = round_to(stored, "BF16") if info.dtype == "BF16" else stored
-            digests[name] = hashlib.sha256(np.ascontiguousarray(bits).data).hexdigest()
-            if stored.dtype.kind == "f" and not np.isfinite(stored).all():
-                nonfinite.append(name)
-            if name == "attn_mask_probs":
-                drawn = _chance(stored)
-            if keep:
-                weights[name] = torch.from_numpy(stored).float()
-    with torch.device("meta"):
-        needed = EomtDinov3ForUniversalSegmentation(config).state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in needed.items()}
-    return _Model(
-        folder,
-        config,
-        values,
-        normalisation,
-        tensors,
-        weights,
-        digests,
-        tuple(nonfinite),
-        tuple(_misfits(tensors, shapes)),
-        drawn,
-    )
-
-
-def _read_weights(folder: Path) -> "Mapping[str, Tensor]":
-    """The weights in float32, of a model whose network is not run."""
-    import torch
-
-    with open_tensors(_find_weights(folder)) as file:
-        return {name: torch.from_numpy(file.read(name)).float() for name in file.tensors}
-
-
-def _chance(probabilities: "Array") -> str:
-    """Why outputs are random with these probabilities of masked attention; empty if they are not.
-
-    A mask is applied where a number drawn from 0 to 1 is below them (reference_model/model.py).
-    """
-    between = probabilities[(probabilities > 0) & (probabilities < 1)]
-    if not between.size:
-        return ""
-    return (
-        f"attn_mask_probs holds {between[0]:g}: between 0 and 1 it is drawn at random whether "
-        "masks are applied, and so are the outputs."
-    )
-
-
-def _find_weights(folder: Path) -> Path:
-    for name in (WEIGHTS, WEIGHTS_INDEX):
-        if (folder / name).is_file():
-            return folder / name
-    raise UnreadableFileError(
-        f"{folder} is no folder with a {WEIGHTS}, or its shards.",
-        "Give the folder of a converted model.",
-    )
-
-
-def _misfits(
-    tensors: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[str]:
-    """What keeps tensors from being the model of these shapes, a sentence each."""
-    for name, shape in shapes.items():
-        if name not in tensors:
-            yield f"{name} is missing."
-        elif tensors[name].shape != shape:
-            yield (
-                f"{name} has the shape {list(tensors[name].shape)}, config.json asks for "
-                f"{list(shape)}."
-            )
-        elif not tensors[name].dtype.startswith(("F", "BF")):
-            yield f"{name} holds {tensors[name].dtype}, not floating point numbers."
-    for name in tensors:
-        if name not in shapes:
-            yield f"{name} is unknown: the model of config.json has no place for it."
-
-
 def _build(
     config: "EomtDinov3Config", weights: "Mapping[str, Tensor]", device: "str | torch.device"
 ) -> "EomtDinov3ForUniversalSegmentation":
@@ -489,148 +293,6 @@ def _build(
         model = EomtDinov3ForUniversalSegmentation(config)
     model.load_state_dict(dict(weights), assign=True)
     return model.eval().to(device)
-
-
-# structure --------------------------------------------------------------------------------------
-
-
-def _check_structure(found: _Model, evidence: Evidence, options: Options) -> Level:
-    problems = list(found.misfits)
-    if not options.allow_nonfinite:
-        problems += [f"{name} holds NaN or infinity." for name in found.nonfinite]
-    problems += [found.drawn] if found.drawn else []
-    problems += _disagreements(found, evidence)
-    figures = {
-        "tensors": len(found.tensors),
-        "parameters": sum(
-            info.size
-            for name, info in found.tensors.items()
-            if name not in ("attn_mask_probs", "criterion.empty_weight")
-        ),
-        "dtypes": sorted({info.dtype for info in found.tensors.values()}),
-        "digests": dict(found.digests),
-        "problems": problems,
-    }
-    if problems:
-        more = f" {len(problems) - 1} more are like that." if len(problems) > 1 else ""
-        return Level("structure", "failed", problems[0] + more, figures)
-    return Level("structure", "passed", figures=figures)
-
-
-def _disagreements(found: _Model, evidence: Evidence) -> Iterator[str]:
-    """Where the model's files contradict each other, or the backbone's config.json."""
-    declared = _dtype_in(found.values)
-    if declared not in (*DTYPES, "None"):
-        yield f"dtype in config.json is {declared!r}, expected one of {', '.join(DTYPES)}."
-    for name, info in found.tensors.items():
-        if DTYPES.get(declared, info.dtype) != info.dtype:
-            yield f"{name} is {info.dtype}, config.json says {declared}."
-            break
-    labels, ids = found.config.label2id, found.values.get("label2id")
-    if ids is not None and ids != labels and len(labels) == len(found.config.id2label):
-        yield "label2id in config.json is not the inverse of its id2label."
-    preprocessor = read_json_object(found.folder / "preprocessor_config.json")
-    trained, made = found.config.input_size, _size_in(preprocessor)
-    if made and made != trained:
-        yield (
-            f"image_size in config.json is {list(trained)}, preprocessor_config.json makes "
-            f"pictures of {list(made)}."
-        )
-    task = evidence.history.task if evidence.history else None
-    windows = preprocessor.get("do_split_image")
-    if task and windows is not None and windows != (task == "semantic"):
-        yield (
-            f"do_split_image in preprocessor_config.json is {windows}, which is not for {task} "
-            "segmentation."
-        )
-    if evidence.backbone_config:
-        ours, theirs = (
-            asdict(config)
-            for config in (
-                read_model_config(found.folder / "config.json"),
-                evidence.backbone_config,
-            )
-        )
-        for key in _SHARED:
-            if ours[key] != theirs[key]:
-                yield f"{key} in config.json is {ours[key]}, the backbone's says {theirs[key]}."
-
-
-def _dtype_in(values: Mapping[str, Any]) -> str:
-    return str(values.get("dtype") or values.get("torch_dtype"))
-
-
-def _dtype_of(values: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
-    """The type that a config.json declares, or else the one that all tensors have."""
-    if declared := DTYPES.get(_dtype_in(values)):
-        return declared
-    types = {info.dtype for info in tensors.values()}
-    return types.pop() if len(types) == 1 else "F32"
-
-
-def _size_in(preprocessor: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(height, width) that pictures are made to fit, as far as a preprocessor_config.json says."""
-    size = preprocessor.get("size")
-    if not isinstance(size, dict):
-        return None
-    height, width = (size.get(key) or size.get("shortest_edge") for key in ("height", "width"))
-    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
-
-
-# arithmetic -------------------------------------------------------------------------------------
-
-
-def _check_arithmetic(found: _Model, evidence: Evidence) -> Level:
-    history, recipes = evidence.history, evidence.recipes
-    if recipes is None and history is None:
-        return Level("arithmetic", "not checked", str(evidence.sources))
-    references = [digests for digests in (recipes, history and history.tensors) if digests]
-    names = sorted({*found.digests, *(name for digests in references for name in digests)})
-    different = [
-        name
-        for name in names
-        if any(found.digests.get(name) != digests.get(name) for digests in references)
-    ]
-    files = _changed_files(found.folder, history) if history else []
-    figures = {
-        "tensors": len(names),
-        "against": "sources" if recipes is not None else "conversion.json",
-        "of_published": recipes is not None and evidence.of_published,
-        "different": different,
-        "different_files": files,
-        "sources": {
-            role: {"repo": source.repo_id, "revision": source.revision}
-            for role, source in (history.sources if history else {}).items()
-        },
-    }
-    if different:
-        expected = "what conversion.json says"
-        if recipes is not None and found.digests.get(different[0]) != recipes.get(different[0]):
-            expected = f"what its sources give: {_recipe(different[0], evidence)}"
-        more = f", and {len(different) - 1} more are not" if len(different) > 1 else ""
-        reason = f"{different[0]} is not {expected}{more}."
-        return Level("arithmetic", "failed", reason, figures)
-    if files:
-        reason = f"{files[0]} is not as it was written, by conversion.json."
-        return Level("arithmetic", "failed", reason, figures)
-    return Level("arithmetic", "passed", " ".join(evidence.damage), figures)
-
-
-def _recipe(name: str, evidence: Evidence) -> str:
-    rows = evidence.sources.rows if isinstance(evidence.sources, Provenance) else {}
-    return rows[name].recipe if name in rows else "nothing"
-
-
-def _changed_files(folder: Path, history: History) -> list[str]:
-    """The configuration files that are not as the conversion wrote them."""
-    return [
-        name
-        for name in CONFIGS
-        if name in history.files and sha256(folder / name) != history.files[name]
-    ]
-
-
-# numbers and what comes after -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -656,7 +318,7 @@ class _Judged:
 
 def _check_numbers(
     model: "EomtDinov3ForUniversalSegmentation",
-    found: _Model,
+    found: StoredModel,
     evidence: Evidence,
     recorded: Recorded,
     arithmetic: Level,
@@ -680,7 +342,7 @@ def _check_numbers(
     if rounded and not numbers.comparable:
         judged = replace(judged, tolerance=ROUNDED[rounded])
     elif rounded and numbers.level.status == "failed" and not recorded.origin.rounded:
-        if sums := _sums(found, evidence, arithmetic):
+        if sums := sums_before_rounding(found, evidence, arithmetic):
             exact = _build(found.config, sums, model.device)
             of_sums = check_numbers(exact, normalisation, recorded, FLOAT32, backbone)
             told = with_cost_of_rounding(of_sums, numbers, recorded, rounded)
@@ -702,21 +364,9 @@ def _check_numbers(
     return replace(judged, numbers=replace(judged.numbers, level=level))
 
 
-def _sums(found: _Model, evidence: Evidence, arithmetic: Level) -> "Mapping[str, Tensor] | None":
-    """The weights before they were rounded, if it is proven that these are them, rounded."""
-    import torch
-
-    figures, sources = arithmetic.figures, evidence.sources
-    if not isinstance(sources, Provenance) or figures.get("against") != "sources":
-        return None
-    if figures["different"]:
-        return None
-    return {name: torch.from_numpy(sources.tensor(name, rounded=False)) for name in found.tensors}
-
-
 def _check_pictures(
     judged: _Judged,
-    found: _Model,
+    found: StoredModel,
     evidence: Evidence,
     recorded: Recorded,
 ) -> Level:
@@ -736,7 +386,7 @@ def _check_pictures(
 
 def _check_peers(
     model: "EomtDinov3ForUniversalSegmentation",
-    found: _Model,
+    found: StoredModel,
     recorded: Recorded | None,
     judged: _Judged | None,
 ) -> Level:
@@ -750,13 +400,13 @@ def _check_peers(
 def _check_published(
     model: "EomtDinov3ForUniversalSegmentation",
     slices: Slices,
-    found: _Model,
+    found: StoredModel,
     evidence: Evidence,
     options: Options,
     levels: Mapping[str, Level],
 ) -> Level:
     if found.rounded_to:
-        sums = _sums(found, evidence, levels["arithmetic"])
+        sums = sums_before_rounding(found, evidence, levels["arithmetic"])
         if sums is None:
             reason = "The published outputs are of float32 weights, these were rounded."
             return Level("published", "not checked", reason)
@@ -766,7 +416,7 @@ def _check_published(
 
 def _with_diagnosis(
     levels: tuple[Level, ...],
-    found: _Model,
+    found: StoredModel,
     evidence: Evidence,
     options: Options,
     recorded: Recorded | None,
@@ -792,7 +442,7 @@ def _with_diagnosis(
             return Verdict(levels, difference, None, tried)
     provenance = evidence.sources if isinstance(evidence.sources, Provenance) else None
     digests = evidence.recipes or (evidence.history and evidence.history.tensors)
-    weights = judged.weights if judged else found.weights or _read_weights(found.folder)
+    weights = judged.weights if judged else found.weights or read_weights(found.folder)
     cause, tried = diagnose(
         Network(Skeleton(found.config), weights, found.normalisation),
         recorded if "numbers" in failed else None,
