@@ -18,7 +18,7 @@ from torch import Tensor
 
 import converter
 from converter.catalog import CATALOG
-from converter.checks.by_value import UNRELATED, correlation
+from converter.checks.diagnosis.by_value import UNRELATED, correlation
 from converter.checks.numbers import bare_backbone
 from converter.checks.provenance import Given, Provenance, open_sources
 from converter.checks.recorded import read_recorded

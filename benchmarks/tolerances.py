@@ -43,6 +43,14 @@ from converter.checks.comparison import (
     agreement,
     equal_results,
 )
+from converter.checks.diagnosis.stages import (
+    STAGE_RIGHT,
+    STAGE_TOLERANCE,
+    Network,
+    Skeleton,
+    Stage,
+    cut,
+)
 from converter.checks.numbers import LOGITS, masked_predictions, run
 from converter.checks.pipeline import Inputs, prepare, segment
 from converter.checks.pixels import read_normalisation
@@ -53,7 +61,6 @@ from converter.checks.rounding import (
     allowing_for_rounding,
     with_rounding_error,
 )
-from converter.checks.stages import STAGE_RIGHT, STAGE_TOLERANCE, Network, Skeleton, Stage, cut
 from reference_model import EomtDinov3ForUniversalSegmentation as Model
 from reference_model import EomtImageProcessor
 

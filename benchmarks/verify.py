@@ -160,7 +160,7 @@ def measured(line: Line, folder: Path, threads: int | None) -> Run:
     import torch
     from torch.nn.modules.module import register_module_forward_hook
 
-    import converter.checks.diagnosis
+    import converter.checks.diagnosis.search
     import converter.checks.numbers  # noqa: F401, not a part of the work
 
     if threads:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 import converter
 from converter.checks.comparison import FLOAT32, TOLERANCE
+from converter.checks.diagnosis.stages import Network, Skeleton
 from converter.checks.pixels import read_normalisation
 from converter.checks.recorded import read_recorded
 from converter.checks.recording import record
-from converter.checks.stages import Network, Skeleton
 from converter.checks.verdict import Verdict
 from reference_model import EomtDinov3Config
 
@@ -529,7 +529,7 @@ def test_a_backbone_that_was_trained_further_is_not_called_another_one(
 def test_a_right_model_is_not_diagnosed(
     plant: Callable[[str], Planted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("converter.checks.diagnosis.diagnose", None)
+    monkeypatch.setattr("converter.checks.diagnosis.search.diagnose", None)
 
     found = plant(PANOPTIC).verify()
 

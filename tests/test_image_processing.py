@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, EomtImageProcessorPil
 
-from converter.checks.stages import STAGE_TOLERANCE
+from converter.checks.diagnosis.stages import STAGE_TOLERANCE
 from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor
 
 pytestmark = pytest.mark.numbers

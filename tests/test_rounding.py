@@ -15,6 +15,7 @@ from torch import Tensor
 import converter
 from converter.checks import numbers
 from converter.checks.comparison import FLOAT32, ROUNDED, TOLERANCE, disagreement
+from converter.checks.diagnosis.stages import Network, Skeleton, cut
 from converter.checks.pixels import read_normalisation
 from converter.checks.recorded import read_recorded
 from converter.checks.recording import record
@@ -24,7 +25,6 @@ from converter.checks.rounding import (
     allowing_for_rounding,
     with_rounding_error,
 )
-from converter.checks.stages import Network, Skeleton, cut
 from converter.checks.verdict import Level, Verdict, read_record
 from converter.publishing.card import ModelRecord, model_card
 from converter.report import verdict as told

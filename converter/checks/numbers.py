@@ -16,10 +16,10 @@ from converter.checks.comparison import (
     disagreement,
     largest_difference,
 )
+from converter.checks.diagnosis.stages import first_block, named_outputs
 from converter.checks.pixels import Normalisation
 from converter.checks.provenance import Provenance
 from converter.checks.recorded import Recorded
-from converter.checks.stages import first_block, named_outputs
 from converter.checks.verdict import FirstDifference, Level, Status
 from reference_model import Dinov3Backbone, EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 

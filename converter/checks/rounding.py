@@ -19,9 +19,9 @@ from converter.checks.comparison import (
     compare,
     disagreement,
 )
+from converter.checks.diagnosis.stages import Network, Stage
 from converter.checks.numbers import LOGITS, Numbers, compute_outputs, judge_again
 from converter.checks.recorded import Recorded
-from converter.checks.stages import Network, Stage
 from reference_model import EomtDinov3ForUniversalSegmentation
 
 # How much further than random weights that round to the same values a part may be off. Right ones

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from converter.checks.comparison import Tolerance
+    from converter.checks.diagnosis.stages import Stage
     from converter.checks.numbers import Numbers
-    from converter.checks.stages import Stage
     from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 
 # what an unverified verdict says of a model that there are no outputs of
@@ -324,13 +324,13 @@ def _check_numbers(
     arithmetic: Level,
 ) -> _Judged:
     from converter.checks.comparison import FLOAT32, ROUNDED
+    from converter.checks.diagnosis.stages import Network, Skeleton, cut
     from converter.checks.numbers import bare_backbone, check_numbers
     from converter.checks.rounding import (
         allowing_for_rounding,
         check_rounded,
         with_cost_of_rounding,
     )
-    from converter.checks.stages import Network, Skeleton, cut
 
     backbone = None
     if evidence.run_backbone and isinstance(evidence.sources, Provenance):
@@ -428,11 +428,11 @@ def _with_diagnosis(
         return Verdict(levels, cause=known)
     if found.misfits or not (found.drawn or failed & {"arithmetic", "numbers"}):
         return Verdict(levels)
-    from converter.checks.by_value import Reference
     from converter.checks.comparison import FLOAT32
-    from converter.checks.diagnosis import diagnose, not_tried
+    from converter.checks.diagnosis.by_value import Reference
+    from converter.checks.diagnosis.search import diagnose, not_tried
+    from converter.checks.diagnosis.stages import Network, Skeleton
     from converter.checks.numbers import first_difference
-    from converter.checks.stages import Network, Skeleton
 
     difference = None
     if judged and "numbers" in failed:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from converter.checks.diagnosis.stages import PATCH_WEIGHT
 from converter.checks.provenance import Provenance
-from converter.checks.stages import PATCH_WEIGHT
 
 # what the model has instead of base + delta, and how many deltas it lacks
 DELTA_FAULTS = {"delta-added-twice": -1, "delta-not-added": 1, "delta-subtracted": 2}

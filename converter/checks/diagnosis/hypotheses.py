@@ -1,7 +1,7 @@
 """The faults that a model can have, each with the experiment that tells it.
 
 A hypothesis looks at a case and proposes what would undo its fault. Whether that reproduces the
-recording is for `converter.checks.diagnosis` to find out.
+recording is for `converter.checks.diagnosis.search` to find out.
 """
 
 import math
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from converter.checks.by_value import (
+from converter.checks.comparison import FLOAT32, Tolerance
+from converter.checks.diagnosis.by_value import (
     DELTA_FAULTS,
     UNRELATED,
     Reference,
@@ -22,13 +23,12 @@ from converter.checks.by_value import (
     is_coarse,
     layer_of,
 )
-from converter.checks.comparison import FLOAT32, Tolerance
+from converter.checks.diagnosis.stages import PATCH_WEIGHT, Network, Stage, first_block
 from converter.checks.numbers import bare_backbone
 from converter.checks.pixels import Normalisation
 from converter.checks.provenance import Provenance
 from converter.checks.recorded import Recorded
 from converter.checks.rounding import EXCESS, RIGHT_EXCESS, allowing_for_rounding
-from converter.checks.stages import PATCH_WEIGHT, Network, Stage, first_block
 from converter.configs import IMAGE_MEAN, IMAGE_STD
 from reference_model.activations import ACTIVATIONS, Activation
 

@@ -4,11 +4,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from converter.checks.by_value import Reference, faults_by_value, wrong_tensors
 from converter.checks.comparison import RIGHT, Tolerance
-from converter.checks.hypotheses import HYPOTHESES, Case, Explanation
+from converter.checks.diagnosis.by_value import Reference, faults_by_value, wrong_tensors
+from converter.checks.diagnosis.hypotheses import HYPOTHESES, Case, Explanation
+from converter.checks.diagnosis.stages import Network, Stage, cut
 from converter.checks.recorded import Recorded
-from converter.checks.stages import Network, Stage, cut
 from converter.checks.verdict import Cause, Trial
 
 # Faults that are looked for one behind the other.
