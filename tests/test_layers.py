@@ -1,0 +1,88 @@
+"""The floors of the house: who may import whom, as README's map shows it."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import converter
+import reference_model
+
+CONVERTER = Path(converter.__file__).parent
+REFERENCE_MODEL = Path(reference_model.__file__).parent
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+# from the top down: whatever stands on a floor imports from lower floors only
+FLOORS = (
+    ("cli", "testing"),
+    ("report",),
+    ("publishing",),
+    ("conversion",),
+    ("checks", "pictures"),
+    ("models",),
+    ("job", "history"),
+    ("hub",),
+    ("weights",),
+    ("configs",),
+    ("catalog",),
+    ("class_names", "colours", "staging"),
+    ("locks", "zips"),
+    ("files", "outside", "places"),
+    ("errors", "version"),
+)
+
+
+def modules_of(package: Path) -> list[Path]:
+    return [path for path in sorted(package.rglob("*.py")) if path != package / "__init__.py"]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Dotted names of what a file imports, wherever in it that happens."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize(
+    "path", modules_of(CONVERTER), ids=lambda path: str(path.relative_to(CONVERTER))
+)
+def test_no_import_leads_up_or_across(path: Path) -> None:
+    floor_of = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+    own = path.relative_to(CONVERTER).parts[0].removesuffix(".py")
+    others = {name.split(".")[1] for name in imported(path) if name.startswith("converter.")}
+
+    assert [other for other in others - {own} if floor_of[other] <= floor_of[own]] == []
+
+
+def test_the_reference_model_knows_nothing_of_the_converter() -> None:
+    names = [name for path in modules_of(REFERENCE_MODEL) for name in imported(path)]
+
+    assert any(name.startswith("torch") for name in names)
+    assert not any(name.startswith("converter") for name in names)
+
+
+def test_the_readme_shows_the_floors() -> None:
+    assert "\n-> ".join(", ".join(names) for names in FLOORS) in README
+
+
+def test_the_readmes_map_is_the_tree_as_it_is() -> None:
+    block = README.partition("## Contributing")[2].split("```\n")[1]
+    found, folder = set(), ""
+    for line in block.splitlines():
+        if line.startswith("  "):
+            found.add(f"{folder}{line.split()[0]}")
+        else:
+            folder = line.split()[0]
+    files = {
+        f"{package.name}/{path.relative_to(package).as_posix()}"
+        for package in (CONVERTER, REFERENCE_MODEL)
+        for path in modules_of(package)
+        if path.name != "__init__.py" and "cli" not in path.parts
+    }
+
+    listed = {name for name in found if name.endswith(".py")}
+    assert listed == files
