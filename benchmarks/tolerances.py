@@ -52,7 +52,7 @@ from converter.checks.diagnosis.stages import (
     cut,
 )
 from converter.checks.numbers import LOGITS, masked_predictions, run
-from converter.checks.pipeline import Inputs, prepare, segment
+from converter.checks.pipeline import Prepared, prepare, segment
 from converter.checks.pixels import read_normalisation
 from converter.checks.recorded import Origin, Recorded, read_pictures, read_recorded
 from converter.checks.rounding import (
@@ -105,7 +105,7 @@ class Subject:
     inputs: Tensor
     recorded: Outputs
     masks: Sequence[Tensor]
-    pictures: Inputs | None = None
+    pictures: Prepared | None = None
     slow: bool = False
 
     def load(self) -> Model:

@@ -46,6 +46,7 @@ class Checkpoint:
         stuff: ids of stuff classes, where there are no class names to tell.
         metric: the published figure, if there is one.
         note: what else a user should know.
+        offline: whether its files come with the package.
     """
 
     name: str
@@ -58,11 +59,7 @@ class Checkpoint:
     stuff: tuple[int, ...] = ()
     metric: Metric | None = None
     note: str = ""
-
-    @property
-    def offline(self) -> bool:
-        """Whether its files come with the package."""
-        return not self.delta.startswith("tue-mps/")
+    offline: bool = False
 
     @property
     def slug(self) -> str:
@@ -162,6 +159,7 @@ def _offline(
         labels=labels,
         stuff=stuff,
         note=note,
+        offline=True,
     )
 
 

@@ -1,9 +1,9 @@
 """The whole job: from the name of a checkpoint to a verified folder that transformers loads."""
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,12 +33,13 @@ from converter.hub.sources import Fetched, fetch_again, fetched_already
 from converter.job import (
     Inputs,
     Job,
+    Progress,
     choose_class_names,
     choose_source,
     open_inputs,
     role_of,
 )
-from converter.staging import Stage, check_place, put_back, staged
+from converter.staging import StagedOutput, check_place, put_back, staged
 from converter.version import __version__
 from converter.weights.inspection import WeightsKind, signs_of_a_delta
 from converter.weights.layouts import BACKBONE_LAYOUTS
@@ -55,9 +56,6 @@ _SMALL_FILES = 1 << 20
 REPORT = "verdict.html"
 
 TOOL = "eomt-convert"
-
-# called with what is being done, and how many bytes of how many are done
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -222,43 +220,43 @@ def convert(
     page = _path(report)
     if page and real_path(page).is_relative_to(place):
         raise UsageError(f"{page} is in the output {place}, which gets its own {REPORT}.")
-    if page and not dry_run:
-        prepare_place(page)
-    rejected = place.parent / f"{place.name}.unverified"  # / has no name
-    if not dry_run:
-        put_back(place)
-        force_here = force or (exist_ok and _made_by(job, place))
-        check_place(place, force=force_here, made=made_files)
-        if keep_unverified:
-            check_place(rejected, force=force, made=made_files)
-
     access = access or Access.of(token, cache_dir, local_files_only)
     if dry_run:
         return _plan(job, access)
 
-    kept = rejected if keep_unverified else None
-    fetched_again = False
+    if page:
+        prepare_place(page)
+    put_back(place)
+    force_here = force or (exist_ok and _made_by(job, place))
+    check_place(place, force=force_here, made=made_files)
+    rejected = place.parent / f"{place.name}.unverified"  # / has no name
+    if keep_unverified:
+        check_place(rejected, force=force, made=made_files)
+    destination = _Destination(place, force_here, rejected if keep_unverified else None, page)
+    again = False
     while True:
         try:
-            return _carry_out(
-                job,
-                access,
-                place,
-                kept,
-                progress,
-                force=force_here,
-                report=page,
-                required=require_verified,
-            )
+            return _carry_out(job, destination, access, progress, require_verified=require_verified)
         except EomtConvertError as error:
-            damaged = _damaged(error, job, access)
-            if not damaged:
-                raise
-            if fetched_again:
-                source, name = damaged[0]
-                raise arrived_damaged(source.title, name, source.weights.with_name(name)) from error
-            fetch_again(damaged, access)
-            fetched_again = True
+            _fetch_damaged(error, job, access, again=again)
+            again = True
+
+
+@dataclass(frozen=True)
+class _Destination:
+    """Where the result goes.
+
+    Attributes:
+        place: the folder to write, absolute.
+        force: whether a conversion that is there is replaced.
+        rejected: the folder for a model that fails; None if it is not kept.
+        page: another HTML page to write, beside the output's own.
+    """
+
+    place: Path
+    force: bool
+    rejected: Path | None
+    page: Path | None
 
 
 def _plan(job: Job, access: Access) -> Conversion:
@@ -271,75 +269,100 @@ def _plan(job: Job, access: Access) -> Conversion:
 
 def _carry_out(
     job: Job,
+    destination: _Destination,
     access: Access,
-    place: Path,
-    rejected: Path | None,
     progress: Progress,
     *,
-    force: bool,
-    report: Path | None,
-    required: bool,
+    require_verified: bool,
 ) -> Conversion:
-    """Converts, and publishes the result to its place; one that fails, to ``rejected`` if any."""
+    """Converts, checks the result, and moves it into its place."""
     with ExitStack() as stack:
         inputs = open_inputs(job, access, stack, dry_run=False)
         plan, classes = _make_plan(job, inputs)
-        pair = _check_pair(job, inputs, plan)
-        _refuse_mismatch(pair, inputs, allow_mismatch=job.allow_mismatch)
-        if job.check_backbone:
-            pair += (check_outputs(inputs.files, plan, job.image, access),)
-            _refuse_mismatch(pair, inputs, allow_mismatch=job.allow_mismatch)
+        pair = _check_pair(job, inputs, plan, access)
         size = sharding_of(plan, job.max_shard_size).size + _SMALL_FILES
+        place, force = destination.place, destination.force
         with staged(place, size=size, force=force, made=made_files) as stage:
             merged = _merge(job, plan, inputs, stage, progress)
             pair += _check_digests(inputs, merged)
             _write_configs(job, inputs, plan, classes, stage.folder)
-            if job.verify:
-                findings = check(
-                    stage.folder,
-                    Evidence(
-                        recorded=job.recorded,
-                        published=_published(job),
-                        task=job.task,
-                        size_is_meant=True,
-                        sources=Provenance(inputs.files, plan),
-                        of_published=_published(job) is not None and "delta" in inputs.files,
-                        recipes=merged.tensors,
-                    ),
-                    Options(image=job.image, allow_nonfinite=job.allow_nonfinite, access=access),
-                )
-            else:
-                findings = Findings(unverified("Verification was switched off (--no-verify)."))
-            verdict = findings.verdict
-            if required and verdict.verdict != "failed" and not verdict.proven:
-                raise NotVerifiedError(
-                    f"A check was required: {verdict.shortfall}",
-                    "Give outputs recorded from the original with --recorded, or convert without "
-                    "--require-verified.",
-                )
-            files = _write_history(job, inputs, plan, pair, merged, verdict, stage.folder)
-            pages = [stage.folder / REPORT] if job.verify else []
-            asked_for = [report] if report else []
-            if pages or asked_for:
-                title = job.checkpoint.name if job.checkpoint else place.name
-                write_page([*pages, *asked_for], title, stage.folder, findings)
-            files = {**files, **_digests(pages)}
-            if verdict.verdict != "failed":
-                stage.publish()
-                return Conversion(job, inputs, plan, pair, place, files, verdict)
-            if rejected:
-                with staged(rejected, size=0, force=force, made=made_files) as kept:
-                    kept.folder.rmdir()
-                    shutil.move(stage.folder, kept.folder)
-                    kept.publish()
-            raise OutputsDifferError(
-                f"The converted model is not right: {verdict.reason}",
-                f"It was kept as {rejected}, to look at."
-                if rejected
-                else f"Nothing was left at {place}; --keep-unverified keeps it beside.",
-                verdict,
-                Conversion(job, inputs, plan, pair, rejected, files, verdict),
-            )
+            findings = _check_model(job, inputs, plan, merged, stage.folder, access)
+            if require_verified:
+                _refuse_unproven(findings.verdict)
+            files = _write_history(job, inputs, plan, pair, merged, findings.verdict, stage.folder)
+            files = {**files, **_write_pages(job, findings, stage.folder, destination)}
+            done = Conversion(job, inputs, plan, pair, place, files, findings.verdict)
+            return _move_into_place(done, stage, destination)
+
+
+def _check_model(
+    job: Job, inputs: Inputs, plan: Plan, merged: Merged, folder: Path, access: Access
+) -> Findings:
+    """Holds the model against all that there is, unless that was switched off."""
+    if not job.verify:
+        return Findings(unverified("Verification was switched off (--no-verify)."))
+    published = _published(job)
+    evidence = Evidence(
+        recorded=job.recorded,
+        published=published,
+        task=job.task,
+        size_is_meant=True,
+        sources=Provenance(inputs.files, plan),
+        of_published=published is not None and "delta" in inputs.files,
+        recipes=merged.tensors,
+    )
+    options = Options(image=job.image, allow_nonfinite=job.allow_nonfinite, access=access)
+    return check(folder, evidence, options)
+
+
+def _refuse_unproven(verdict: Verdict) -> None:
+    if verdict.verdict != "failed" and not verdict.proven:
+        raise NotVerifiedError(
+            f"A check was required: {verdict.shortfall}",
+            "Give outputs recorded from the original with --recorded, or convert without "
+            "--require-verified.",
+        )
+
+
+def _write_pages(job: Job, findings: Findings, folder: Path, destination: _Destination) -> Digests:
+    """Writes what was found as a page, beside the model and where else it was asked for.
+
+    Returns:
+        Size and digest of the page beside the model.
+    """
+    own = [folder / REPORT] if job.verify else []
+    pages = own + ([destination.page] if destination.page else [])
+    if pages:
+        title = job.checkpoint.name if job.checkpoint else destination.place.name
+        write_page(pages, title, folder, findings)
+    return _digests(own)
+
+
+def _move_into_place(
+    done: Conversion, stage: StagedOutput, destination: _Destination
+) -> Conversion:
+    """Publishes a stage to its place; that of a model that fails, to where it is kept, if at all.
+
+    Raises:
+        OutputsDifferError: the model fails.
+    """
+    if done.verdict.verdict != "failed":
+        stage.publish()
+        return done
+    rejected = destination.rejected
+    if rejected:
+        with staged(rejected, size=0, force=destination.force, made=made_files) as kept:
+            kept.folder.rmdir()
+            shutil.move(stage.folder, kept.folder)
+            kept.publish()
+    raise OutputsDifferError(
+        f"The converted model is not right: {done.verdict.reason}",
+        f"It was kept as {rejected}, to look at."
+        if rejected
+        else f"Nothing was left at {destination.place}; --keep-unverified keeps it beside.",
+        done.verdict,
+        replace(done, output=rejected),
+    )
 
 
 def _published(job: Job) -> Checkpoint | None:
@@ -360,12 +383,31 @@ def _make_plan(job: Job, inputs: Inputs) -> tuple[Plan, ClassNames]:
     return plan, choose_class_names(job, inputs, plan.heads.num_classes)
 
 
-def _damaged(error: EomtConvertError, job: Job, access: Access) -> list[tuple[Fetched, str]]:
-    """The files that an error is about and that are not what the Hub lists, by source and name."""
+def _fetch_damaged(error: EomtConvertError, job: Job, access: Access, *, again: bool) -> None:
+    """Fetches once more what an error is about, where it is not what the Hub lists.
+
+    Args:
+        error: what a conversion ended in.
+        job: the conversion.
+        access: how the Hub is reached.
+        again: whether that was done before.
+
+    Raises:
+        EomtConvertError: the error itself, where another download cannot mend it.
+        UnreadableFileError: a file arrived damaged twice, or only the cache may be used.
+    """
     if error.damaged is None:
-        return []
-    found = [fetched_already(source, access) for source in (job.eomt, job.backbone)]
-    return [(source, name) for source in found if source for name in source.damaged(error.damaged)]
+        raise error
+    fetched = [fetched_already(source, access) for source in (job.eomt, job.backbone)]
+    damaged = [
+        (source, name) for source in fetched if source for name in source.damaged(error.damaged)
+    ]
+    if not damaged:
+        raise error
+    if again:
+        source, name = damaged[0]
+        raise arrived_damaged(source.title, name, source.weights.with_name(name)) from error
+    fetch_again(damaged, access)
 
 
 def _path(given: str | Path | None) -> Path | None:
@@ -441,17 +483,28 @@ def _check_image_size(job: Job, patch_size: int) -> None:
         )
 
 
-def _check_pair(job: Job, inputs: Inputs, plan: Plan) -> tuple[PairCheck, ...]:
-    if "backbone" not in inputs.files:
+def _check_pair(job: Job, inputs: Inputs, plan: Plan, access: Access) -> tuple[PairCheck, ...]:
+    """What is known of whether delta and backbone belong together.
+
+    Raises:
+        MismatchError: they do not, and that is not allowed.
+    """
+    if "backbone" in inputs.files:
+        published = job.checkpoint is not None and not job.checkpoint.offline
+        pair = check_pair(
+            inputs.files["backbone"],
+            inputs.files["delta"],
+            plan,
+            expected_data="lvd1689m" if published else None,
+        )
+    else:
         evidence = inputs.evidence or signs_of_a_delta(inputs.files["weights"])
-        return (check_absolute(evidence),) if evidence else ()
-    published = job.checkpoint is not None and not job.checkpoint.offline
-    return check_pair(
-        inputs.files["backbone"],
-        inputs.files["delta"],
-        plan,
-        expected_data="lvd1689m" if published else None,
-    )
+        pair = (check_absolute(evidence),) if evidence else ()
+    _refuse_mismatch(pair, inputs, allow_mismatch=job.allow_mismatch)
+    if job.check_backbone:
+        pair += (check_outputs(inputs.files, plan, job.image, access),)
+        _refuse_mismatch(pair, inputs, allow_mismatch=job.allow_mismatch)
+    return pair
 
 
 def _check_digests(inputs: Inputs, merged: Merged) -> tuple[PairCheck, ...]:
@@ -502,7 +555,7 @@ def _refuse_mismatch(pair: tuple[PairCheck, ...], inputs: Inputs, *, allow_misma
 # writing ---------------------------------------------------------------------------------------
 
 
-def _merge(job: Job, plan: Plan, inputs: Inputs, stage: Stage, progress: Progress) -> Merged:
+def _merge(job: Job, plan: Plan, inputs: Inputs, stage: StagedOutput, progress: Progress) -> Merged:
     done, total = 0, sum(row.nbytes for row in plan.rows)
 
     def advance(count: int) -> None:

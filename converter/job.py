@@ -1,7 +1,7 @@
 """What to convert: names resolved to sources, sources to open files, and what those are."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,11 +28,14 @@ from converter.hub.sources import (
     parse_source,
 )
 from converter.places import HubSource, LocalSource
-from converter.weights.inspection import Evidence, WeightsKind, decide, signs_of_a_delta
+from converter.weights.inspection import Sign, WeightsKind, decide, signs_of_a_delta
 from converter.weights.layouts import EOMT_TRANSFORMERS, recognise
 from converter.weights.merge import Files
 from converter.weights.plan import Source
 from converter.weights.tensorfiles import open_tensors
+
+# called with what is being done, and how much of how much is done: bytes, or pictures
+Progress = Callable[[str, int, int], object]
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,7 @@ class Inputs:
     fetched: Mapping[Source, Fetched]
     files: Files
     weights: WeightsKind
-    evidence: tuple[Evidence, ...]
+    evidence: tuple[Sign, ...]
     own_config: dict[str, Any] | None
     own_preprocessor: dict[str, Any] | None
     backbone_config: BackboneConfig | None
@@ -191,7 +194,7 @@ def open_inputs(job: Job, access: Access, stack: ExitStack, *, dry_run: bool) ->
     eomt_file = open_tensors(eomt.weights)
     stack.enter_context(eomt_file)
     converted = recognise(eomt_file.tensors) is EOMT_TRANSFORMERS
-    evidence: tuple[Evidence, ...] = ()
+    evidence: tuple[Sign, ...] = ()
     weights: WeightsKind
     if job.weights != "auto":
         weights = job.weights
@@ -219,7 +222,7 @@ def open_inputs(job: Job, access: Access, stack: ExitStack, *, dry_run: bool) ->
     return Inputs(fetched, files, weights, evidence, own, own_preprocessor, config)
 
 
-def _decided(evidence: tuple[Evidence, ...], title: str) -> WeightsKind:
+def _decided(evidence: tuple[Sign, ...], title: str) -> WeightsKind:
     kind = decide(evidence)
     if kind is None:
         signs = "; ".join(f"{sign.finding} ({sign.speaks_for})" for sign in evidence)

@@ -1,5 +1,6 @@
 """Converted models, opened by folder or Hub repository and ready to run."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from converter.hub.sources import fetch, fetch_first, parse_source
 from converter.places import HubSource, LocalSource
 
 if TYPE_CHECKING:
+    import torch
+
     from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor
 
 _PREPROCESSOR = "preprocessor_config.json"
@@ -140,6 +143,33 @@ def load_model(
     return network, processor
 
 
+def choose_device(name: str | None) -> "torch.device":
+    """The device of a name, which becomes torch's current one if it is a GPU.
+
+    A GPU without a number is the one that torchrun gives this process.
+
+    Args:
+        name: as torch names it; None for a GPU if there is one, else the CPU.
+
+    Raises:
+        UsageError: it cannot be used.
+    """
+    import torch
+
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"The device {name!r} cannot be used: {reason}") from error
+    return device
+
+
 @contextmanager
 def torch_device(name: str | None, threads: int | None) -> Iterator[str]:
     """Finds out whether a device can be used, and gives torch so many CPU threads in this block.
@@ -153,15 +183,10 @@ def torch_device(name: str | None, threads: int | None) -> Iterator[str]:
     """
     import torch
 
-    device = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(f"The device {device!r} cannot be used: {reason}") from error
+    device = choose_device(name)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        yield device
+        yield str(device)
     finally:
         torch.set_num_threads(before)

@@ -49,7 +49,7 @@ def _nothing(_: Path) -> Mapping[str, str | None]:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StagedOutput:
     """A place to work in, on the same file system as the output.
 
     Attributes:
@@ -147,7 +147,7 @@ def staged(
     force: bool = False,
     made: Made = _nothing,
     last: str = "config.json",
-) -> Iterator[Stage]:
+) -> Iterator[StagedOutput]:
     """Opens a stage for an output; closing it leaves nothing but what was published.
 
     Only one process at a time has the stage of a place. What a process that died has left there is
@@ -177,7 +177,7 @@ def staged(
                     _check_space(area, place, size)
                     folder = area / _OUTPUT
                     folder.mkdir()
-                    yield Stage(folder, area, place, force, made, last)
+                    yield StagedOutput(folder, area, place, force, made, last)
                 finally:
                     _dispose(area, place)
 

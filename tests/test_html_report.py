@@ -25,7 +25,7 @@ from converter.checks.html_report import (
     Chart,
     Point,
     ReportData,
-    Segment,
+    ShownSegment,
     SourceFile,
     TensorRow,
     gather,
@@ -313,7 +313,7 @@ def test_whatever_a_model_says_of_itself_is_text_and_never_markup(
 def test_every_character_of_the_page_shows_and_long_texts_are_cut(right: ReportData) -> None:
     # an escape sequence and a right-to-left override; halves of characters are no text of a source
     hostile, long = "\x1b[2J\u202edessap", "x" * 70_000
-    segment = Segment("#1f77b4", (hostile, long), (0.5, 0.5))
+    segment = ShownSegment("#1f77b4", (hostile, long), (0.5, 0.5))
     data = replace(
         right,
         title=hostile + "\ud800",

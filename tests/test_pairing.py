@@ -23,7 +23,7 @@ from converter.errors import AccessError, MismatchError, PlanError, UnreadableFi
 from converter.hub import downloads
 from converter.weights import backbones, pairing
 from converter.weights.backbones import KnownBackbone, RecordedOutputs
-from converter.weights.inspection import Evidence
+from converter.weights.inspection import Sign
 from converter.weights.pairing import PairCheck
 from converter.weights.plan import make_plan
 from converter.weights.tensorfiles import TensorFile
@@ -158,7 +158,7 @@ def test_a_delta_said_to_be_absolute_is_flagged(tmp_path: Path) -> None:
 
 
 def test_absolute_weights_are_known_for_it() -> None:
-    check = pairing.check_absolute([Evidence("layer norms around 1", "absolute")])
+    check = pairing.check_absolute([Sign("layer norms around 1", "absolute")])
 
     assert check.status == "passed"
 

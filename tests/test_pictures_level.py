@@ -222,7 +222,7 @@ def test_nothing_is_made_of_pictures_that_would_be_padded_to_another_size(
     change_json(model / "config.json", image_size=[2048, 2048])
     made = set()
 
-    def note(processor: EomtImageProcessor, images: Sequence[Image.Image]) -> pipeline.Inputs:
+    def note(processor: EomtImageProcessor, images: Sequence[Image.Image]) -> pipeline.Prepared:
         made.add(processor.image_size)
         return pipeline.prepare(processor, images)
 

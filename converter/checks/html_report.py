@@ -121,7 +121,7 @@ class Chart:
 
 
 @dataclass(frozen=True)
-class Segment:
+class ShownSegment:
     """The pixels that go to one query, as recorded and as the model has them.
 
     Attributes:
@@ -152,7 +152,7 @@ class Picture:
     width: int
     differing: int
     size: int
-    segments: tuple[Segment, ...]
+    segments: tuple[ShownSegment, ...]
 
 
 TensorStatus = Literal["as expected", "other values", "missing", "not checked"]
@@ -420,7 +420,7 @@ def _picture(pixels: NDArray[np.uint8], theirs: _Prediction, ours: _Prediction) 
         differing=int(differing.sum()),
         size=differing.size,
         segments=tuple(
-            Segment(
+            ShownSegment(
                 "#{:02x}{:02x}{:02x}".format(*colours[query]),
                 (theirs.labels[query], ours.labels[query]),
                 (areas[0][query] / differing.size, areas[1][query] / differing.size),

@@ -11,7 +11,7 @@ from torch import Tensor
 from converter.catalog import Task
 from converter.checks.comparison import ROUNDED, Tolerance, equal_results, largest_difference
 from converter.checks.numbers import LOGITS, compare_outputs
-from converter.checks.pipeline import Inputs, compute_logits, prepare, segment
+from converter.checks.pipeline import Prepared, compute_logits, prepare, segment
 from converter.checks.recorded import Recorded, RecordedPictures, read_pictures
 from converter.checks.verdict import Level
 from converter.class_names import unnamed
@@ -159,7 +159,9 @@ def _differing_stuff(file: str, found: Any, pictures: RecordedPictures) -> Itera
 # preprocessing ----------------------------------------------------------------------------------
 
 
-def _prepare(folder: Path, settings: Mapping[str, Any], pictures: RecordedPictures) -> Inputs | str:
+def _prepare(
+    folder: Path, settings: Mapping[str, Any], pictures: RecordedPictures
+) -> Prepared | str:
     """The recorded pictures as a model's processor makes them fit, or why it cannot.
 
     Args:
@@ -178,7 +180,7 @@ def _prepare(folder: Path, settings: Mapping[str, Any], pictures: RecordedPictur
         return f"it cannot be used ({error})"
 
 
-def _difference(inputs: Inputs, pictures: RecordedPictures) -> str:
+def _difference(inputs: Prepared, pictures: RecordedPictures) -> str:
     """How inputs differ from the recorded ones; empty if they are equal."""
     ours, theirs = inputs.pixels, pictures.pixels
     if ours.shape != theirs.shape:
@@ -192,7 +194,10 @@ def _difference(inputs: Inputs, pictures: RecordedPictures) -> str:
 
 
 def _blame_preparation(
-    folder: Path, input_size: tuple[int, int], inputs: Inputs | str, pictures: RecordedPictures
+    folder: Path,
+    input_size: tuple[int, int],
+    inputs: Prepared | str,
+    pictures: RecordedPictures,
 ) -> list[str]:
     """What in the model's files keeps the pictures from becoming the recorded pixels.
 
@@ -242,7 +247,7 @@ def _blame_preparation(
 def _check_outputs(
     model: EomtDinov3ForUniversalSegmentation,
     folder: Path,
-    inputs: Inputs,
+    inputs: Prepared,
     pictures: RecordedPictures,
     tolerance: Tolerance,
     stuff: tuple[int, ...] | None,
@@ -286,7 +291,7 @@ def _differing_results(shares: Mapping[str, float], least: float, how: str = "")
 def _equal_results(
     folder: Path,
     logits: Mapping[str, Tensor],
-    inputs: Inputs,
+    inputs: Prepared,
     pictures: RecordedPictures,
     stuff: tuple[int, ...] | None,
 ) -> dict[str, float]:

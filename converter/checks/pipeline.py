@@ -25,7 +25,7 @@ TOP_K = 100
 
 
 @dataclass(frozen=True)
-class Inputs:
+class Prepared:
     """Pictures as the network takes them.
 
     Attributes:
@@ -48,7 +48,7 @@ class Inputs:
         return {"pipeline.crops": self.pixels, "pipeline.origins": self.origins}
 
 
-def prepare(processor: EomtImageProcessor, images: Sequence[Image.Image]) -> Inputs:
+def prepare(processor: EomtImageProcessor, images: Sequence[Image.Image]) -> Prepared:
     """Makes the network's inputs of pictures in RGB.
 
     Raises:
@@ -56,7 +56,7 @@ def prepare(processor: EomtImageProcessor, images: Sequence[Image.Image]) -> Inp
     """
     found = processor(images, do_rescale=False, do_normalize=False)
     offsets = found.get("patch_offsets")
-    return Inputs(
+    return Prepared(
         found.pixel_values.to(torch.uint8),
         processor(images).pixel_values,
         torch.stack(offsets) if offsets else None,
@@ -64,7 +64,9 @@ def prepare(processor: EomtImageProcessor, images: Sequence[Image.Image]) -> Inp
     )
 
 
-def compute_logits(model: EomtDinov3ForUniversalSegmentation, inputs: Inputs) -> dict[str, Tensor]:
+def compute_logits(
+    model: EomtDinov3ForUniversalSegmentation, inputs: Prepared
+) -> dict[str, Tensor]:
     """What a model puts out for pictures, by the names of recorded tensors, on the CPU.
 
     Raises:
@@ -78,7 +80,7 @@ def segment(
     processor: EomtImageProcessor,
     task: str,
     logits: Mapping[str, Tensor],
-    inputs: Inputs,
+    inputs: Prepared,
     *,
     stuff_classes: Sequence[int] | None = None,
     top_k: int = TOP_K,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from converter.checks.pipeline import Inputs
+    from converter.checks.pipeline import Prepared
     from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor
 
 # what a model must not fail for its outputs to be worth recording
@@ -231,7 +231,7 @@ def _prepare(
     processor: "EomtImageProcessor",
     pictures: "Sequence[Image]",
     image_size: tuple[int, int] | None,
-) -> "Inputs":
+) -> "Prepared":
     """Pictures as a model's image processor makes them fit."""
     from converter.checks.pipeline import prepare
 
@@ -305,7 +305,7 @@ def _segment(
     processor: "EomtImageProcessor",
     task: str | None,
     outputs: "Mapping[str, Tensor]",
-    inputs: "Inputs",
+    inputs: "Prepared",
 ) -> "dict[str, Tensor]":
     """What is recorded of pictures: inputs, logits, and results where it is known of which task."""
     import torch

@@ -17,7 +17,8 @@ from converter.errors import EomtConvertError, UsageError
 from converter.files import user_path
 from converter.history import has_weights_of, read_history
 from converter.hub.access import Access
-from converter.models import fetch_model, load_model, repository_of
+from converter.job import Progress
+from converter.models import choose_device, fetch_model, load_model, repository_of
 from converter.pictures.datasets import (
     DATASETS,
     Dataset,
@@ -40,9 +41,6 @@ if TYPE_CHECKING:
 
     # from a processor, a model's outputs and the example: what the metric takes
     Predict = Callable[[EomtImageProcessor, EomtDinov3ForUniversalSegmentationOutput, Example], Any]
-
-# called with a stage, the pictures done and the pictures in all
-Progress = Callable[[str, int, int], object]
 
 # training/mask_classification_panoptic.py: mask_thresh, which is the classes', and overlap_thresh;
 # 0.5 is in its LightningModule.to_per_pixel_preds_panoptic
@@ -143,7 +141,7 @@ def evaluate(
     if dataset not in DATASETS:
         raise UsageError(f"There is no dataset {dataset!r}.", f"There are {', '.join(DATASETS)}.")
     folder = fetch_model(model, Access.of(token, cache_dir, local_files_only))
-    place = _choose_device(device)
+    place = choose_device(device)
     with (
         open_dataset(dataset, user_path(data)) as examples,
         _process_group(place) as (rank, processes),
@@ -277,24 +275,6 @@ def _predict_classes(
 def _size(example: Example) -> tuple[int, int]:
     """(height, width) of the picture."""
     return example.image.height, example.image.width
-
-
-def _choose_device(name: str | None) -> "torch.device":
-    import torch
-
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise UsageError(
-            f"torch knows no device {name!r}.", "Such as cpu, cuda, cuda:1."
-        ) from error
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError(f"There is no GPU for --device {name}.")
-        if device.index is None:  # torchrun tells every process its own
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    return device
 
 
 @contextmanager

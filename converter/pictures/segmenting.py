@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob, has_magic
@@ -25,6 +25,7 @@ from converter.files import (
     write_json,
 )
 from converter.hub.access import Access
+from converter.job import Progress
 from converter.models import fetch_model, find_task, load_model, torch_device
 from converter.pictures.coco import Segment, document, encode_mask, id_map_image, measure
 from converter.pictures.drawing import Label, draw_overlay
@@ -32,9 +33,6 @@ from converter.version import __version__
 
 if TYPE_CHECKING:
     from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor
-
-# called with a stage, the pictures done and the pictures in all
-Progress = Callable[[str, int, int], object]
 
 OVERLAY, ID_MAP, SEGMENTS = ".overlay.png", ".segments.png", ".segments.json"
 

@@ -11,7 +11,7 @@ WeightsKind = Literal["delta", "absolute"]
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Sign:
     """One sign of whether EoMT weights are a delta to a backbone or absolute.
 
     Attributes:
@@ -46,7 +46,7 @@ class Inspection:
     layout: str | None
     title: str
     weights: WeightsKind | None
-    evidence: tuple[Evidence, ...]
+    evidence: tuple[Sign, ...]
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     parameters: int
     wrong_checksums: tuple[str, ...]
@@ -90,7 +90,7 @@ def inspect(file: TensorFile | ShardedTensorFile) -> Inspection:
     )
 
 
-def signs_of_a_delta(file: TensorFile | ShardedTensorFile) -> tuple[Evidence, ...]:
+def signs_of_a_delta(file: TensorFile | ShardedTensorFile) -> tuple[Sign, ...]:
     """Signs of whether weights in TU/e's layout are a delta to a backbone, or absolute."""
     import numpy as np
 
@@ -100,9 +100,9 @@ def signs_of_a_delta(file: TensorFile | ShardedTensorFile) -> tuple[Evidence, ..
         std = file.read(names["network.encoder.pixel_std"]).reshape(-1)
         values = ", ".join(f"{value:g}" for value in std[:3])
         if not std.any():
-            signs.append(Evidence(f"pixel_std is {values}: the same as the backbone's", "delta"))
+            signs.append(Sign(f"pixel_std is {values}: the same as the backbone's", "delta"))
         elif (std > 0).all():
-            signs.append(Evidence(f"pixel_std is {values}: a deviation of pixels", "absolute"))
+            signs.append(Sign(f"pixel_std is {values}: a deviation of pixels", "absolute"))
 
     norms = [
         name
@@ -116,13 +116,13 @@ def signs_of_a_delta(file: TensorFile | ShardedTensorFile) -> tuple[Evidence, ..
         finding = f"layer norm weights have the mean {mean:.2f}, {positive:.0%} are positive"
         # Trained layer norms scale by positive numbers; what training changed has either sign.
         if positive > 0.95 and mean > 0.1:
-            signs.append(Evidence(finding, "absolute"))
+            signs.append(Sign(finding, "absolute"))
         elif positive < 0.8:
-            signs.append(Evidence(finding, "delta"))
+            signs.append(Sign(finding, "delta"))
     return tuple(signs)
 
 
-def decide(evidence: Sequence[Evidence]) -> WeightsKind | None:
+def decide(evidence: Sequence[Sign]) -> WeightsKind | None:
     """What the evidence speaks for; None if there is none or it is mixed."""
     kinds = {sign.speaks_for for sign in evidence}
     return kinds.pop() if len(kinds) == 1 else None

@@ -16,7 +16,7 @@ from converter.weights.backbones import (
     find_backbone,
     size_of,
 )
-from converter.weights.inspection import Evidence, decide
+from converter.weights.inspection import Sign, decide
 from converter.weights.layouts import DINOV3_META, recognise, translate
 from converter.weights.merge import Files, read_operand
 from converter.weights.plan import Plan, Row
@@ -73,7 +73,7 @@ def check_pair(
     )
 
 
-def check_absolute(evidence: Sequence[Evidence]) -> PairCheck:
+def check_absolute(evidence: Sequence[Sign]) -> PairCheck:
     """Whether weights that are said to be absolute look like a delta."""
     kind = decide(evidence)
     findings = "; ".join(sign.finding for sign in evidence)
