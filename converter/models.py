@@ -161,12 +161,12 @@ def choose_device(name: str | None) -> "torch.device":
         device = torch.device(name)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"The device {name!r} cannot be used: {reason}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 
