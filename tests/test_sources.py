@@ -42,6 +42,8 @@ def test_what_exists_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (tmp_path / "owner" / "name").mkdir(parents=True)
 
     assert parse_source("owner/name") == LocalSource(Path("owner/name"))
+    Path("owner/link").symlink_to("nowhere")
+    assert parse_source("owner/link") == LocalSource(Path("owner/link"))
 
 
 def test_anything_else_of_the_form_owner_name_is_a_repository() -> None:

@@ -85,6 +85,7 @@ def parse_source(text: str) -> LocalSource | HubSource:
     path = user_path(text)
     if (
         path.exists()
+        or path.is_symlink()  # that leads nowhere
         or path.is_absolute()
         or text.startswith((".", "~"))
         or text.endswith((*WEIGHT_SUFFIXES, _INDEX_SUFFIX))
