@@ -68,7 +68,7 @@ class RotaryEmbedding(nn.Module):
         exponents = torch.arange(0, 1, 4 / self.head_size, dtype=torch.float32, device=device)
         frequencies = 1 / self.theta**exponents  # (head size / 4,)
         angles = 2 * math.pi * coordinates[:, :, None] * frequencies
-        angles = angles.flatten(1).tile(2)  # (patches, head size)
+        angles = torch.cat((angles.flatten(1),) * 2, dim=-1)  # (patches, head size)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
     def augment(self, coordinates: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from reference_model.backbone import Embeddings, Layer, RotaryEmbedding, patch_grid
 from reference_model.config import EomtDinov3Config
 from reference_model.loss import SetCriterion
+from reference_model.mask_schedule import MaskSchedule
 from reference_model.pretrained import EomtDinov3PreTrainedModel
 
 
@@ -64,6 +65,12 @@ class EomtDinov3ForUniversalSegmentationOutput:
     block_logits: tuple[Prediction, ...] | None = None
     loss: Tensor | None = None
     loss_dict: dict[str, Tensor] | None = None
+
+
+torch.export.register_dataclass(
+    EomtDinov3ForUniversalSegmentationOutput,
+    serialized_type_name="EomtDinov3ForUniversalSegmentationOutput",
+)
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -123,10 +130,12 @@ class EomtDinov3ForUniversalSegmentation(EomtDinov3PreTrainedModel):
     Attributes:
         attn_mask_probs: (num_blocks,) buffer: for each of the last layers, the probability that a
             query's attention stays within its predicted mask; 0 switches masking off. 1 in a new
-            model; training fades it to 0.
+            model; training fades it to 0. A compiled or exported model keeps, in evaluation mode,
+            the masks that were on when it was made.
     """
 
     attn_mask_probs: Tensor
+    _mask_schedule: MaskSchedule | None = None
 
     def __init__(self, config: EomtDinov3Config) -> None:
         super().__init__(config)
@@ -145,6 +154,9 @@ class EomtDinov3ForUniversalSegmentation(EomtDinov3PreTrainedModel):
         self.upscale_block = ScaleBlock(config)
         self.criterion = SetCriterion(config)
         self.register_buffer("attn_mask_probs", torch.ones(config.num_blocks))
+        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
+            type(self)._refresh_mask_schedule
+        )
         self.apply(self._init_weights)
 
     def forward(
@@ -190,40 +202,38 @@ class EomtDinov3ForUniversalSegmentation(EomtDinov3PreTrainedModel):
         x = self.dropout(self.embeddings(pixel_values))  # (batch, prefix + patches, hidden)
         rope = self.rope_embeddings(grid, x.dtype, x.device)
         hidden_states = [x] if output_hidden_states else []
-        predictions: dict[str, Prediction] = {}  # by what follows their losses' names
+        predictions: dict[int, Prediction] = {}  # by the block that they are made before
 
         first_block = len(self.layers) - self.config.num_blocks
-        keep_probabilities = [0.0] * first_block + self.attn_mask_probs.tolist()
-        for index, (layer, keep_probability) in enumerate(
-            zip(self.layers, keep_probabilities, strict=True)
-        ):
-            block = index - first_block
+        keep_probabilities = self.mask_probabilities()
+        for block, layer in enumerate(self.layers, start=-first_block):
             if block == 0:
                 queries = self.query.weight.expand(x.shape[0], -1, -1)
                 x = torch.cat((queries, x), dim=1)  # (batch, queries + prefix + patches, hidden)
             mask = None
             # the original's training draws queries to mask with probability 0 too
-            masking = self.training or keep_probability > 0
-            if block >= 0 and (masking or output_block_logits):
+            masking = block >= 0 and (self.training or keep_probabilities[block] > 0)
+            if masking or (block >= 0 and output_block_logits):
                 prediction = self.predict(self.layernorm(x), grid)
-                predictions[f"_{block}"] = prediction
+                predictions[block] = prediction
                 if masking:
                     mask_logits = prediction.masks_queries_logits
                     if block_mask_logits is not None:
                         mask_logits = block_mask_logits[block]
-                    mask = self.attention_mask(mask_logits, grid, keep_probability)
+                    mask = self.attention_mask(mask_logits, grid, keep_probabilities[block])
             x = layer(x, rope, mask)
             if output_hidden_states:
                 hidden_states.append(x)
 
         x = self.layernorm(x)
         prediction = self.predict(x, grid)
-        predictions[""] = prediction
+        predictions[self.config.num_blocks] = prediction
 
         loss_dict: dict[str, Tensor] = {}
         if mask_labels is not None and class_labels is not None:
-            for suffix, (masks, classes) in predictions.items():
+            for block, (masks, classes) in predictions.items():
                 losses = self.criterion(masks, classes, mask_labels, class_labels)
+                suffix = f"_{block}" if block < self.config.num_blocks else ""
                 loss_dict |= {f"{name}{suffix}": loss for name, loss in losses.items()}
         return EomtDinov3ForUniversalSegmentationOutput(
             *prediction,
@@ -277,15 +287,39 @@ class EomtDinov3ForUniversalSegmentation(EomtDinov3PreTrainedModel):
         masks = torch.einsum("bqc,bchw->bqhw", self.mask_head(queries), pixels)
         return Prediction(masks, self.class_predictor(queries))
 
+    def mask_probabilities(self) -> Sequence[float | Tensor]:
+        """Of every block; as numbers, unless a training step is compiled.
+
+        Raises:
+            RuntimeError: in an export, where they may have changed since they were last read.
+        """
+        if self.training and torch.compiler.is_compiling():
+            return self.attn_mask_probs.unbind(0)  # masks are drawn whatever they are
+        probabilities: tuple[float, ...] = self._read_mask_probabilities()
+        return probabilities
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _read_mask_probabilities(self) -> tuple[float, ...]:
+        schedule = self._mask_schedule
+        if type(self.attn_mask_probs) is not Tensor:  # an export's stand-in, without values
+            if schedule is None or schedule.has_changed():
+                raise RuntimeError(
+                    "attn_mask_probs may have changed since the model was run; call eval() on the "
+                    "model before exporting it"
+                )
+        elif schedule is None or not schedule.is_of(self.attn_mask_probs):
+            schedule = self._mask_schedule = MaskSchedule(self.attn_mask_probs)
+        return schedule.probabilities
+
     def attention_mask(
-        self, mask_logits: Tensor, grid: tuple[int, int], keep_probability: float
+        self, mask_logits: Tensor, grid: tuple[int, int], keep_probability: float | Tensor
     ) -> Tensor:
         """Lets queries look only at the patches of their own masks.
 
         Args:
             mask_logits: (batch, queries, H', W').
             grid: rows and columns of patches.
-            keep_probability: of a query to be masked.
+            keep_probability: of a query to be masked; a scalar.
 
         Returns:
             (batch, 1, tokens, tokens), bool; False where a query may not look at a patch.
@@ -294,13 +328,33 @@ class EomtDinov3ForUniversalSegmentation(EomtDinov3PreTrainedModel):
         logits = F.interpolate(mask_logits, grid, mode="bilinear").flatten(2)
         inside = logits > 0
         batch, queries, patches = inside.shape
-        if keep_probability < 1:
+        if isinstance(keep_probability, Tensor) or keep_probability < 1:
             unmasked = torch.rand(batch, queries, device=inside.device) > keep_probability
             inside = inside | unmasked[:, :, None]
         tokens = queries + self.config.num_prefix_tokens + patches
         mask = inside.new_ones(batch, 1, tokens, tokens)
         mask[:, 0, :queries, -patches:] = inside
         return mask
+
+    def train(self, mode: bool = True) -> Self:
+        """Switches to training mode, or to evaluation mode, as `nn.Module.train` does."""
+        super().train(mode)
+        self._refresh_mask_schedule()
+        return self
+
+    def _apply(self, *arguments: Any, **options: Any) -> Self:  # what to() and its like call
+        super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
+        self._refresh_mask_schedule()
+        return self
+
+    def _refresh_mask_schedule(self, *_: object) -> None:
+        """Reads what an export will need, which cannot."""
+        self._mask_schedule = None
+        if type(self.attn_mask_probs) is Tensor and not self.attn_mask_probs.is_meta:
+            self._read_mask_probabilities()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_mask_schedule": None}  # a copy has memory of its own
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,0 +1,230 @@
+"""The segmentation model as a graph: exported, compiled, and with masks switched in between."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from recorded_models import NAMES, pixel_values, recorded_model
+from torch import Tensor
+from torch.func import functional_call
+
+from reference_model import (
+    EomtDinov3Config,
+    EomtDinov3ForUniversalSegmentation,
+    EomtDinov3ForUniversalSegmentationOutput,
+)
+from reference_model.mask_schedule import MaskSchedule
+
+Model = EomtDinov3ForUniversalSegmentation
+
+
+def compiled(model: Model) -> Callable[..., EomtDinov3ForUniversalSegmentationOutput]:
+    """As one graph or not at all; the kernels stay those of the eager model."""
+    torch.compiler.reset()
+    return torch.compile(model, fullgraph=True, backend="aot_eager")
+
+
+def exported(model: Model) -> Callable[..., EomtDinov3ForUniversalSegmentationOutput]:
+    return torch.export.export(model, (pixels(),)).module()
+
+
+def pixels(batch: int = 1) -> Tensor:
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def model() -> Model:
+    """With masks off."""
+    config = EomtDinov3Config(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=48,
+        num_blocks=2,
+        num_queries=6,
+        image_size=32,
+        pos_embed_rescale=None,
+        initializer_range=0.2,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Model(config)
+    model.attn_mask_probs.zero_()
+    return model.eval()
+
+
+def assert_equal(
+    ours: EomtDinov3ForUniversalSegmentationOutput, theirs: EomtDinov3ForUniversalSegmentationOutput
+) -> None:
+    assert torch.equal(ours.masks_queries_logits, theirs.masks_queries_logits)
+    assert torch.equal(ours.class_queries_logits, theirs.class_queries_logits)
+
+
+@pytest.mark.numbers
+@pytest.mark.parametrize("name", NAMES)
+def test_an_exported_and_a_compiled_model_give_the_same_logits(name: str) -> None:
+    model, values = recorded_model(name), pixel_values(name)
+    with torch.no_grad():
+        output = model(values)
+        program = torch.export.export(model, (values,))
+        assert_equal(program.module()(values), output)
+        assert_equal(compiled(model)(values), output)
+
+    operations = {node.op for node in program.graph.nodes}
+    assert operations == {"placeholder", "call_function", "output"}
+    assert not any("cond" in str(node.target) for node in program.graph.nodes)
+
+
+def test_masks_that_are_on_are_exported_and_compiled_too(model: Model) -> None:
+    off = model(pixels())
+    model.attn_mask_probs.fill_(1)
+    on = model(pixels())
+
+    assert not torch.equal(on.class_queries_logits, off.class_queries_logits)
+    assert_equal(compiled(model)(pixels()), on)
+    assert_equal(exported(model)(pixels()), on)
+
+
+def fill(model: Model) -> None:
+    model.attn_mask_probs.fill_(1)
+
+
+def fill_in_inference_mode(model: Model) -> None:
+    with torch.inference_mode():
+        model.attn_mask_probs.fill_(1)
+
+
+def anneal(model: Model) -> None:
+    model.anneal_attention_masks(0, start_steps=[1, 1], end_steps=[2, 2])
+
+
+def load(model: Model) -> None:
+    model.load_state_dict(model.state_dict() | {"attn_mask_probs": torch.ones(2)})
+
+
+def load_in_place(model: Model) -> None:
+    model.load_state_dict(model.state_dict() | {"attn_mask_probs": torch.ones(2)}, assign=True)
+
+
+def replace(model: Model) -> None:
+    model.attn_mask_probs = torch.ones(2)
+
+
+def replace_the_data(model: Model) -> None:
+    model.attn_mask_probs.data = torch.ones(2)
+
+
+def replace_by_an_inference_tensor(model: Model) -> None:
+    with torch.inference_mode():
+        model.attn_mask_probs = torch.zeros(2)
+        model(pixels())
+        model.attn_mask_probs.fill_(1)
+
+
+def fill_after_a_move(model: Model) -> None:
+    model.to(torch.float64).to(torch.float32)
+    model.attn_mask_probs.fill_(1)
+
+
+CHANGES = (
+    fill,
+    fill_in_inference_mode,
+    anneal,
+    load,
+    load_in_place,
+    replace,
+    replace_the_data,
+    replace_by_an_inference_tensor,
+    fill_after_a_move,
+)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@torch.no_grad()
+def test_whatever_writes_to_the_buffer_switches_masks(
+    model: Model, change: Callable[[Model], None]
+) -> None:
+    ones = {**model.state_dict(), "attn_mask_probs": torch.ones(2)}
+    expected = functional_call(model, ones, (pixels(),))
+    off = model(pixels())
+    change(model)
+
+    assert not torch.equal(off.class_queries_logits, expected.class_queries_logits)
+    assert_equal(model(pixels()), expected)
+    assert_equal(compiled(model)(pixels()), expected)
+
+
+@pytest.mark.parametrize("change", [fill, anneal, load, fill_after_a_move])
+def test_a_copy_has_masks_of_its_own(model: Model, change: Callable[[Model], None]) -> None:
+    off = model(pixels())
+    twin = copy.deepcopy(model)
+    change(twin)
+
+    assert_equal(model(pixels()), off)
+    assert not torch.equal(twin(pixels()).class_queries_logits, off.class_queries_logits)
+
+
+@pytest.mark.parametrize("copied", [True, False])
+@pytest.mark.parametrize(
+    "change", [fill, fill_in_inference_mode, anneal, fill_after_a_move], ids=lambda c: c.__name__
+)
+def test_an_export_of_masks_that_may_have_changed_is_refused(
+    model: Model, change: Callable[[Model], None], copied: bool
+) -> None:
+    model(pixels())
+    model = copy.deepcopy(model) if copied else model
+    change(model)
+
+    with pytest.raises(RuntimeError, match=r"call eval\(\) on the model"):
+        exported(model)
+    assert_equal(exported(model.eval())(pixels()), model(pixels()))
+
+
+@pytest.mark.parametrize("change", [load, load_in_place])
+def test_weights_that_are_loaded_can_be_exported_at_once(
+    model: Model, change: Callable[[Model], None]
+) -> None:
+    model(pixels())
+    change(model)
+
+    program = exported(model)
+    assert_equal(program(pixels()), model(pixels()))
+
+
+@torch.no_grad()
+def test_the_buffer_is_read_only_when_it_has_changed(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading it waits for the GPU."""
+    read = []
+    make = MaskSchedule.__init__
+
+    def count(schedule: MaskSchedule, buffer: Tensor) -> None:
+        read.append(buffer)
+        make(schedule, buffer)
+
+    monkeypatch.setattr(MaskSchedule, "__init__", count)
+    for _ in range(3):
+        model(pixels())
+    assert read == []
+    model.attn_mask_probs.fill_(1)
+    for _ in range(3):
+        model(pixels())
+    assert len(read) == 1
+
+
+@torch.no_grad()
+def test_a_compiled_training_step_follows_the_buffer(model: Model) -> None:
+    model.train()
+    step = compiled(model)
+    outputs = []
+    for probability in (1.0, 0.0, 1.0):
+        model.attn_mask_probs.fill_(probability)
+        outputs.append(step(pixels()).class_queries_logits)
+    with_masks, without, again = outputs
+
+    assert torch.equal(with_masks, again)
+    assert not torch.equal(with_masks, without)
+    model.eval().attn_mask_probs.zero_()
+    assert torch.equal(without, model(pixels()).class_queries_logits)
