@@ -87,15 +87,14 @@ def rotate_patches(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the patch tokens, the last ones, and leaves queries, class and register tokens.
 
     Args:
-        x: queries or keys of the attention, (batch, heads, tokens, head size); changed in place.
+        x: queries or keys of the attention, (batch, heads, tokens, head size).
         cos: (patches, head size).
         sin: (patches, head size).
     """
-    patches = x[:, :, -cos.shape[0] :]
+    others, patches = x[:, :, : -cos.shape[0]], x[:, :, -cos.shape[0] :]
     first, second = patches.chunk(2, dim=-1)
-    across = torch.cat((-second, first), dim=-1).mul_(sin)
-    patches.mul_(cos).add_(across)  # addcmul_ would round once less than the original
-    return x
+    patches = patches * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((others, patches), dim=2)
 
 
 class Attention(nn.Module):
@@ -112,8 +111,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         # (batch, tokens, hidden) -> (batch, heads, tokens, head size)
         query, key, value = (
-            # contiguous: attention gains more from whole heads than the copies cost
-            projection(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2).contiguous()
+            projection(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         x = F.scaled_dot_product_attention(
@@ -192,9 +190,8 @@ class Layer(nn.Module):
             mask: True where a token (third axis) may look at a token (last axis),
                 (batch, 1, tokens, tokens).
         """
-        # add_ into what layer scale puts out: a copy less in each of the residual sums
-        x = self.drop_path(self.layer_scale1(self.attention(self.norm1(x), rope, mask))).add_(x)
-        output: Tensor = self.drop_path(self.layer_scale2(self.mlp(self.norm2(x)))).add_(x)
+        x = x + self.drop_path(self.layer_scale1(self.attention(self.norm1(x), rope, mask)))
+        output: Tensor = x + self.drop_path(self.layer_scale2(self.mlp(self.norm2(x))))
         return output
 
 
