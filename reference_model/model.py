@@ -129,7 +129,8 @@ class EomtDinov3ForUniversalSegmentation(EomtDinov3PreTrainedModel):
         attn_mask_probs: (num_blocks,) buffer: for each of the last layers, the probability that a
             query's attention stays within its predicted mask; 0 switches masking off. 1 in a new
             model; training fades it to 0. A compiled or exported model keeps, in evaluation mode,
-            the masks that were on when it was made.
+            the masks that were on when it was made. Write to the buffer itself: torch does not
+            count what is written through `.data`.
     """
 
     attn_mask_probs: Tensor
