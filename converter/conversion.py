@@ -40,7 +40,7 @@ from converter.job import (
     role_of,
 )
 from converter.staging import StagedOutput, check_place, put_back, staged
-from converter.version import __version__
+from converter.version import TOOL, __version__
 from converter.weights.inspection import WeightsKind, signs_of_a_delta
 from converter.weights.layouts import BACKBONE_LAYOUTS
 from converter.weights.merge import Digests, Merged, merge, sharding_of
@@ -54,8 +54,6 @@ _SMALL_FILES = 1 << 20
 
 # what was found, as a page; it has measured figures, which differ a little from machine to machine
 REPORT = "verdict.html"
-
-TOOL = "eomt-convert"
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from filelock import FileLock
 from converter.errors import OutputError, UnreadableFileError
 from converter.files import read_json_object, real_path, sha256, sync, sync_tree
 from converter.locks import locked
+from converter.version import TOOL
 
 _MARKER, _LOCK, _OUTPUT, _REPLACED, _MOVED = (
     "stage.json",
@@ -316,7 +317,7 @@ def _is_mount(place: Path) -> bool:
 
 
 def _marker(area: Path, place: Path) -> dict[str, Any]:
-    return {"tool": "eomt-convert", "output": place.name, "folder": area.lstat().st_ino}
+    return {"tool": TOOL, "output": place.name, "folder": area.lstat().st_ino}
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -153,7 +153,7 @@ class EomtDinov3ForUniversalSegmentation(EomtDinov3PreTrainedModel):
         self.upscale_block = ScaleBlock(config)
         self.criterion = SetCriterion(config)
         self.register_buffer("attn_mask_probs", torch.ones(config.num_blocks))
-        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]  # torch's own
             type(self)._refresh_mask_schedule
         )
         self.apply(self._init_weights)
@@ -297,7 +297,7 @@ class EomtDinov3ForUniversalSegmentation(EomtDinov3PreTrainedModel):
         probabilities: tuple[float, ...] = self._read_mask_probabilities()
         return probabilities
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's own
     def _read_mask_probabilities(self) -> tuple[float, ...]:
         schedule = self._mask_schedule
         if type(self.attn_mask_probs) is not Tensor:  # an export's stand-in, without values
@@ -342,13 +342,12 @@ class EomtDinov3ForUniversalSegmentation(EomtDinov3PreTrainedModel):
         return self
 
     def _apply(self, *arguments: Any, **options: Any) -> Self:  # what to() and its like call
-        super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
+        super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]  # torch's own
         self._refresh_mask_schedule()
         return self
 
     def _refresh_mask_schedule(self, *_: object) -> None:
         """Reads what an export will need, which cannot."""
-        self._mask_schedule = None
         if type(self.attn_mask_probs) is Tensor and not self.attn_mask_probs.is_meta:
             self._read_mask_probabilities()
 

@@ -44,12 +44,11 @@ from hub_server import running_hub
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from small_models import save_ade20k_model
 
 import converter
 from converter.cli import main as command_line
 from reference_model import (
-    EomtDinov3Config,
-    EomtDinov3ForUniversalSegmentation,
     EomtImageProcessor,
 )
 
@@ -322,7 +321,8 @@ def make_valid(folder: Path) -> Valid:
         recorded = json.loads((FIXTURES / name / "recorded.json").read_text())
         if name == PANOPTIC[0]:
             stuff, classes = recorded["stuff_classes"], recorded["num_classes"]
-    _save_ade20k_model(valid.model("ade20k"))
+    windows = EomtImageProcessor(size={"shortest_edge": 32}, do_split_image=True)
+    save_ade20k_model(valid.model("ade20k"), windows)
     generator = np.random.default_rng(0)
     pictures = [generator.integers(256, size=(40, 56, 3), dtype=np.uint8) for _ in range(2)]
     ids = np.repeat(np.arange(1, 5), 10)[:, None] * np.ones((1, 56), np.int64)
@@ -341,25 +341,6 @@ def make_valid(folder: Path) -> Valid:
         labels = generator.integers(151, size=(40, 56), dtype=np.uint8)
         write_picture(root / "annotations/validation" / f"{number}.png", labels)
     return valid
-
-
-def _save_ade20k_model(folder: Path) -> None:
-    """A small random model with ADE20K's 150 classes."""
-    torch.manual_seed(0)
-    config = EomtDinov3Config(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=32,
-        patch_size=8,
-        num_blocks=1,
-        num_queries=12,
-        id2label={i: str(i) for i in range(150)},
-    )
-    EomtDinov3ForUniversalSegmentation(config).eval().save_pretrained(folder)
-    processor = EomtImageProcessor(size={"shortest_edge": 32}, do_split_image=True)
-    processor.save_pretrained(folder)
 
 
 @cache
@@ -451,10 +432,16 @@ def any_options(rng: Rng, *extra: str) -> tuple[str, ...]:
     return (*options, *(extra if rng.random() < 0.2 else ()))
 
 
+def any_model(valid: Valid, place: Path, rng: Rng) -> str:
+    """Puts one of the models into a case's folder; tells which."""
+    name = rng.choice(MODELS)
+    link_tree(valid.model(name), place / "model")
+    return name
+
+
 def verify_model(file: str) -> Maker:
     def make(valid: Valid, place: Path, rng: Rng) -> Case:
-        name = rng.choice(MODELS)
-        link_tree(valid.model(name), place / "model")
+        name = any_model(valid, place, rng)
         done = change_model(place / "model", file, rng)
         level = rng.choices((1, 2, 3, 5), (50, 45, 3, 2))[0]
         sources: tuple[str, ...] = ()
@@ -470,8 +457,7 @@ def verify_model(file: str) -> Maker:
 
 def verify_recording(file: str) -> Maker:
     def make(valid: Valid, place: Path, rng: Rng) -> Case:
-        name = rng.choice(MODELS)
-        link_tree(valid.model(name), place / "model")
+        name = any_model(valid, place, rng)
         source = FIXTURES / name
         recorded = place / "recorded"
         link_tree(source / "images", recorded / "images")
@@ -525,8 +511,7 @@ def tell_digest(recorded: Path) -> None:
 
 def record_model(file: str) -> Maker:
     def make(valid: Valid, place: Path, rng: Rng) -> Case:
-        name = rng.choice(MODELS)
-        link_tree(valid.model(name), place / "model")
+        name = any_model(valid, place, rng)
         if file != HISTORY and rng.random() < 0.9:  # else the recording that it names is looked at
             (place / "model" / HISTORY).unlink()
         options = any_options(rng, "--layers")
@@ -557,8 +542,7 @@ def record_model(file: str) -> Maker:
 
 def push_model(file: str) -> Maker:
     def make(valid: Valid, place: Path, rng: Rng) -> Case:
-        name = rng.choice(MODELS)
-        link_tree(valid.model(name), place / "model")
+        any_model(valid, place, rng)
         done = change_model(place / "model", file, rng)
         arguments = ("push", "model", "me/model", "--dry-run", *any_options(rng, "--tag", "v1"))
         if rng.random() < 0.5:
@@ -572,8 +556,7 @@ def push_model(file: str) -> Maker:
 
 def segment_pictures(file: str) -> Maker:
     def make(valid: Valid, place: Path, rng: Rng) -> Case:
-        name = rng.choice(MODELS)
-        link_tree(valid.model(name), place / "model")
+        name = any_model(valid, place, rng)
         picture = str(FIXTURES / name / "images" / "0.png")
         if file == "picture":
             done = odd_picture(pixels_of(Path(picture)), place / "picture.png", rng)

@@ -23,6 +23,7 @@ from dataset_files import (
 from hub_server import Hub
 from numpy.typing import NDArray
 from PIL import Image
+from small_models import save_ade20k_model
 
 import converter
 from converter.errors import AccessError, EomtConvertError, UnreadableFileError, UsageError
@@ -214,24 +215,9 @@ def test_masks_that_a_model_finds_have_full_ap_as_annotations(
 def semantic_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random model with ADE20K's 150 classes."""
     folder = tmp_path_factory.mktemp("semantic")
-    torch.manual_seed(0)
-    config = EomtDinov3Config(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=32,
-        patch_size=8,
-        num_blocks=1,
-        num_queries=12,
-        initializer_range=1.0,
-        id2label={i: str(i) for i in range(150)},
-    )
-    EomtDinov3ForUniversalSegmentation(config).eval().save_pretrained(folder)
     # pads a single crop, as the published one of a semantic model does
-    EomtImageProcessor(size={"shortest_edge": 32, "longest_edge": 32}, do_pad=True).save_pretrained(
-        folder
-    )
+    processor = EomtImageProcessor(size={"shortest_edge": 32, "longest_edge": 32}, do_pad=True)
+    save_ade20k_model(folder, processor, initializer_range=1.0)
     return folder
 
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from recorded_models import NAMES, pixel_values, recorded_model
+from small_models import small_model
 from torch import Tensor
 from torch.func import functional_call
 
 from reference_model import (
-    EomtDinov3Config,
     EomtDinov3ForUniversalSegmentation,
     EomtDinov3ForUniversalSegmentationOutput,
 )
@@ -36,20 +36,7 @@ def pixels(batch: int = 1) -> Tensor:
 @pytest.fixture
 def model() -> Model:
     """With masks off."""
-    config = EomtDinov3Config(
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=48,
-        num_blocks=2,
-        num_queries=6,
-        image_size=32,
-        pos_embed_rescale=None,
-        initializer_range=0.2,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Model(config)
+    model = small_model(image_size=32)
     model.attn_mask_probs.zero_()
     return model.eval()
 

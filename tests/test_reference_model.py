@@ -18,13 +18,13 @@ from recorded_models import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_models import small_config, small_model
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import EomtDinov3Config as TransformersConfig
 from transformers import EomtDinov3ForUniversalSegmentation as TransformersModel
 
 from reference_model import (
-    EomtDinov3Config,
     EomtDinov3ForUniversalSegmentation,
     EomtImageProcessor,
 )
@@ -33,27 +33,6 @@ pytestmark = pytest.mark.numbers
 
 SAVED = ("README.md", "config.json", "model.safetensors", "preprocessor_config.json")
 PLAIN_AND_SQUARE = ("shapes_panoptic_128", "tiny_panoptic_64", "tiny_semantic_48")
-
-
-def small_config(**changes: Any) -> EomtDinov3Config:
-    sizes = {
-        "hidden_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "intermediate_size": 48,
-        "num_blocks": 2,
-        "num_queries": 6,
-        "image_size": 64,
-        "pos_embed_rescale": None,
-        "initializer_range": 0.2,
-    }
-    return EomtDinov3Config(**(sizes | changes))
-
-
-def small_model(seed: int = 0, **changes: Any) -> EomtDinov3ForUniversalSegmentation:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return EomtDinov3ForUniversalSegmentation(small_config(**changes)).eval()
 
 
 def random_pixels(*shape: int) -> Tensor:

@@ -21,7 +21,7 @@ from converter.history import read_history
 from converter.hub.access import Access
 from converter.models import fetch_model, find_task, repository_of, torch_device
 from converter.staging import check_place, staged
-from converter.version import __version__
+from converter.version import TOOL, __version__
 from converter.weights.writing import SafetensorsWriter, TensorSpecs
 
 if TYPE_CHECKING:
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
 _CHECKED = LEVELS[: LEVELS.index("pictures") + 1]
 
 _LOGITS = ("mask_logits", "class_logits")
-
-# what recorded.json begins with where it names this implementation
-_TOOL = "eomt-convert "
 
 # numpy's names of what is recorded, as safetensors has them
 _DTYPES = {"float32": "F32", "uint8": "U8", "int16": "I16", "int64": "I64"}
@@ -186,7 +183,7 @@ def made_files(folder: Path) -> Mapping[str, str | None]:
     provenance, digests = content.get("provenance"), content.get("sha256")
     if not (isinstance(provenance, dict) and isinstance(digests, dict)):
         return {}
-    if not str(provenance.get("implementation")).startswith(_TOOL):
+    if not str(provenance.get("implementation")).startswith(f"{TOOL} "):
         return {}  # of the original implementation, which is not recorded again so easily
     pictures = re.compile(rf"{IMAGES}/\d+\.png")
     ours = {n: digest for n, digest in digests.items() if n == FILE or pictures.fullmatch(n)}
@@ -349,7 +346,7 @@ def _provenance(device: str) -> dict[str, Any]:
     }
     on_gpu = torch.device(device).type == "cuda"
     return {
-        "implementation": f"{_TOOL}{__version__}, reference model",
+        "implementation": f"{TOOL} {__version__}, reference model",
         "torch": torch.__version__,
         "numpy": np.__version__,
         "pillow": PIL.__version__,

@@ -29,7 +29,7 @@ from converter.job import Progress
 from converter.models import fetch_model, find_task, load_model, torch_device
 from converter.pictures.coco import Segment, document, encode_mask, id_map_image, measure
 from converter.pictures.drawing import Label, draw_overlay
-from converter.version import __version__
+from converter.version import TOOL, __version__
 
 if TYPE_CHECKING:
     from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor
@@ -38,9 +38,6 @@ OVERLAY, ID_MAP, SEGMENTS = ".overlay.png", ".segments.png", ".segments.json"
 
 # of the files in a folder, those that are taken for pictures
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
-# who made a file of segments, in its JSON
-_TOOL = "eomt-convert"
 
 # bytes of a file of segments: 100 instances have masks of up to 2.5 MB
 _SEGMENTS_LIMIT = 2**28
@@ -437,7 +434,7 @@ def _is_ours(place: Path) -> bool:
         info = read_json_object(segments, _SEGMENTS_LIMIT).get("info")
     except UnreadableFileError:
         return False
-    return isinstance(info, dict) and info.get("contributor") == _TOOL
+    return isinstance(info, dict) and info.get("contributor") == TOOL
 
 
 def _files(place: Path) -> tuple[Path, Path, Path]:
@@ -465,7 +462,7 @@ def _write(
         "width": width,
     }
     content = {
-        "info": {"contributor": _TOOL, "version": __version__},
+        "info": {"contributor": TOOL, "version": __version__},
         **document(entry, found.segments, categories, None if rle else found.id_map.name),
     }
     ranked = sorted(found.segments, key=lambda segment: -(segment.score or 0))

@@ -35,7 +35,6 @@ from converter.publishing.remote import (
     check_tag,
     commit,
     compare,
-    find_pull_request,
     is_there,
     read_remote,
     unchecked,
@@ -182,13 +181,13 @@ def publish(
         return Publication(repo_id, branch, None, url, changes, hidden, tag=tag)
 
     parent = _prepare(api, repo_id, branch, remote, private=private)
-    done = _commit(
+    done = commit(
         api,
         repo_id,
         branch,
         parent,
         files,
-        commit_message or _message(made),
+        message=commit_message or _message(made),
         author=access.login(repo_id)["name"],
         create_pr=create_pr,
     )
@@ -416,26 +415,6 @@ def _prepare(
         if branch != MAIN:
             api.create_branch(repo_id, branch=branch, revision=remote.commit, exist_ok=True)
     return remote
-
-
-def _commit(
-    api: "HfApi",
-    repo_id: str,
-    branch: str,
-    parent: Snapshot,
-    files: Mapping[str, Content],
-    message: str,
-    *,
-    author: str,
-    create_pr: bool,
-) -> Committed:
-    if is_there(files, parent):
-        return Committed(branch, parent.commit)
-    if create_pr and (found := find_pull_request(api, repo_id, files, author)):
-        return found
-    return commit(
-        api, repo_id, branch, parent, files, message=message, author=author, create_pr=create_pr
-    )
 
 
 def _check_may_write(

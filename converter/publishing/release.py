@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 from converter.catalog import CATALOG, Checkpoint, find
 from converter.configs import Dtype
-from converter.conversion import TOOL, convert
+from converter.conversion import convert
 from converter.errors import EomtConvertError, OutputError, UnreadableFileError, UsageError
 from converter.files import prepare_place, read_json_object, replacing, user_path, write_json
 from converter.hub.access import Access, without_secrets
 from converter.job import Progress
 from converter.outside import code, link, prose
 from converter.publishing.push import check_licence, check_login, publish
-from converter.version import __version__
+from converter.version import TOOL, __version__
 
 JOURNAL = "release.json"
 NOTES = "release.md"

@@ -159,6 +159,8 @@ def commit(
 ) -> Committed:
     """Makes one commit that brings a branch from its parent's state to these files.
 
+    None is made where the parent has them, or an open pull request of the author's does.
+
     An answer that was lost on its way is not taken for a failure: the Hub is asked what it has.
 
     Raises:
@@ -168,6 +170,10 @@ def commit(
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
+    if is_there(files, parent):
+        return Committed(branch, parent.commit)
+    if create_pr and (found := find_pull_request(api, repo_id, files, author)):
+        return found
     operations: list[CommitOperationAdd | CommitOperationDelete] = []
     for change in compare(files, parent):
         if change.action == "delete":
