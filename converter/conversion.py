@@ -231,13 +231,12 @@ def convert(
     if keep_unverified:
         check_place(rejected, force=force, made=made_files)
     destination = _Destination(place, force_here, rejected if keep_unverified else None, page)
-    again = False
+    fetched_again: set[Path] = set()
     while True:
         try:
             return _carry_out(job, destination, access, progress, require_verified=require_verified)
         except EomtConvertError as error:
-            _fetch_damaged(error, job, access, again=again)
-            again = True
+            fetched_again |= _fetch_damaged(error, job, access, fetched_again)
 
 
 @dataclass(frozen=True)
@@ -381,14 +380,19 @@ def _make_plan(job: Job, inputs: Inputs) -> tuple[Plan, ClassNames]:
     return plan, choose_class_names(job, inputs, plan.heads.num_classes)
 
 
-def _fetch_damaged(error: EomtConvertError, job: Job, access: Access, *, again: bool) -> None:
+def _fetch_damaged(
+    error: EomtConvertError, job: Job, access: Access, fetched_again: set[Path]
+) -> set[Path]:
     """Fetches once more what an error is about, where it is not what the Hub lists.
 
     Args:
         error: what a conversion ended in.
         job: the conversion.
         access: how the Hub is reached.
-        again: whether that was done before.
+        fetched_again: files that were fetched once more before.
+
+    Returns:
+        The files that were fetched.
 
     Raises:
         EomtConvertError: the error itself, where another download cannot mend it.
@@ -397,15 +401,19 @@ def _fetch_damaged(error: EomtConvertError, job: Job, access: Access, *, again: 
     if error.damaged is None:
         raise error
     fetched = [fetched_already(source, access) for source in (job.eomt, job.backbone)]
-    damaged = [
-        (source, name) for source in fetched if source for name in source.damaged(error.damaged)
-    ]
+    damaged = {
+        source.weights.with_name(name): (source, name)
+        for source in fetched
+        if source
+        for name in source.damaged(error.damaged)
+    }
     if not damaged:
         raise error
-    if again:
-        source, name = damaged[0]
-        raise arrived_damaged(source.title, name, source.weights.with_name(name)) from error
-    fetch_again(damaged, access)
+    for path, (source, name) in damaged.items():
+        if path in fetched_again:
+            raise arrived_damaged(source.title, name, path) from error
+    fetch_again(list(damaged.values()), access)
+    return set(damaged)
 
 
 def _path(given: str | Path | None) -> Path | None:

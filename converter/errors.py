@@ -12,7 +12,7 @@ class EomtConvertError(Exception):
         remedy: what to do about it; empty where the message says it all.
         exit_code: with which the command ends.
         damaged: the file of weights whose content is wrong, where a download that arrived damaged
-            would explain it.
+            would explain it. Names and shapes that fit no model hardly ever come of damage.
     """
 
     exit_code = 1

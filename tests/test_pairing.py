@@ -398,6 +398,21 @@ def test_a_download_whose_digest_is_not_the_one_in_its_name_is_fetched_once_more
     assert cached.read_bytes() == weights.read_bytes()
 
 
+def test_two_downloads_whose_headers_are_wrong_are_fetched_once_more(
+    hub: Hub, damaged: Path, tmp_path: Path
+) -> None:
+    hub.create_repo("me/delta", {"pytorch_model.bin": TINY / "delta" / "pytorch_model.bin"})
+    delta = Path(huggingface_hub.hf_hub_download("me/delta", "pytorch_model.bin"))
+    delta.resolve().chmod(0o644)
+    for path in (damaged, delta):
+        path.write_bytes(b"\xff" * 1000)
+
+    conversion = converter.convert(
+        "tiny_panoptic_64", tmp_path / "out", backbone="meta/backbone", delta="me/delta"
+    )
+    assert conversion.verdict.verdict == "passed"
+
+
 def test_a_wrong_download_stays_in_the_cache_when_offline(
     hub: Hub, damaged: Path, tmp_path: Path
 ) -> None:
