@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Self
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from reference_model.backbone import Embeddings, Layer, RotaryEmbedding, patch_grid
 from reference_model.config import EomtDinov3Config
@@ -128,9 +129,9 @@ class EomtDinov3ForUniversalSegmentation(EomtDinov3PreTrainedModel):
     Attributes:
         attn_mask_probs: (num_blocks,) buffer: for each of the last layers, the probability that a
             query's attention stays within its predicted mask; 0 switches masking off. 1 in a new
-            model; training fades it to 0. A compiled or exported model keeps, in evaluation mode,
-            the masks that were on when it was made. Write to the buffer itself: torch does not
-            count what is written through `.data`.
+            model; training fades it to 0. In evaluation mode, each graph that is compiled or
+            exported keeps the masks that were on when it was made. Call `eval()` after writing
+            through `.data`, `numpy()` or torch.distributed, which torch does not count as changes.
     """
 
     attn_mask_probs: Tensor
@@ -294,19 +295,21 @@ class EomtDinov3ForUniversalSegmentation(EomtDinov3PreTrainedModel):
         """
         if self.training and torch.compiler.is_compiling():
             return self.attn_mask_probs.unbind(0)  # masks are drawn whatever they are
+        if self.training:  # where the loss waits for the GPU too, and processes write unnoticed
+            return tuple(self.attn_mask_probs.tolist())
         probabilities: tuple[float, ...] = self._read_mask_probabilities()
         return probabilities
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's own
     def _read_mask_probabilities(self) -> tuple[float, ...]:
         schedule = self._mask_schedule
-        if type(self.attn_mask_probs) is not Tensor:  # an export's stand-in, without values
-            if schedule is None or schedule.has_changed():
+        if schedule is None or not schedule.is_of(self.attn_mask_probs):
+            if isinstance(self.attn_mask_probs, FakeTensor):
                 raise RuntimeError(
                     "attn_mask_probs may have changed since the model was run; call eval() on the "
-                    "model before exporting it"
+                    "model before exporting it, with its weights loaded and outside of "
+                    "torch.inference_mode"
                 )
-        elif schedule is None or not schedule.is_of(self.attn_mask_probs):
             schedule = self._mask_schedule = MaskSchedule(self.attn_mask_probs)
         return schedule.probabilities
 
@@ -348,7 +351,8 @@ class EomtDinov3ForUniversalSegmentation(EomtDinov3PreTrainedModel):
 
     def _refresh_mask_schedule(self, *_: object) -> None:
         """Reads what an export will need, which cannot."""
-        if type(self.attn_mask_probs) is Tensor and not self.attn_mask_probs.is_meta:
+        self._mask_schedule = None
+        if not (self.attn_mask_probs.is_meta or isinstance(self.attn_mask_probs, FakeTensor)):
             self._read_mask_probabilities()
 
     def __getstate__(self) -> dict[str, Any]:

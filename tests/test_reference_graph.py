@@ -109,6 +109,26 @@ def replace_by_an_inference_tensor(model: Model) -> None:
         model.attn_mask_probs.fill_(1)
 
 
+def replace_by_a_parameter(model: Model) -> None:
+    del model.attn_mask_probs
+    model.attn_mask_probs = torch.nn.Parameter(torch.ones(2))
+
+
+def register_again(model: Model) -> None:
+    model.register_buffer("attn_mask_probs", torch.ones(2))
+
+
+def swap(model: Model) -> None:
+    torch.utils.swap_tensors(model.attn_mask_probs, torch.ones(2))
+
+
+def replace_by_a_view(model: Model) -> None:
+    both = torch.tensor([1.0, 0.0])
+    model.attn_mask_probs = both
+    model.eval()
+    model.attn_mask_probs = both[:1].expand(2)
+
+
 def fill_after_a_move(model: Model) -> None:
     model.to(torch.float64).to(torch.float32)
     model.attn_mask_probs.fill_(1)
@@ -123,6 +143,10 @@ CHANGES = (
     replace,
     replace_the_data,
     replace_by_an_inference_tensor,
+    replace_by_a_parameter,
+    replace_by_a_view,
+    register_again,
+    swap,
     fill_after_a_move,
 )
 
@@ -154,7 +178,19 @@ def test_a_copy_has_masks_of_its_own(model: Model, change: Callable[[Model], Non
 
 @pytest.mark.parametrize("copied", [True, False])
 @pytest.mark.parametrize(
-    "change", [fill, fill_in_inference_mode, anneal, fill_after_a_move], ids=lambda c: c.__name__
+    "change",
+    [
+        fill,
+        fill_in_inference_mode,
+        anneal,
+        replace,
+        replace_the_data,
+        replace_by_a_view,
+        register_again,
+        swap,
+        fill_after_a_move,
+    ],
+    ids=lambda change: change.__name__,
 )
 def test_an_export_of_masks_that_may_have_changed_is_refused(
     model: Model, change: Callable[[Model], None], copied: bool
@@ -166,6 +202,37 @@ def test_an_export_of_masks_that_may_have_changed_is_refused(
     with pytest.raises(RuntimeError, match=r"call eval\(\) on the model"):
         exported(model)
     assert_equal(exported(model.eval())(pixels()), model(pixels()))
+
+
+def test_a_call_with_other_masks_is_not_what_is_exported(model: Model) -> None:
+    off = model(pixels())
+    functional_call(model, {"attn_mask_probs": torch.ones(2)}, (pixels(),))
+
+    with pytest.raises(RuntimeError, match=r"call eval\(\) on the model"):
+        exported(model)
+    assert_equal(exported(model.eval())(pixels()), off)
+
+
+def test_a_strict_export_has_the_masks_that_are_on(model: Model) -> None:
+    model(pixels())
+    model.attn_mask_probs = torch.ones(2)
+
+    program = torch.export.export(model, (pixels(),), strict=True)
+    assert_equal(program.module()(pixels()), model(pixels()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@torch.no_grad()
+def test_changes_that_torch_does_not_count_are_read_in_training_and_by_eval(
+    model: Model, training: bool
+) -> None:
+    """As those of DistributedDataParallel, which sends one process's buffers to the others."""
+    model.train(training)
+    off = model(pixels())
+    model.attn_mask_probs.numpy()[:] = 1
+
+    on = model(pixels()) if training else model.eval()(pixels())
+    assert not torch.equal(on.class_queries_logits, off.class_queries_logits)
 
 
 @pytest.mark.parametrize("change", [load, load_in_place])
