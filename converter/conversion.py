@@ -1,22 +1,21 @@
-"""The whole job: from the name of a checkpoint to a verified folder that transformers loads."""
+"""The whole job: from the name of a checkpoint to a checked folder that transformers loads."""
 
 import shutil
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Unpack
 
-from converter.catalog import Checkpoint, Task, find
 from converter.checks.bare_backbone import check_outputs
 from converter.checks.evidence import Evidence
 from converter.checks.provenance import Provenance
-from converter.checks.published import PUBLISHED
-from converter.checks.recorded import CONFIGS, find_recorded
+from converter.checks.recorded import CONFIGS
 from converter.checks.verdict import Verdict, unverified
 from converter.checks.verification import Findings, Options, check, write_page
 from converter.class_names import ClassNames
-from converter.configs import DTYPES, Dtype, model_config, preprocessor_config
+from converter.configs import DTYPES, model_config, preprocessor_config
+from converter.destination import Destination, made_files
 from converter.errors import (
     EomtConvertError,
     MismatchError,
@@ -25,35 +24,24 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
-from converter.files import prepare_place, real_path, sha256, user_path, write_json
-from converter.history import HISTORY, read_history
+from converter.files import Digests, digests_of, digests_to_dict, write_json
+from converter.history import HISTORY, REPORT, History, PastSource, PastTensor, write_history
 from converter.hub.access import Access
 from converter.hub.downloads import arrived_damaged, is_damaged, is_sha256
 from converter.hub.sources import Fetched, fetch_again, fetched_already
-from converter.job import (
-    Inputs,
-    Job,
-    Progress,
-    choose_class_names,
-    choose_source,
-    open_inputs,
-    role_of,
-)
-from converter.staging import StagedOutput, check_place, put_back, staged
+from converter.inputs import Inputs, choose_class_names, open_inputs, role_of
+from converter.job import Job, JobOptions, Progress
+from converter.staging import StagedOutput, staged
 from converter.version import TOOL, __version__
-from converter.weights.inspection import WeightsKind, signs_of_a_delta
+from converter.weights.inspection import signs_of_a_delta
 from converter.weights.layouts import BACKBONE_LAYOUTS
-from converter.weights.merge import Digests, Merged, merge, sharding_of
+from converter.weights.merge import Merged, merge, sharding_of
 from converter.weights.pairing import PairCheck, check_absolute, check_pair
 from converter.weights.plan import Plan, Source, make_plan
 from converter.weights.tensorfiles import damage
-from converter.weights.writing import parse_size
 
-# room for the files beside the weights
+# room for the files beside the weights, in bytes
 _SMALL_FILES = 1 << 20
-
-# what was found, as a page; it has measured figures, which differ a little from machine to machine
-REPORT = "verdict.html"
 
 
 @dataclass(frozen=True)
@@ -103,7 +91,7 @@ class Conversion:
                 for role, source in self.sources.items()
             },
             "output": str(self.output) if self.output else None,
-            "files": _listed(self.files),
+            "files": digests_to_dict(self.files),
             "plan": self.plan.to_dict(),
             **self.verdict.to_dict(),
         }
@@ -113,33 +101,17 @@ def convert(
     checkpoint: str | None = None,
     output: str | Path | None = None,
     *,
-    delta: str | None = None,
-    backbone: str | None = None,
-    weights: WeightsKind | Literal["auto"] = "auto",
-    backbone_layout: str | None = None,
-    backbone_config: str | Path | None = None,
-    check_backbone: bool = False,
-    image: str | Path | None = None,
-    allow_mismatch: bool = False,
-    task: Task | None = None,
-    image_size: int | tuple[int, int] | None = None,
-    labels: str | Path | None = None,
-    dtype: Dtype = "float32",
-    max_shard_size: int | str | None = None,
-    recorded: str | Path | None = None,
-    verify: bool = True,
-    require_verified: bool = False,
-    keep_unverified: bool = False,
     report: str | Path | None = None,
-    allow_nonfinite: bool = False,
     force: bool = False,
     exist_ok: bool = False,
+    keep_unverified: bool = False,
+    require_verified: bool = False,
     dry_run: bool = False,
     token: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     progress: Progress = lambda *_: None,
-    access: Access | None = None,
+    **options: Unpack[JobOptions],
 ) -> Conversion:
     """Converts EoMT's weights and their backbone into a model, and checks what it computes.
 
@@ -147,42 +119,41 @@ def convert(
     to ``./coco_panoptic_large_640``.
 
     Args:
-        checkpoint: a name of the catalogue's; not needed where the files are given.
+        checkpoint: a name in the catalogue; not needed where the files are given.
         output: folder to write; by default the checkpoint's name, in the working directory.
-        delta: other weights than the catalogue's: a file, a folder, or owner/name[@revision].
-        backbone: likewise, another backbone; absolute weights need none.
-        weights: whether ``delta`` is one, or absolute; by default told from its statistics.
-        backbone_layout: transformers, meta or timm; by default told from the names.
+        report: an HTML file to write that shows what was found, like the output's verdict.html.
+        force: whether to replace an output that exists: the files that its conversion.json lists,
+            and nothing else.
+        exist_ok: whether to replace an output that the same command has made before.
+        keep_unverified: whether to keep a model that fails, as ``<output>.unverified``.
+        require_verified: whether to refuse a model that is not shown to be right: that nothing, or
+            only the reference model, was compared with.
+        dry_run: whether to stop after the plan, before any weights are read.
+        token: for the Hub, as everywhere in huggingface_hub; by default HF_TOKEN or the login.
+        cache_dir: where downloads are kept; by default the Hub's cache.
+        local_files_only: whether to use only that cache.
+        progress: called with a stage, the bytes done and the bytes in all.
+        delta: weights in place of the catalogue's: a file, a folder, or owner/name[@revision].
+        backbone: likewise for the backbone; absolute weights need none.
+        weights: whether ``delta`` is a ``delta`` or ``absolute``; ``auto``, the default, decides
+            from its statistics.
+        backbone_layout: transformers, meta or timm; by default recognised from the names.
         backbone_config: the backbone's config.json, in transformers' format.
-        check_backbone: whether to run the backbone and compare with Meta's recorded outputs.
-        image: the picture they were recorded on; by default it is downloaded.
-        allow_mismatch: whether a pair is merged that does not belong together.
         task: panoptic, instance or semantic; needed without a checkpoint.
         image_size: in pixels, one number or (height, width); needed without a checkpoint.
         labels: file of class names; by default the catalogue's, or LABEL_0 and so on.
-        dtype: of the model's weights; sums are taken in float32 and rounded once.
-        max_shard_size: bytes of tensors in one file, or a size such as ``2GB``; by default all.
+        dtype: of the model's weights; sums are computed in float32 and rounded once.
+        max_shard_size: bytes of tensors in one file, or a size such as ``2GB``; by default there is
+            one file.
         recorded: recorded outputs to check against; by default those of the offline checkpoints.
-        verify: whether to check.
-        require_verified: whether to refuse a model that is not shown to be right: that nothing, or
-            only the reference model, speaks for.
-        keep_unverified: whether a model that fails is kept beside the output, as
-            ``<output>.unverified``.
-        report: an HTML file to write that shows what was found, as the output's verdict.html does.
+        verify: whether to check the model.
+        check_backbone: whether to run the backbone and compare with Meta's recorded outputs.
+        image: the picture they were recorded on; by default it is downloaded.
+        allow_mismatch: whether to merge a pair that does not belong together.
         allow_nonfinite: whether weights may be NaN or infinite.
-        force: whether an output that exists is replaced: the files that its conversion.json names,
-            and nothing else.
-        exist_ok: whether an output is replaced that the same command has made before.
-        dry_run: whether to stop at the plan; no weights are read then.
-        token: for the Hub, as everywhere in huggingface_hub; by default HF_TOKEN or the login.
-        cache_dir: where downloads are kept; by default the Hub's cache.
-        local_files_only: whether only that cache is used.
-        progress: called with a stage, the bytes done and the bytes in all.
-        access: in place of ``token``, ``cache_dir`` and ``local_files_only``, from a command that
-            has asked the Hub already.
 
     Raises:
-        UsageError: a name is unknown, or what was given is not enough or contradicts itself.
+        UsageError: a name is unknown, or options are missing or contradict each other.
         AccessError: a repository or a file in it is missing, gated, or not in the cache.
         HubUnavailableError: the Hub is down, out of reach, or asks to wait.
         UnreadableFileError: a file is missing, broken, or of another kind than it should be.
@@ -193,70 +164,26 @@ def convert(
         OutputsDifferError: the model does not compute what was recorded; ``conversion`` has the
             details.
     """
-    entry = find(checkpoint) if checkpoint else None
-    job = Job(
-        checkpoint=entry,
-        task=task or (entry.task if entry else None),
-        image_size=_height_and_width(image_size) or (entry.image_size if entry else None),
-        eomt=choose_source(delta, entry, "delta"),
-        weights=weights,
-        backbone=choose_source(backbone, entry, "backbone") if backbone or entry else None,
-        backbone_layout=backbone_layout,
-        backbone_config=_path(backbone_config),
-        labels=_path(labels),
-        recorded=_recorded(recorded, entry),
-        dtype=dtype,
-        max_shard_size=_bytes(max_shard_size),
-        verify=verify,
-        check_backbone=check_backbone,
-        image=_path(image),
-        allow_mismatch=allow_mismatch,
-        allow_nonfinite=allow_nonfinite,
+    job = Job.of(checkpoint, **options)
+    destination = Destination.of(
+        job,
+        output,
+        report=report,
+        force=force,
+        exist_ok=exist_ok,
+        keep_unverified=keep_unverified,
+        require_verified=require_verified,
     )
-    _check_requirements(job, required=require_verified)
-    place = _place(job, output)
-    page = _path(report)
-    if page and real_path(page).is_relative_to(place):
-        raise UsageError(f"{page} is in the output {place}, which gets its own {REPORT}.")
-    access = access or Access.of(token, cache_dir, local_files_only)
-    if dry_run:
-        return _plan(job, access)
-
-    if page:
-        prepare_place(page)
-    put_back(place)
-    force_here = force or (exist_ok and _made_by(job, place))
-    check_place(place, force=force_here, made=made_files)
-    rejected = place.parent / f"{place.name}.unverified"  # / has no name
-    if keep_unverified:
-        check_place(rejected, force=force, made=made_files)
-    destination = _Destination(place, force_here, rejected if keep_unverified else None, page)
-    fetched_again: set[Path] = set()
-    while True:
-        try:
-            return _carry_out(job, destination, access, progress, require_verified=require_verified)
-        except EomtConvertError as error:
-            fetched_again |= _fetch_damaged(error, job, access, fetched_again)
+    access = Access.of(token, cache_dir, local_files_only)
+    return plan_job(job, access) if dry_run else run_job(job, destination, access, progress)
 
 
-@dataclass(frozen=True)
-class _Destination:
-    """Where the result goes.
+def plan_job(job: Job, access: Access) -> Conversion:
+    """Plans a conversion; reads names and shapes, and no weights.
 
-    Attributes:
-        place: the folder to write, absolute.
-        force: whether a conversion that is there is replaced.
-        rejected: the folder for a model that fails; None if it is not kept.
-        page: another HTML page to write, beside the output's own.
+    Raises:
+        EomtConvertError: as `convert` does.
     """
-
-    place: Path
-    force: bool
-    rejected: Path | None
-    page: Path | None
-
-
-def _plan(job: Job, access: Access) -> Conversion:
     with ExitStack() as stack:
         inputs = open_inputs(job, access, stack, dry_run=True)
         plan, _ = _make_plan(job, inputs)
@@ -264,32 +191,43 @@ def _plan(job: Job, access: Access) -> Conversion:
     return Conversion(job, inputs, plan, (), None, {}, verdict)
 
 
-def _carry_out(
-    job: Job,
-    destination: _Destination,
-    access: Access,
-    progress: Progress,
-    *,
-    require_verified: bool,
+def run_job(
+    job: Job, destination: Destination, access: Access, progress: Progress = lambda *_: None
 ) -> Conversion:
-    """Converts, checks the result, and moves it into its place."""
+    """Carries a job out. A download that turns out to be damaged is fetched once more.
+
+    Raises:
+        EomtConvertError: as `convert` does.
+    """
+    destination = destination.prepared(job)
+    fetched_again: set[Path] = set()
+    while True:
+        try:
+            return _convert_once(job, destination, access, progress)
+        except EomtConvertError as error:
+            fetched_again |= _fetch_damaged(error, job, access, fetched_again)
+
+
+def _convert_once(
+    job: Job, destination: Destination, access: Access, progress: Progress
+) -> Conversion:
     with ExitStack() as stack:
         inputs = open_inputs(job, access, stack, dry_run=False)
         plan, classes = _make_plan(job, inputs)
         pair = _check_pair(job, inputs, plan, access)
-        size = sharding_of(plan, job.max_shard_size).size + _SMALL_FILES
-        place, force = destination.place, destination.force
-        with staged(place, size=size, force=force, made=made_files) as stage:
-            merged = _merge(job, plan, inputs, stage, progress)
-            pair += _check_digests(inputs, merged)
-            _write_configs(job, inputs, plan, classes, stage.folder)
-            findings = _check_model(job, inputs, plan, merged, stage.folder, access)
-            if require_verified:
-                _refuse_unproven(findings.verdict)
-            files = _write_history(job, inputs, plan, pair, merged, findings.verdict, stage.folder)
-            files = {**files, **_write_pages(job, findings, stage.folder, destination)}
-            done = Conversion(job, inputs, plan, pair, place, files, findings.verdict)
-            return _move_into_place(done, stage, destination)
+        stage = stack.enter_context(_open_stage(job, plan, destination))
+        merged = _merge(job, plan, inputs, stage.folder, progress)
+        pair += _check_digests(inputs, merged)
+        _write_configs(job, inputs, plan, classes, stage.folder)
+        findings = _check_model(job, inputs, plan, merged, stage.folder, access)
+        if destination.require_verified:
+            _refuse_unproven(findings.verdict)
+        history = _history(job, inputs, plan, pair, merged, findings.verdict, stage.folder)
+        write_history(stage.folder, history)
+        _write_pages(job, findings, stage.folder, destination)
+        files = _made(history, stage.folder)
+        done = Conversion(job, inputs, plan, pair, destination.place, files, findings.verdict)
+        return _move_into_place(done, stage, destination)
 
 
 def _check_model(
@@ -298,14 +236,13 @@ def _check_model(
     """Holds the model against all that there is, unless that was switched off."""
     if not job.verify:
         return Findings(unverified("Verification was switched off (--no-verify)."))
-    published = _published(job)
     evidence = Evidence(
         recorded=job.recorded,
-        published=published,
+        published=job.published,
         task=job.task,
         size_is_meant=True,
         sources=Provenance(inputs.files, plan),
-        of_published=published is not None and "delta" in inputs.files,
+        of_published=job.published is not None and "delta" in inputs.files,
         recipes=merged.tensors,
     )
     options = Options(image=job.image, allow_nonfinite=job.allow_nonfinite, access=access)
@@ -321,23 +258,17 @@ def _refuse_unproven(verdict: Verdict) -> None:
         )
 
 
-def _write_pages(job: Job, findings: Findings, folder: Path, destination: _Destination) -> Digests:
-    """Writes what was found as a page, beside the model and where else it was asked for.
-
-    Returns:
-        Size and digest of the page beside the model.
-    """
-    own = [folder / REPORT] if job.verify else []
-    pages = own + ([destination.page] if destination.page else [])
+def _write_pages(job: Job, findings: Findings, folder: Path, destination: Destination) -> None:
+    """Writes what was found as a page, beside the model and where else it was asked for."""
+    pages = [folder / REPORT] if job.verify else []
+    if destination.report:
+        pages.append(destination.report)
     if pages:
         title = job.checkpoint.name if job.checkpoint else destination.place.name
         write_page(pages, title, folder, findings)
-    return _digests(own)
 
 
-def _move_into_place(
-    done: Conversion, stage: StagedOutput, destination: _Destination
-) -> Conversion:
+def _move_into_place(done: Conversion, stage: StagedOutput, destination: Destination) -> Conversion:
     """Publishes a stage to its place; that of a model that fails, to where it is kept, if at all.
 
     Raises:
@@ -360,12 +291,6 @@ def _move_into_place(
         done.verdict,
         replace(done, output=rejected),
     )
-
-
-def _published(job: Job) -> Checkpoint | None:
-    """The catalogue's entry that these weights are, if they are its own."""
-    entry = job.checkpoint
-    return entry if entry and job.eomt == entry.source("delta") else None
 
 
 def _make_plan(job: Job, inputs: Inputs) -> tuple[Plan, ClassNames]:
@@ -400,7 +325,7 @@ def _fetch_damaged(
     """
     if error.damaged is None:
         raise error
-    fetched = [fetched_already(source, access) for source in (job.eomt, job.backbone)]
+    fetched = [fetched_already(source, access) for source in (job.delta, job.backbone)]
     damaged = {
         source.weights.with_name(name): (source, name)
         for source in fetched
@@ -414,69 +339,6 @@ def _fetch_damaged(
             raise arrived_damaged(source.title, name, path) from error
     fetch_again(list(damaged.values()), access)
     return set(damaged)
-
-
-def _path(given: str | Path | None) -> Path | None:
-    return user_path(given) if given else None
-
-
-def _height_and_width(given: int | tuple[int, int] | None) -> tuple[int, int] | None:
-    return (given, given) if isinstance(given, int) else given
-
-
-def _bytes(given: int | str | None) -> int | None:
-    return parse_size(given) if isinstance(given, str) else given
-
-
-def _recorded(given: str | Path | None, entry: Checkpoint | None) -> Path | None:
-    place = _path(given) or (entry.recorded if entry else None)
-    return find_recorded(place) if place else None
-
-
-def _check_requirements(job: Job, *, required: bool) -> None:
-    if required and not job.verify:
-        raise UsageError("--require-verified and --no-verify contradict each other.")
-    entry = _published(job)
-    if required and job.recorded is None and not (entry and entry.name in PUBLISHED):
-        raise NotVerifiedError(
-            "There are no recorded outputs to check this model against, and a check was required.",
-            "Give recorded outputs with --recorded, or convert without --require-verified.",
-        )
-
-
-def _place(job: Job, output: str | Path | None) -> Path:
-    if output is None and job.checkpoint is None:
-        raise UsageError("Without --checkpoint, --output must be given.")
-    name = output or (job.checkpoint.name if job.checkpoint else "")
-    return real_path(user_path(name))
-
-
-def made_files(folder: Path) -> Mapping[str, str | None]:
-    """Names and SHA-256 of the files that a conversion has written, by its conversion.json."""
-    try:
-        history = read_history(folder)
-    except UnreadableFileError:
-        return {}
-    if history is None or history.tool != TOOL:
-        return {}
-    plain = {name: digest for name, digest in history.files.items() if name == Path(name).name}
-    return {**plain, HISTORY: None, REPORT: None}
-
-
-def _made_by(job: Job, place: Path) -> bool:
-    """Whether an output is what this very job has made, and nobody has changed since."""
-    try:
-        history = read_history(place)
-    except UnreadableFileError:
-        return False
-    configs = [path for path in map(place.joinpath, CONFIGS) if path.is_file()]
-    return (
-        history is not None
-        and history.command == job.command()
-        and all(
-            history.files.get(name) == digest for name, (_, digest) in _digests(configs).items()
-        )
-    )
 
 
 def _check_image_size(job: Job, patch_size: int) -> None:
@@ -561,7 +423,14 @@ def _refuse_mismatch(pair: tuple[PairCheck, ...], inputs: Inputs, *, allow_misma
 # writing ---------------------------------------------------------------------------------------
 
 
-def _merge(job: Job, plan: Plan, inputs: Inputs, stage: StagedOutput, progress: Progress) -> Merged:
+def _open_stage(
+    job: Job, plan: Plan, destination: Destination
+) -> AbstractContextManager[StagedOutput]:
+    size = sharding_of(plan, job.max_shard_size).size + _SMALL_FILES
+    return staged(destination.place, size=size, force=destination.force, made=made_files)
+
+
+def _merge(job: Job, plan: Plan, inputs: Inputs, folder: Path, progress: Progress) -> Merged:
     done, total = 0, sum(row.nbytes for row in plan.rows)
 
     def advance(count: int) -> None:
@@ -572,7 +441,7 @@ def _merge(job: Job, plan: Plan, inputs: Inputs, stage: StagedOutput, progress: 
     return merge(
         plan,
         inputs.files,
-        stage.folder,
+        folder,
         max_shard_size=job.max_shard_size,
         allow_nonfinite=job.allow_nonfinite,
         advance=advance,
@@ -598,7 +467,7 @@ def _write_configs(job: Job, inputs: Inputs, plan: Plan, classes: ClassNames, fo
         )
 
 
-def _write_history(
+def _history(
     job: Job,
     inputs: Inputs,
     plan: Plan,
@@ -606,55 +475,39 @@ def _write_history(
     merged: Merged,
     verdict: Verdict,
     folder: Path,
-) -> Digests:
-    """Writes conversion.json, which depends on nothing but what was converted.
-
-    Returns:
-        Size and digest of every file in the folder.
-    """
-    configs = [folder / name for name in CONFIGS]
-    files = dict(sorted({**merged.files, **_digests(configs)}.items()))
-    history = {
-        "tool": {"name": TOOL, "version": __version__},
-        "command": job.command(),
-        "checkpoint": job.checkpoint.name if job.checkpoint else None,
-        "task": job.task,
-        "dtype": job.dtype,
-        "weights": inputs.weights,
-        "sources": {
-            role: {
-                "repo": source.repo_id,
-                "revision": source.revision,
-                "files": _listed(
-                    {
-                        **merged.inputs[role],
-                        **_digests([source.config] if source.config and role == "backbone" else []),
-                    }
-                ),
-            }
+) -> History:
+    """What conversion.json says; it depends on nothing but what was converted."""
+    configs = {
+        role: digests_of([source.config] if source.config and role == "backbone" else [])
+        for role, source in inputs.fetched.items()
+    }
+    files = {**merged.files, **digests_of(folder / name for name in CONFIGS)}
+    return History(
+        tool=TOOL,
+        version=__version__,
+        command=job.command(),
+        checkpoint=job.checkpoint,
+        task=job.task,
+        dtype=job.dtype,
+        weights=inputs.weights,
+        sources={
+            role: PastSource(
+                source.repo_id, source.revision, {**merged.inputs[role], **configs[role]}
+            )
             for role, source in inputs.fetched.items()
         },
-        "files": _listed(files),
-        "tensors": {
-            row.name: {
-                "shape": list(row.shape),
-                "dtype": row.dtype,
-                "recipe": row.recipe,
-                "sha256": merged.tensors[row.name],
-            }
+        files=dict(sorted(files.items())),
+        rows={
+            row.name: PastTensor(row.shape, row.dtype, row.recipe, merged.tensors[row.name])
             for row in plan.rows
         },
-        "dropped": [dropped.to_dict() for dropped in plan.dropped],
-        "pair": [check.to_dict() for check in pair],
-        "verdict": verdict.record(),
-    }
-    write_json(folder / HISTORY, history)
-    return dict(sorted({**files, **_digests([folder / HISTORY])}.items()))
+        dropped=[dropped.to_dict() for dropped in plan.dropped],
+        pair=[check.to_dict() for check in pair],
+        verdict=verdict.record(),
+    )
 
 
-def _digests(paths: list[Path]) -> Digests:
-    return {path.name: (path.stat().st_size, sha256(path)) for path in paths}
-
-
-def _listed(files: Digests) -> dict[str, dict[str, Any]]:
-    return {name: {"size": size, "sha256": digest} for name, (size, digest) in files.items()}
+def _made(history: History, folder: Path) -> Digests:
+    """Every file of a finished model."""
+    others = [path for path in map(folder.joinpath, (HISTORY, REPORT)) if path.exists()]
+    return dict(sorted({**history.files, **digests_of(others)}.items()))

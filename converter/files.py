@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from converter.errors import OutputError, UnreadableFileError
 
@@ -142,10 +142,40 @@ def sha256(path: Path) -> str:
     """SHA-256 of a regular file.
 
     Raises:
-        OSError: it is no regular file, or cannot be read.
+        OSError: it is not a regular file, or cannot be read.
     """
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class FileDigest(NamedTuple):
+    """What identifies a file's content.
+
+    Attributes:
+        size: in bytes.
+        sha256: in hexadecimal.
+    """
+
+    size: int
+    sha256: str
+
+
+# by the file's name
+Digests = Mapping[str, FileDigest]
+
+
+def digests_of(paths: Iterable[Path]) -> dict[str, FileDigest]:
+    """Size and digest of regular files, by name.
+
+    Raises:
+        OSError: as in `sha256`.
+    """
+    return {path.name: FileDigest(path.stat().st_size, sha256(path)) for path in paths}
+
+
+def digests_to_dict(digests: Digests) -> dict[str, dict[str, Any]]:
+    """Digests as JSON shows them."""
+    return {name: digest._asdict() for name, digest in digests.items()}
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 """conversion.json, which a conversion leaves beside a model: how it was made, and what was found.
 
-It may come from anybody. It is read here and nowhere else, all of it, into a type.
+It is written and read here and nowhere else, from and into one type. One from outside may hold
+anything.
 """
 
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -12,11 +13,14 @@ from typing import Any, cast, get_args
 from converter.catalog import Checkpoint, Task, find_named
 from converter.configs import Dtype
 from converter.errors import UnreadableFileError
-from converter.files import read_json_object
+from converter.files import Digests, FileDigest, digests_to_dict, read_json_object, write_json
 from converter.weights.inspection import WeightsKind
 from converter.weights.plan import Source
 
 HISTORY = "conversion.json"
+
+# what was found, as a page; it has measured figures, which differ a little from machine to machine
+REPORT = "verdict.html"
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,12 @@ class PastSource:
     Attributes:
         repo_id: the repository it came from; None for local files.
         revision: its commit; None for local files.
-        digests: SHA-256 of its files, by name.
+        files: its files, by name.
     """
 
     repo_id: str | None
     revision: str | None
-    digests: Mapping[str, str]
+    files: Digests
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,10 @@ class History:
         dtype: of its weights.
         weights: what it was made from.
         sources: the files it was made from.
-        files: SHA-256 of the model's own files, by name.
+        files: the model's own files, by name.
         rows: every tensor, by name.
+        dropped: tensors of the sources that are not in the model, and why.
+        pair: what is known of whether the sources belong together.
         verdict: what was found, as `converter.checks.verdict.read_record` takes it.
     """
 
@@ -75,14 +81,57 @@ class History:
     dtype: Dtype
     weights: WeightsKind
     sources: Mapping[Source, PastSource]
-    files: Mapping[str, str]
+    files: Digests
     rows: Mapping[str, PastTensor]
+    dropped: Sequence[Mapping[str, Any]]
+    pair: Sequence[Mapping[str, Any]]
     verdict: Mapping[str, Any]
 
     @property
     def tensors(self) -> dict[str, str]:
         """SHA-256 of every tensor, by name."""
         return {name: row.sha256 for name, row in self.rows.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of conversion.json."""
+        return {
+            "tool": {"name": self.tool, "version": self.version},
+            "command": self.command,
+            "checkpoint": self.checkpoint.name if self.checkpoint else None,
+            "task": self.task,
+            "dtype": self.dtype,
+            "weights": self.weights,
+            "sources": {
+                role: {
+                    "repo": source.repo_id,
+                    "revision": source.revision,
+                    "files": digests_to_dict(source.files),
+                }
+                for role, source in self.sources.items()
+            },
+            "files": digests_to_dict(self.files),
+            "tensors": {
+                name: {
+                    "shape": list(row.shape),
+                    "dtype": row.dtype,
+                    "recipe": row.recipe,
+                    "sha256": row.sha256,
+                }
+                for name, row in self.rows.items()
+            },
+            "dropped": list(self.dropped),
+            "pair": list(self.pair),
+            "verdict": self.verdict,
+        }
+
+
+def write_history(folder: Path, history: History) -> None:
+    """Writes a model's conversion.json.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_json(folder / HISTORY, history.to_dict())
 
 
 def read_history(folder: Path) -> History | None:
@@ -117,13 +166,13 @@ def parse_history(content: Mapping[str, Any], path: Path = Path(HISTORY)) -> His
     """
     top = _Object(path, "", content)
     tool = top.object("tool")
-    checkpoint = top.optional_text("checkpoint")
+    checkpoint = find_named(top.optional_text("checkpoint"))
     _check_verdict(top.object("verdict"))
     return History(
         tool=tool.text("name"),
         version=tool.text("version"),
         command=top.text("command"),
-        checkpoint=find_named(checkpoint),
+        checkpoint=checkpoint,
         task=cast("Task | None", top.one_of("task", *get_args(Task), None)),
         dtype=cast("Dtype", top.one_of("dtype", *get_args(Dtype))),
         weights=cast("WeightsKind", top.one_of("weights", *get_args(WeightsKind))),
@@ -143,6 +192,8 @@ def parse_history(content: Mapping[str, Any], path: Path = Path(HISTORY)) -> His
             )
             for name, row in top.object("tensors").objects()
         },
+        dropped=top.records("dropped"),
+        pair=top.records("pair"),
         verdict=content["verdict"],
     )
 
@@ -189,6 +240,9 @@ class _Object:
         expected = "one of " + ", ".join("null" if name is None else name for name in known)
         return cast("str | None", self.value(key, expected, lambda value: value in known))
 
+    def records(self, key: str) -> Sequence[Mapping[str, Any]]:
+        return cast(Sequence[Mapping[str, Any]], self.value(key, "a list of objects", _is_records))
+
     def object(self, key: str) -> "_Object":
         content = self.value(key, "an object", lambda value: isinstance(value, dict))
         return _Object(self.path, self.place_of(key), content)
@@ -201,18 +255,27 @@ class _Object:
             yield name, self.object(name)
 
 
-def _digests(entry: _Object) -> dict[str, str]:
-    return {name: file.text("sha256") for name, file in entry.object("files").objects()}
+def _digests(entry: _Object) -> dict[str, FileDigest]:
+    return {
+        name: FileDigest(file.value("size", "a number of bytes", _is_size), file.text("sha256"))
+        for name, file in entry.object("files").objects()
+    }
 
 
 def _is_text_or_null(value: object) -> bool:
     return value is None or isinstance(value, str)
 
 
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
 def _is_shape(value: object) -> bool:
-    return isinstance(value, list) and all(
-        type(size) is int and 0 <= size < 2**63 for size in value
-    )
+    return isinstance(value, list) and all(map(_is_size, value))
+
+
+def _is_records(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
 
 
 def _check_verdict(verdict: _Object) -> None:

@@ -1,303 +1,173 @@
-"""What to convert: names resolved to sources, sources to open files, and what those are."""
+"""What to convert: the options that change the result, with names resolved to places."""
 
 import shlex
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self, TypedDict, Unpack
 
-from converter import class_names
-from converter.catalog import Checkpoint, Task
-from converter.class_names import ClassNames
-from converter.configs import (
-    BackboneConfig,
-    Dtype,
-    find_backbone_config,
-    read_backbone_config,
-    read_config,
-    read_model_config,
-)
-from converter.errors import EomtConvertError, UsageError
-from converter.files import read_json_object
-from converter.hub.access import Access
-from converter.hub.sources import (
-    Fetched,
-    fetch,
-    fetch_config,
-    parse_source,
-)
-from converter.places import HubSource, LocalSource
-from converter.weights.inspection import Sign, WeightsKind, decide, signs_of_a_delta
-from converter.weights.layouts import EOMT_TRANSFORMERS, recognise
-from converter.weights.merge import Files
-from converter.weights.plan import Source
-from converter.weights.tensorfiles import open_tensors
+from converter.catalog import Checkpoint, Task, find
+from converter.configs import Dtype
+from converter.errors import UsageError
+from converter.files import user_path
+from converter.hub.sources import parse_source
+from converter.places import RECORDED, HubSource, LocalSource, find_recorded
+from converter.weights.inspection import WeightsKind
+from converter.weights.writing import parse_size
 
 # called with what is being done, and how much of how much is done: bytes, or pictures
 Progress = Callable[[str, int, int], object]
 
 
-@dataclass(frozen=True)
-class Job:
-    """What to convert and what to hold it against: names resolved, nothing fetched yet.
+class JobOptions(TypedDict, total=False):
+    """The options of a job, as Python and the command line give them.
 
-    Attributes:
-        checkpoint: the catalogue's entry, if one was named.
-        task: what the model segments; None where it was not said.
-        image_size: (height, width) in pixels; None where it was not said.
-        eomt: where EoMT's weights come from.
-        weights: what they are; ``auto`` to tell from their statistics.
-        backbone: where the backbone comes from; None where none was named.
-        backbone_layout: its layout; None to tell from its names.
-        backbone_config: its config.json, if one was given.
-        labels: a file of class names, if one was given.
-        recorded: the recorded outputs to check against, if there are any.
-        dtype: of the model's weights.
-        max_shard_size: bytes of tensors in one file; None for one file.
-        verify: whether to check the result.
-        check_backbone: whether to run the bare backbone too, on ``image``.
-        image: the picture for that; None to download it.
-        allow_mismatch: whether a pair is merged that does not belong together.
-        allow_nonfinite: whether weights may be NaN or infinite.
+    `converter.convert` documents each. None is the same as leaving an option out.
     """
 
-    checkpoint: Checkpoint | None
-    task: Task | None
-    image_size: tuple[int, int] | None
-    eomt: LocalSource | HubSource
+    delta: str | None
+    backbone: str | None
     weights: WeightsKind | Literal["auto"]
-    backbone: LocalSource | HubSource | None
     backbone_layout: str | None
-    backbone_config: Path | None
-    labels: Path | None
-    recorded: Path | None
+    backbone_config: str | Path | None
+    task: Task | None
+    image_size: int | tuple[int, int] | None
+    labels: str | Path | None
     dtype: Dtype
-    max_shard_size: int | None
+    max_shard_size: int | str | None
+    recorded: str | Path | None
     verify: bool
     check_backbone: bool
-    image: Path | None
+    image: str | Path | None
     allow_mismatch: bool
     allow_nonfinite: bool
 
-    def command(self) -> str:
-        """The command line that does it, the same wherever files lie: paths are just their names.
 
-        Options that change nothing about the result are not in it.
+@dataclass(frozen=True)
+class Job:
+    """What to convert and what to check it against: names are resolved, nothing is fetched yet.
+
+    The fields are the options of `JobOptions`, in the order in which `command` writes them.
+
+    Attributes:
+        checkpoint: the catalogue's entry, if one was named.
+        delta: EoMT's weights, which may also be absolute.
+        backbone: None where none was named.
+        task: None where neither an option nor the catalogue says it.
+        image_size: (height, width) in pixels; None as for ``task``.
+        max_shard_size: bytes of tensors in one file; None for one file.
+        recorded: the file of recorded outputs, if there is one.
+    """
+
+    checkpoint: Checkpoint | None
+    delta: LocalSource | HubSource
+    backbone: LocalSource | HubSource | None = None
+    weights: WeightsKind | Literal["auto"] = "auto"
+    backbone_layout: str | None = None
+    backbone_config: Path | None = None
+    task: Task | None = None
+    image_size: tuple[int, int] | None = None
+    labels: Path | None = None
+    dtype: Dtype = "float32"
+    max_shard_size: int | None = None
+    recorded: Path | None = None
+    verify: bool = True
+    check_backbone: bool = False
+    image: Path | None = None
+    allow_mismatch: bool = False
+    allow_nonfinite: bool = False
+
+    @classmethod
+    def of(cls, checkpoint: str | None = None, **options: Unpack[JobOptions]) -> Self:
+        """The job that a checkpoint's name and options describe.
+
+        Raises:
+            UsageError: the name is unknown, an option cannot be read, or nothing says where the
+                weights come from.
+            UnreadableFileError: there are no recorded outputs where they should be.
         """
-        entry = self.checkpoint
-        options: dict[str, str | bool | None] = {
-            "--checkpoint": entry.name if entry else None,
-            "--delta": _shown(self.eomt, entry.source("delta") if entry else None),
-            "--backbone": _shown(self.backbone, entry.source("backbone") if entry else None),
-            "--weights": self.weights if self.weights != "auto" else None,
-            "--backbone-layout": self.backbone_layout,
-            "--backbone-config": _name(self.backbone_config),
-            "--task": self.task if not entry or self.task != entry.task else None,
-            "--image-size": _size(self.image_size)
-            if not entry or self.image_size != entry.image_size
-            else None,
-            "--labels": _name(self.labels),
-            "--dtype": self.dtype if self.dtype != "float32" else None,
-            "--max-shard-size": str(self.max_shard_size) if self.max_shard_size else None,
-            "--recorded": _name(self.recorded.parent)
-            if self.recorded and not (entry and entry.recorded == self.recorded.parent)
-            else None,
-            "--no-verify": not self.verify,
-            "--check-backbone": self.check_backbone,
-            "--allow-mismatch": self.allow_mismatch,
-            "--allow-nonfinite": self.allow_nonfinite,
+        entry = find(checkpoint) if checkpoint else None
+        read = {
+            name: _READ[name](value) if name in _READ else value
+            for name, value in options.items()
+            if value not in (None, "")
         }
+        values = _of_catalogue(entry) | read
+        if not values.keys() & {"delta", "backbone"}:
+            raise UsageError(
+                "There is nothing to convert: give --checkpoint NAME, or --delta and --backbone.",
+                "eomt-convert list shows the checkpoints, eomt-convert --help the options.",
+            )
+        if "delta" not in values:
+            raise UsageError(
+                "Without --checkpoint, --delta must be given.",
+                "eomt-convert list shows the checkpoints that have a name.",
+            )
+        return cls(checkpoint=entry, **values)
+
+    @property
+    def published(self) -> Checkpoint | None:
+        """The catalogue's entry whose own weights are converted, and not others in its name."""
+        entry = self.checkpoint
+        return entry if entry and self.delta == entry.source("delta") else None
+
+    def command(self) -> str:
+        """The command line of the job, the same wherever files are: a path is only its last name.
+
+        It leaves out defaults, and ``--image``, which does not change the result.
+        """
         words = ["eomt-convert"]
-        for option, value in options.items():
-            if value:
-                words += [option] if value is True else [option, value]
+        usual = _of_catalogue(self.checkpoint)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "image" or value in (None, usual.get(field.name, field.default)):
+                continue
+            option = f"--{field.name.replace('_', '-')}"
+            if isinstance(value, bool):
+                words.append(option if value else option.replace("--", "--no-", 1))
+            else:
+                words += [option, _shown(value)]
         return shlex.join(words)
 
 
-def _shown(
-    source: LocalSource | HubSource | None, usual: LocalSource | HubSource | None
-) -> str | None:
-    if source is None or source == usual:
-        return None
-    if isinstance(source, LocalSource):
-        return source.path.resolve().name
-    return source.repo_id + (f"@{source.revision}" if source.revision != "main" else "")
+# how options are read whose values differ from those of a job
+_READ: Mapping[str, Callable[[Any], Any]] = {
+    "delta": parse_source,
+    "backbone": parse_source,
+    "backbone_config": user_path,
+    "image_size": lambda size: (size, size) if isinstance(size, int) else size,
+    "labels": user_path,
+    "max_shard_size": lambda size: parse_size(size) if isinstance(size, str) else size,
+    "recorded": lambda path: find_recorded(user_path(path)),
+    "image": user_path,
+}
 
 
-def _name(path: Path | None) -> str | None:
-    return path.resolve().name if path else None
-
-
-def _size(image_size: tuple[int, int] | None) -> str | None:
-    return f"{image_size[0]}x{image_size[1]}" if image_size else None
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The files of a job, open, and what they are.
-
-    Attributes:
-        fetched: the files by their source.
-        files: the same, open.
-        weights: what EoMT's weights are.
-        evidence: the signs that this was told from; empty if it was said.
-        own_config: config.json of EoMT's weights, where they are in transformers' layout.
-        own_preprocessor: likewise, preprocessor_config.json, if there is one.
-        backbone_config: configuration of the backbone; None to tell from its shapes.
-    """
-
-    fetched: Mapping[Source, Fetched]
-    files: Files
-    weights: WeightsKind
-    evidence: tuple[Sign, ...]
-    own_config: dict[str, Any] | None
-    own_preprocessor: dict[str, Any] | None
-    backbone_config: BackboneConfig | None
-
-
-def choose_source(
-    given: str | None, entry: Checkpoint | None, role: Literal["backbone", "delta"]
-) -> LocalSource | HubSource:
-    """Where weights come from: what was given, or else the catalogue's.
-
-    Raises:
-        UsageError: neither was, or what was given is no path and no repository.
-    """
-    if given:
-        return parse_source(given)
-    if entry:
-        return entry.source(role)
-    raise UsageError(
-        f"Without --checkpoint, --{role} must be given.",
-        "eomt-convert list shows the checkpoints that have a name.",
-    )
-
-
-def role_of(weights: WeightsKind) -> Source:
-    """What a plan calls the file with EoMT's weights."""
-    return "delta" if weights == "delta" else "weights"
-
-
-def open_inputs(job: Job, access: Access, stack: ExitStack, *, dry_run: bool) -> Inputs:
-    """Fetches and opens EoMT's weights, and the backbone if they are a delta to one.
-
-    Raises:
-        UsageError: more must be said of weights that the catalogue does not have.
-        AccessError, UnreadableFileError: as in `fetch`, and of the files' headers.
-        EomtConvertError: whether the weights are a delta or absolute cannot be told.
-    """
-    if job.checkpoint and job.backbone and job.eomt == job.checkpoint.source("delta"):
-        # a backbone without access is found out before gigabytes are fetched
-        fetch_config(job.backbone, access)
-    eomt = fetch(job.eomt, access, check_weights=False)  # merging digests them
-    eomt_file = open_tensors(eomt.weights)
-    stack.enter_context(eomt_file)
-    converted = recognise(eomt_file.tensors) is EOMT_TRANSFORMERS
-    evidence: tuple[Sign, ...] = ()
-    weights: WeightsKind
-    if job.weights != "auto":
-        weights = job.weights
-    elif converted:
-        weights = "absolute"
-    elif dry_run:  # which reads no weights
-        weights = "delta"
-    else:
-        evidence = signs_of_a_delta(eomt_file)
-        weights = _decided(evidence, eomt.title)
-
-    _check_enough(job, weights, converted=converted)
-    own = read_config(eomt.config) if converted and eomt.config else None
-    own_preprocessor = None
-    if own and eomt.config and (eomt.config.parent / "preprocessor_config.json").is_file():
-        own_preprocessor = read_json_object(eomt.config.parent / "preprocessor_config.json")
-    fetched: dict[Source, Fetched] = {role_of(weights): eomt}
-    files: dict[Source, Any] = {role_of(weights): eomt_file}
-    if weights == "delta" and job.backbone:
-        fetched = {"backbone": fetch(job.backbone, access, check_weights=False), **fetched}
-        backbone_file = open_tensors(fetched["backbone"].weights)
-        stack.enter_context(backbone_file)
-        files = {"backbone": backbone_file, **files}
-    config = _backbone_config(job, fetched, access, converted=converted)
-    return Inputs(fetched, files, weights, evidence, own, own_preprocessor, config)
-
-
-def _decided(evidence: tuple[Sign, ...], title: str) -> WeightsKind:
-    kind = decide(evidence)
-    if kind is None:
-        signs = "; ".join(f"{sign.finding} ({sign.speaks_for})" for sign in evidence)
-        raise EomtConvertError(
-            f"Whether the weights in {title} are a delta or absolute cannot be told: "
-            f"{signs or 'they show no sign of either'}.",
-            "Say it with --weights delta or --weights absolute.",
-        )
-    return kind
-
-
-def _check_enough(job: Job, weights: WeightsKind, *, converted: bool) -> None:
-    needed = {
-        "--backbone": weights == "delta" and job.backbone is None,
-        "--task": job.task is None and not converted,
-        "--image-size": job.image_size is None and not converted,
+def _of_catalogue(entry: Checkpoint | None) -> dict[str, Any]:
+    """The values of a job that a checkpoint's name stands for."""
+    if entry is None:
+        return {}
+    return {
+        "delta": entry.source("delta"),
+        "backbone": entry.source("backbone"),
+        "task": entry.task,
+        "image_size": entry.image_size,
+        "recorded": find_recorded(entry.recorded) if entry.recorded else None,
     }
-    missing = [option for option, needs in needed.items() if needs]
-    if missing:
-        raise UsageError(
-            f"Without --checkpoint, {' and '.join(missing)} must be given.",
-            "The weights are a delta, which is added to a backbone."
-            if missing[0] == "--backbone"
-            else "eomt-convert list shows the checkpoints that have a name.",
-        )
 
 
-def _backbone_config(
-    job: Job, fetched: Mapping[Source, Fetched], access: Access, *, converted: bool
-) -> BackboneConfig | None:
-    """The backbone's configuration, from the first place that has one; None to use its shapes."""
-    if job.backbone_config:
-        return read_backbone_config(job.backbone_config)
-    if converted:
-        own = fetched["weights"].config if "weights" in fetched else None
-        return read_model_config(own) if own else None
-    catalogued = job.checkpoint and job.backbone == job.checkpoint.source("backbone")
-    if "backbone" in fetched:
-        beside = fetched["backbone"].config
-    elif job.backbone and not (catalogued and isinstance(job.backbone, HubSource)):
-        beside = fetch_config(job.backbone, access)
-    else:  # shapes tell all of a published one, which may be gated
-        beside = None
-    if config := find_backbone_config(beside):
-        return config
-    if job.checkpoint and job.checkpoint.offline:
-        beside = fetch_config(job.checkpoint.source("backbone"), access)
-        return read_backbone_config(beside) if beside else None
-    return None
-
-
-def choose_class_names(job: Job, inputs: Inputs, count: int) -> ClassNames:
-    """The names of a model's classes: the given ones, the catalogue's, its own, or placeholders.
-
-    Raises:
-        EomtConvertError: there are not as many names as classes.
-    """
-    if job.labels:
-        classes, origin = class_names.read(job.labels), str(job.labels)
-    elif job.checkpoint:
-        classes, origin = job.checkpoint.class_names(count), job.checkpoint.name
-    elif inputs.own_config:
-        classes, origin = class_names.of_config(inputs.own_config, count), "config.json"
-    else:
-        classes, origin = class_names.unnamed(count), ""
-    if len(classes.names) != count:
-        raise EomtConvertError(
-            f"{origin} has {len(classes.names)} class names, the weights have {count} classes.",
-            "--labels takes a file with as many names, in the order of the class ids.",
-        )
-    if job.task in ("semantic", "instance"):  # which have no stuff apart
-        return replace(classes, stuff=())
-    if job.labels and job.checkpoint and not classes.stuff:
-        # names alone do not tell which classes are stuff; of a checkpoint that is known
-        known = job.checkpoint.class_names(count)
-        if len(known.names) == count:
-            classes = replace(classes, stuff=known.stuff)
-    return classes
+def _shown(value: object) -> str:
+    """A value of a job as an option takes it."""
+    match value:
+        case Checkpoint():
+            return value.name
+        case HubSource():
+            return value.repo_id + (f"@{value.revision}" if value.revision != "main" else "")
+        case LocalSource():
+            return value.path.resolve().name
+        case Path():  # a recording has the name of its folder
+            return (value.parent if value.name == RECORDED else value).resolve().name
+        case (height, width):
+            return f"{height}x{width}"
+        case _:
+            return str(value)

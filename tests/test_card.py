@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from markdown_it import MarkdownIt
 
 from converter.errors import EomtConvertError
+from converter.files import FileDigest
 from converter.history import PastSource
 from converter.outside import link, prose
 from converter.publishing.card import BEGIN, END, ModelRecord, model_card, updated
@@ -121,8 +122,8 @@ def test_a_figure_is_not_claimed_for_other_weights(published: ModelRecord) -> No
 
 
 def test_a_file_of_metas_is_known_by_its_digest(published: ModelRecord) -> None:
-    digests = {"x.pth": "8aa4cbdd" + 56 * "0"}
-    made = with_source(published, "backbone", repo_id=None, revision=None, digests=digests)
+    files = {"x.pth": FileDigest(1, "8aa4cbdd" + 56 * "0")}
+    made = with_source(published, "backbone", repo_id=None, revision=None, files=files)
 
     assert made.backbone == "facebook/dinov3-vitl16-pretrain-lvd1689m"
 
@@ -149,7 +150,9 @@ def test_an_offline_checkpoint_with_another_backbone_may_be_derived(
 ) -> None:
     made = record_of(converted("shapes_panoptic_128"))
 
-    assert with_source(made, "backbone", digests={"model.safetensors": 64 * "0"}).derived
+    assert with_source(
+        made, "backbone", files={"model.safetensors": FileDigest(1, 64 * "0")}
+    ).derived
 
 
 @pytest.mark.parametrize(
@@ -198,8 +201,8 @@ def test_what_a_stranger_wrote_into_conversion_json_does_nothing_in_the_card(
     published: ModelRecord, hostile: str
 ) -> None:
     delta = published.history.sources["delta"]
-    source = PastSource(f"somebody/{hostile}", hostile, {hostile: hostile})
-    clean = PastSource("somebody/model", "main", {"delta.bin": 64 * "0"})
+    source = PastSource(f"somebody/{hostile}", hostile, {hostile: FileDigest(1, hostile)})
+    clean = PastSource("somebody/model", "main", {"delta.bin": FileDigest(1, 64 * "0")})
 
     def card(source: PastSource, command: str, version: str) -> str:
         sources: dict[Source, PastSource] = {"delta": source, "backbone": delta}
@@ -219,8 +222,8 @@ def test_what_a_stranger_wrote_into_conversion_json_does_nothing_in_the_card(
 def test_a_backbone_that_can_be_no_repository_is_left_out(
     published: ModelRecord, repo_id: str
 ) -> None:
-    digests = {"model.safetensors": 64 * "0"}
-    made = with_source(published, "backbone", repo_id=repo_id, digests=digests)
+    files = {"model.safetensors": FileDigest(1, 64 * "0")}
+    made = with_source(published, "backbone", repo_id=repo_id, files=files)
     text = str(model_card(REPO, made))
 
     assert made.backbone is None

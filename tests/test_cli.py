@@ -120,7 +120,7 @@ def test_an_image_size_of_another_form_is_wrong_usage(command: Command, size: st
         (["--nonsense"], 2, "No such option"),
         (["--delta", "x.bin"], 2, "--output must be given"),
         (["--delta", DELTA, "--output", "o"], 2, "--backbone and --task and --image-size must"),
-        (["--json", "list"], 2, "Options of list stand behind its name"),
+        (["--json", "list"], 2, "Options of list go after its name"),
         (["--checkpoint", "tiny_panoptic_64", "--delta", "x.bin"], 1, "no file or folder x.bin"),
         (["--checkpoint", "tiny_panoptic_64", "--output", "/dev/null"], 1, "is a file"),
         (["--checkpoint", "tiny_panoptic_64", "--output", "/dev/null/out"], 1, "cannot be written"),
@@ -487,7 +487,7 @@ def test_a_fault_of_the_tool_ends_in_1_without_a_token(
     def fault(*_: object, **__: object) -> None:
         raise RuntimeError("sent hf_secret")
 
-    monkeypatch.setattr("converter.conversion.convert", fault)
+    monkeypatch.setattr("converter.conversion.run_job", fault)
     result = command("--checkpoint", "tiny_panoptic_64", "--token", "hf_secret")
 
     assert result.exit_code == 1

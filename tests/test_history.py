@@ -8,6 +8,7 @@ import pytest
 
 import converter
 from converter.errors import OutputError, UnreadableFileError
+from converter.files import sha256
 from converter.history import read_history
 
 
@@ -22,7 +23,8 @@ def test_what_a_conversion_wrote_is_read(model: Path) -> None:
     assert (history.checkpoint.name, history.task) == ("tiny_panoptic_64", "panoptic")
     assert (history.dtype, history.weights) == ("float32", "delta")
     assert set(history.sources) == {"backbone", "delta"}
-    assert history.files == {name: file["sha256"] for name, file in content["files"].items()}
+    assert history.to_dict() == content
+    assert history.files["config.json"].sha256 == sha256(model / "config.json")
     assert history.tensors == {name: row["sha256"] for name, row in content["tensors"].items()}
     assert history.rows["query.weight"].shape == tuple(content["tensors"]["query.weight"]["shape"])
 

@@ -62,7 +62,7 @@ def changed_files(folder: Path, history: History) -> list[str]:
     return [
         name
         for name in CONFIGS
-        if name in history.files and sha256(folder / name) != history.files[name]
+        if name in history.files and sha256(folder / name) != history.files[name].sha256
     ]
 
 

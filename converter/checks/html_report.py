@@ -285,9 +285,9 @@ def gather(
         pictures=_pictures(recorded, outputs, folder) if recorded and outputs else (),
         tensors=_tensor_rows(folder, history, verdict),
         sources=tuple(
-            SourceFile(role, source.repo_id, source.revision, name, digest)
+            SourceFile(role, source.repo_id, source.revision, name, file.sha256)
             for role, source in (history.sources if history else {}).items()
-            for name, digest in source.digests.items()
+            for name, file in source.files.items()
         ),
         versions={
             "checked with": f"eomt-convert {__version__}, torch {version('torch')}",

@@ -182,9 +182,8 @@ def _fetch(
     if past and history.checkpoint and history.checkpoint.offline:
         found = fetch(history.checkpoint.source(role), access)
         with open_tensors(found.weights) as file:
-            digests = {name: digest for name, (_, digest) in file.digests().items()}
-        if digests.items() <= past.digests.items():
-            return found
+            if file.digests().items() <= past.files.items():
+                return found
     raise _NotAtHandError(
         f"conversion.json does not tell where the {role} is: it was a local file. Give --{role}."
     )

@@ -14,13 +14,13 @@ from converter.checks.pixels import open_picture
 from converter.checks.verdict import BASES, Basis
 from converter.errors import UnreadableFileError
 from converter.files import PICTURE_LIMIT, read_bytes, read_json_object
+from converter.places import RECORDED, find_recorded
 from converter.weights.tensorfiles import TensorFile
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-FILE = "recorded.safetensors"
 PROVENANCE_FILE = "recorded.json"
 
 # what decides, with its tensors, what a model computes
@@ -142,21 +142,6 @@ class RecordedPictures:
         """What the network takes of the pictures, (inputs, 3, height, width) uint8."""
         windows = self.tensors.get("pipeline.crops")
         return self.tensors["pipeline.pixels"] if windows is None else windows
-
-
-def find_recorded(path: Path) -> Path:
-    """The recorded.safetensors of a folder, or the file itself.
-
-    Raises:
-        UnreadableFileError: there is none.
-    """
-    file = path / FILE if path.is_dir() else path
-    if not file.is_file():
-        raise UnreadableFileError(
-            f"There are no recorded outputs at {path}.",
-            f"Give a folder that has a {FILE}, or the file.",
-        )
-    return file
 
 
 def read_recorded(path: Path) -> Recorded:
@@ -375,4 +360,4 @@ def known_recordings() -> Mapping[str, Path]:
     They are by the SHA-256 of the recorded.safetensors beside them.
     """
     files = [entry.recorded / PROVENANCE_FILE for entry in CATALOG if entry.recorded]
-    return {read_json_object(file)["sha256"][FILE]: file for file in files}
+    return {read_json_object(file)["sha256"][RECORDED]: file for file in files}

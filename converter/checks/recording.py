@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.checks.pixels import open_picture, read_normalisation
-from converter.checks.recorded import FILE, IMAGES, PROVENANCE_FILE
+from converter.checks.recorded import IMAGES, PROVENANCE_FILE
 from converter.checks.verdict import LEVELS, NUMBERED, Verdict
 from converter.checks.verification import verify
 from converter.errors import (
@@ -20,6 +20,7 @@ from converter.files import read_json_object, real_path, sha256, user_path, writ
 from converter.history import read_history
 from converter.hub.access import Access
 from converter.models import fetch_model, find_task, repository_of, torch_device
+from converter.places import RECORDED
 from converter.staging import check_place, staged
 from converter.version import TOOL, __version__
 from converter.weights.writing import SafetensorsWriter, TensorSpecs
@@ -186,7 +187,7 @@ def made_files(folder: Path) -> Mapping[str, str | None]:
     if not str(provenance.get("implementation")).startswith(f"{TOOL} "):
         return {}  # of the original implementation, which is not recorded again so easily
     pictures = re.compile(rf"{IMAGES}/\d+\.png")
-    ours = {n: digest for n, digest in digests.items() if n == FILE or pictures.fullmatch(n)}
+    ours = {n: digest for n, digest in digests.items() if n == RECORDED or pictures.fullmatch(n)}
     return {**ours, PROVENANCE_FILE: None}
 
 
@@ -394,12 +395,12 @@ def _write(
     specs = {name: (_DTYPES[array.dtype.name], array.shape) for name, array in arrays.items()}
     size = sum(array.nbytes for array in arrays.values())
     size += sum(3 * picture.width * picture.height for picture in pictures)
-    with staged(place, size=size, force=force, made=made_files, last=FILE) as stage:
-        with SafetensorsWriter(stage.folder / FILE, specs) as file:
+    with staged(place, size=size, force=force, made=made_files, last=RECORDED) as stage:
+        with SafetensorsWriter(stage.folder / RECORDED, specs) as file:
             for array in arrays.values():
                 file.write(array)
         recording = Recording(place, specs, file.size, file.sha256(), verdict)
-        digests = {FILE: recording.sha256}
+        digests = {RECORDED: recording.sha256}
         if pictures:
             (stage.folder / IMAGES).mkdir()
         for index, picture in enumerate(pictures):

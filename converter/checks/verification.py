@@ -16,7 +16,7 @@ from converter.checks.provenance import (
     open_sources,
 )
 from converter.checks.published import PUBLISHED, Slices, check_published
-from converter.checks.recorded import CONFIGS, Recorded, find_recorded, read_recorded
+from converter.checks.recorded import CONFIGS, Recorded, read_recorded
 from converter.checks.structure import (
     StoredModel,
     check_structure,
@@ -39,6 +39,7 @@ from converter.hub.sources import (
     parse_source,
 )
 from converter.models import fetch_model, repository_of, torch_device
+from converter.places import find_recorded
 from converter.weights.tensorfiles import open_tensors
 
 if TYPE_CHECKING:

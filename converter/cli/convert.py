@@ -1,11 +1,10 @@
 """``eomt-convert`` itself: conversions, and the group that the other commands belong to."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
-from converter.catalog import Task, find
 from converter.cli.publish import push_options
 from converter.cli.session import (
     SOURCE,
@@ -15,11 +14,9 @@ from converter.cli.session import (
     hub_options,
     progress_bar,
 )
-from converter.configs import Dtype
 from converter.errors import UsageError
-from converter.job import choose_source
+from converter.job import Job, JobOptions
 from converter.version import __version__
-from converter.weights.inspection import WeightsKind
 
 # \b keeps click from joining the lines that follow
 HELP = """Convert EoMT-DINOv3 delta weights into a model that transformers loads, and check it.
@@ -129,25 +126,9 @@ def main(
     /,
     checkpoint: str | None,
     output: Path | None,
-    delta: str | None,
-    backbone: str | None,
-    weights: WeightsKind | Literal["auto"],
-    backbone_layout: str | None,
-    backbone_config: Path | None,
-    check_backbone: bool,
-    image: Path | None,
-    allow_mismatch: bool,
-    task: Task | None,
-    image_size: tuple[int, int] | None,
-    labels: Path | None,
-    dtype: Dtype,
-    max_shard_size: str | None,
-    recorded: Path | None,
-    verify: bool,
     require_verified: bool,
     keep_unverified: bool,
     report_file: Path | None,
-    allow_nonfinite: bool,
     force: bool,
     dry_run: bool,
     push_to: str | None,
@@ -156,7 +137,7 @@ def main(
     offline: bool,
     as_json: bool,
     debug: bool,
-    **push: Any,
+    **options: Any,
 ) -> None:
     """Convert a checkpoint, unless another command was named."""
     if context.invoked_subcommand:
@@ -167,71 +148,47 @@ def main(
         ]
         if given:
             raise click.UsageError(
-                f"Options of {context.invoked_subcommand} stand behind its name.", context
+                f"Options of {context.invoked_subcommand} go after its name.", context
             )
         return
     session = Session(as_json=as_json, debug=debug, token=token)
     with session.errors():
-        if checkpoint is None and delta is None and backbone is None:
-            raise UsageError(
-                "There is nothing to convert: give --checkpoint NAME, or --delta and --backbone.",
-                "eomt-convert list shows the checkpoints, eomt-convert --help the options.",
-            )
+        job_options = {name: options.pop(name) for name in JobOptions.__annotations__}
+        push = options  # what is left
         given = [name for name, value in push.items() if value not in (None, False)]
         if given and not push_to:
             raise UsageError(f"--{given[0].replace('_', '-')} is for --push-to.")
+        job = Job.of(checkpoint, **job_options)
+
         from converter import report
-        from converter.conversion import convert
+        from converter.conversion import plan_job, run_job
+        from converter.destination import Destination
         from converter.hub.access import Access
         from converter.publishing.push import check_licence, check_login, publish
 
+        destination = Destination.of(
+            job,
+            output,
+            report=report_file,
+            force=force,
+            exist_ok=push_to is not None,
+            keep_unverified=keep_unverified,
+            require_verified=require_verified,
+        )
         access = Access.of(token, cache_dir, offline)
-        if push_to and not dry_run:
-            check_login([push_to], access.online)
-            entry = find(checkpoint) if checkpoint else None
-            sources = {
-                "delta": choose_source(delta, entry, "delta"),
-                "backbone": choose_source(backbone, entry, "backbone")
-                if backbone or entry
-                else None,
-            }
-            push["license_file"] = check_licence(entry, sources, push["license_file"], access)
-        with progress_bar(session.shows_progress) as progress:
-            conversion = convert(
-                checkpoint,
-                output,
-                delta=delta,
-                backbone=backbone,
-                weights=weights,
-                backbone_layout=backbone_layout,
-                backbone_config=backbone_config,
-                check_backbone=check_backbone,
-                image=image,
-                allow_mismatch=allow_mismatch,
-                task=task,
-                image_size=image_size,
-                labels=labels,
-                dtype=dtype,
-                max_shard_size=max_shard_size,
-                recorded=recorded,
-                verify=verify,
-                require_verified=require_verified,
-                keep_unverified=keep_unverified,
-                report=report_file,
-                allow_nonfinite=allow_nonfinite,
-                force=force,
-                exist_ok=push_to is not None,
-                dry_run=dry_run,
-                progress=progress,
-                access=access,
-            )
         if dry_run:
+            conversion = plan_job(job, access)
             session.show(report.plan_table(conversion.plan), conversion.to_dict())
             return
+        if push_to:
+            check_login([push_to], access.online)
+            push["license_file"] = check_licence(job, push["license_file"], access)
+        with progress_bar(session.shows_progress) as progress:
+            conversion = run_job(job, destination, access, progress)
         session.say(*report.warnings(conversion.pair))
-        place = str(output or f"./{conversion.output.name if conversion.output else ''}")
+        place = str(output or f"./{destination.place.name}")
         content = conversion.to_dict()
-        if not push_to or not conversion.output:
+        if not push_to:
             session.show(report.summary(conversion, place), content)
             return
         if not as_json:  # also if the push fails
@@ -239,11 +196,7 @@ def main(
                 report.summary(conversion, place), {}, f"The model is {place}; it was not pushed."
             )
         published = publish(
-            conversion.output,
-            push_to,
-            recorded=recorded,
-            access=access,
-            **push,
+            destination.place, push_to, recorded=job.recorded, access=access, **push
         )
         session.show(
             report.publication(published),

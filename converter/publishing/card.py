@@ -120,9 +120,9 @@ class ModelRecord:
         All are, but for the offline checkpoints: those are known by the digests of their files.
         """
         digests = [
-            digest
+            file.sha256
             for source in self.history.sources.values()
-            for name, digest in source.digests.items()
+            for name, file in source.files.items()
             if not name.endswith(".json")
         ]
         return is_derived(self.checkpoint, digests)
@@ -142,7 +142,8 @@ class ModelRecord:
             return None
         if source.repo_id and _is_repo_id(source.repo_id):
             return source.repo_id
-        return next(filter(None, map(published_repo, source.digests.values())), None)
+        published = (published_repo(file.sha256) for file in source.files.values())
+        return next(filter(None, published), None)
 
 
 def _is_repo_id(text: str) -> bool:
@@ -293,10 +294,10 @@ def _sources(sources: Mapping[Source, PastSource]) -> list[dict[str, str]]:
             "repo": code(source.repo_id) if source.repo_id else "a local file",
             "revision": source.revision or "",
             "file": name,
-            "sha256": digest,
+            "sha256": file.sha256,
         }
         for role, source in sources.items()
-        for name, digest in source.digests.items()
+        for name, file in source.files.items()
     ]
 
 

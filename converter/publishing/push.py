@@ -6,11 +6,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from converter.catalog import Checkpoint
 from converter.checks.verdict import Verdict
 from converter.checks.verification import verify
 from converter.configs import read_model_config
-from converter.conversion import REPORT
 from converter.errors import (
     AccessError,
     EomtConvertError,
@@ -20,10 +18,11 @@ from converter.errors import (
     UsageError,
 )
 from converter.files import read_bytes, user_path
-from converter.history import HISTORY
+from converter.history import HISTORY, REPORT
 from converter.hub.access import Access, Snapshot, explained, not_found, without_secrets
 from converter.hub.downloads import download
 from converter.hub.sources import fetch_first, listed_digests
+from converter.job import Job
 from converter.outside import visible
 from converter.places import HubSource, LocalSource
 from converter.publishing.card import LICENCE_FILE, ModelRecord, is_derived, model_card, updated
@@ -242,17 +241,11 @@ def check_login(repo_ids: Sequence[str], access: Access) -> None:
         )
 
 
-def check_licence(
-    checkpoint: Checkpoint | None,
-    sources: Mapping[str, LocalSource | HubSource | None],
-    given: str | Path | None,
-    access: Access,
-) -> Path | None:
+def check_licence(job: Job, given: str | Path | None, access: Access) -> Path | None:
     """Finds the licence that goes with a model of Meta's weights, before the model is made.
 
     Args:
-        checkpoint: the catalogue's entry that is to be converted, if one was named.
-        sources: where ``delta`` and ``backbone`` come from; None where none was named.
+        job: what is to be converted.
         given: a file with the licence's text, which comes first.
         access: how the Hub is reached.
 
@@ -268,10 +261,12 @@ def check_licence(
         path = user_path(given)
         _licence_text(path)
         return path
-    access, backbone = access.online, sources["backbone"]
-    if checkpoint and checkpoint.offline:
-        digests = [listed_digests(source, access) for source in sources.values() if source]
-        if all(digests) and not is_derived(checkpoint, [one for each in digests for one in each]):
+    access, backbone = access.online, job.backbone
+    if job.checkpoint and job.checkpoint.offline:
+        sources = (job.delta, backbone)
+        digests = [listed_digests(source, access) for source in sources if source]
+        every = [one for each in digests for one in each]
+        if all(digests) and not is_derived(job.checkpoint, every):
             return None
     if isinstance(backbone, LocalSource):
         published = map(published_repo, listed_digests(backbone, access))
@@ -297,14 +292,14 @@ def _read(folder: Path, *, allow_unverified: bool) -> tuple[ModelRecord, dict[st
             f"The verdict in {folder / HISTORY} makes no sense: {error}.", "Convert again."
         ) from error
     files = {HISTORY: Content.of(folder / HISTORY)}
-    for name, digest in made.history.files.items():
+    for name, listed in made.history.files.items():
         # conversion.json may come from anywhere: no file outside the folder is ever sent
         if name != Path(name).name or not (folder / name).is_file():
             raise UnreadableFileError(
                 f"{folder} has no file {name}, of which conversion.json tells."
             )
         files[name] = Content.of(folder / name)
-        if files[name].sha256 != digest:
+        if files[name].sha256 != listed.sha256:
             raise UnreadableFileError(
                 f"{folder / name} is not what conversion.json tells: it was changed since it was "
                 "verified.",

@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 from converter.catalog import CATALOG, Checkpoint, find
 from converter.configs import Dtype
-from converter.conversion import convert
+from converter.conversion import run_job
+from converter.destination import Destination
 from converter.errors import EomtConvertError, OutputError, UnreadableFileError, UsageError
 from converter.files import prepare_place, read_json_object, replacing, user_path, write_json
 from converter.hub.access import Access, without_secrets
-from converter.job import Progress
+from converter.job import Job, Progress
 from converter.outside import code, link, prose
 from converter.publishing.push import check_licence, check_login, publish
 from converter.version import TOOL, __version__
@@ -162,20 +163,10 @@ def release(
     def to_folder(step: Step) -> Step:
         if step.verdict and (folder / step.checkpoint).is_dir():
             return step  # an earlier run has converted it
-        entry = find(step.checkpoint)
-        sources = {"delta": entry.source("delta"), "backbone": entry.source("backbone")}
-        check_licence(entry, sources, license_file, access)
-        conversion = convert(
-            step.checkpoint,
-            folder / step.checkpoint,
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            force=force,
-            exist_ok=True,
-            progress=progress,
-            access=access,
-        )
-        found = conversion.verdict
+        job = Job.of(step.checkpoint, dtype=dtype, max_shard_size=max_shard_size)
+        check_licence(job, license_file, access)
+        place = Destination.of(job, folder / step.checkpoint, force=force, exist_ok=True)
+        found = run_job(job, place, access, progress).verdict
         return replace(step, status="converted", verdict=found.verdict, basis=found.basis)
 
     def to_hub(step: Step) -> Step:

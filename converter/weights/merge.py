@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from converter.configs import NO_OBJECT_WEIGHT
 from converter.errors import UnreadableFileError
+from converter.files import Digests
 from converter.weights.plan import Operand, Plan, Row, Source
 from converter.weights.tensorfiles import ShardedTensorFile, TensorFile
 from converter.weights.writing import Sharding, WeightsWriter, shard
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
 CHUNK = 1 << 19
 
 Files = Mapping[Source, TensorFile | ShardedTensorFile]
-
-# size in bytes and SHA-256 of files, by name
-Digests = Mapping[str, tuple[int, str]]
 
 
 @dataclass(frozen=True)

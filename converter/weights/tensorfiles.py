@@ -15,7 +15,7 @@ from reprlib import repr as shortened
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from converter.errors import UnreadableFileError
-from converter.files import open_regular
+from converter.files import FileDigest, open_regular
 from converter.weights.headers import MAX_DESCRIPTION, parse_json_object, read_header
 from converter.weights.unpickling import is_name
 
@@ -167,9 +167,9 @@ class TensorFile(AbstractContextManager["TensorFile"]):
             yield buffer[:count]
             begin += count
 
-    def digests(self) -> dict[str, tuple[int, str]]:
+    def digests(self) -> dict[str, FileDigest]:
         """Size in bytes and SHA-256 of the file, by its name."""
-        return {self.path.name: (self._state.size, self.sha256())}
+        return {self.path.name: FileDigest(self._state.size, self.sha256())}
 
     def _read_at(self, buffer: memoryview, offset: int) -> int:
         try:
@@ -204,7 +204,7 @@ class ShardedTensorFile(AbstractContextManager["ShardedTensorFile"]):
         self.path = path
         self.format = "safetensors"
         content = _read_index(path)
-        self._digest = len(content), hashlib.sha256(content).hexdigest()
+        self._digest = FileDigest(len(content), hashlib.sha256(content).hexdigest())
         weight_map = _weight_map(content, path)
         with ExitStack() as stack:
             shards = {
@@ -234,7 +234,7 @@ class ShardedTensorFile(AbstractContextManager["ShardedTensorFile"]):
         """None: safetensors files have no checksums."""
         return ()
 
-    def digests(self) -> dict[str, tuple[int, str]]:
+    def digests(self) -> dict[str, FileDigest]:
         """Size in bytes and SHA-256 of the index and of every shard, by file name."""
         digests = {self.path.name: self._digest}
         for shard in self._shards.values():

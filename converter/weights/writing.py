@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from converter.errors import UsageError
+from converter.files import FileDigest
 from converter.weights.headers import ITEM_SIZES
 from converter.weights.tensorfiles import WEIGHTS, WEIGHTS_INDEX
 
@@ -199,13 +200,13 @@ class WeightsWriter(AbstractContextManager["WeightsWriter"]):
             view = view[count:]
 
     @property
-    def files(self) -> dict[str, tuple[int, str]]:
+    def files(self) -> dict[str, FileDigest]:
         """Size in bytes and SHA-256 of every file by its name, once all are complete."""
         writers = {file: self._writer(file) for file in self._sharding.files}
-        files = {file: (writer.size, writer.sha256()) for file, writer in writers.items()}
+        files = {file: FileDigest(writer.size, writer.sha256()) for file, writer in writers.items()}
         if self._sharding.index:
             index = self._sharding.index
-            files[WEIGHTS_INDEX] = len(index), hashlib.sha256(index).hexdigest()
+            files[WEIGHTS_INDEX] = FileDigest(len(index), hashlib.sha256(index).hexdigest())
         return files
 
     def _writer(self, file: str) -> SafetensorsWriter:

@@ -1,0 +1,118 @@
+"""Where a conversion goes: what may be replaced there, and what must be shown first."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+from converter.checks.published import PUBLISHED
+from converter.checks.recorded import CONFIGS
+from converter.errors import NotVerifiedError, UnreadableFileError, UsageError
+from converter.files import digests_of, prepare_place, real_path, user_path
+from converter.history import HISTORY, REPORT, read_history
+from converter.job import Job
+from converter.staging import check_place, put_back
+from converter.version import TOOL
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a conversion goes. `converter.convert` documents the options.
+
+    Attributes:
+        place: the folder to write, absolute and without links.
+    """
+
+    place: Path
+    report: Path | None = None
+    force: bool = False
+    exist_ok: bool = False
+    keep_unverified: bool = False
+    require_verified: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        job: Job,
+        output: str | Path | None = None,
+        *,
+        report: str | Path | None = None,
+        force: bool = False,
+        exist_ok: bool = False,
+        keep_unverified: bool = False,
+        require_verified: bool = False,
+    ) -> Self:
+        """The destination that options describe; nothing is written yet.
+
+        Raises:
+            UsageError: there is no output for a job without a checkpoint, the report is in the
+                output, or options contradict each other.
+            NotVerifiedError: a check is required and there is nothing to check against.
+        """
+        if require_verified:
+            _check_can_be_verified(job)
+        if not output and job.checkpoint is None:
+            raise UsageError("Without --checkpoint, --output must be given.")
+        place = real_path(user_path(output or (job.checkpoint.name if job.checkpoint else "")))
+        page = user_path(report) if report else None
+        if page and real_path(page).is_relative_to(place):
+            raise UsageError(f"{page} is in the output {place}, which gets its own {REPORT}.")
+        return cls(place, page, force, exist_ok, keep_unverified, require_verified)
+
+    @property
+    def rejected(self) -> Path | None:
+        """The folder for a model that fails; None if it is not kept."""
+        # / has no name that with_name could change
+        return self.place.parent / f"{self.place.name}.unverified" if self.keep_unverified else None
+
+    def prepared(self, job: Job) -> Self:
+        """Checks that the result may go there, and decides whether to replace what is there.
+
+        Raises:
+            OutputError: it may not, or cannot be written.
+        """
+        if self.report:
+            prepare_place(self.report)
+        put_back(self.place)
+        force = self.force or (self.exist_ok and _made_by(job, self.place))
+        check_place(self.place, force=force, made=made_files)
+        if self.rejected:
+            check_place(self.rejected, force=self.force, made=made_files)
+        return replace(self, force=force)
+
+
+def made_files(folder: Path) -> Mapping[str, str | None]:
+    """Names and SHA-256 of the files that a conversion has written, by its conversion.json."""
+    try:
+        history = read_history(folder)
+    except UnreadableFileError:
+        return {}
+    if history is None or history.tool != TOOL:
+        return {}
+    listed = {name: file.sha256 for name, file in history.files.items() if name == Path(name).name}
+    return {**listed, HISTORY: None, REPORT: None}
+
+
+def _made_by(job: Job, place: Path) -> bool:
+    """Whether an output is what this very job has made, and nobody has changed it since."""
+    try:
+        history = read_history(place)
+    except UnreadableFileError:
+        return False
+    configs = digests_of(path for path in map(place.joinpath, CONFIGS) if path.is_file())
+    return (
+        history is not None
+        and history.command == job.command()
+        and configs.items() <= history.files.items()
+    )
+
+
+def _check_can_be_verified(job: Job) -> None:
+    if not job.verify:
+        raise UsageError("--require-verified and --no-verify contradict each other.")
+    entry = job.published
+    if job.recorded is None and not (entry and entry.name in PUBLISHED):
+        raise NotVerifiedError(
+            "There are no recorded outputs to check this model against, and a check was required.",
+            "Give recorded outputs with --recorded, or convert without --require-verified.",
+        )

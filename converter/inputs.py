@@ -1,0 +1,179 @@
+"""The files of a job, fetched and open, and what they turn out to be."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+from converter import class_names
+from converter.class_names import ClassNames
+from converter.configs import (
+    BackboneConfig,
+    find_backbone_config,
+    read_backbone_config,
+    read_config,
+    read_model_config,
+)
+from converter.errors import EomtConvertError, UsageError
+from converter.files import read_json_object
+from converter.hub.access import Access
+from converter.hub.sources import Fetched, fetch, fetch_config
+from converter.job import Job
+from converter.places import HubSource
+from converter.weights.inspection import Sign, WeightsKind, decide, signs_of_a_delta
+from converter.weights.layouts import EOMT_TRANSFORMERS, recognise
+from converter.weights.merge import Files
+from converter.weights.plan import Source
+from converter.weights.tensorfiles import open_tensors
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The files of a job, open, and what they are.
+
+    Attributes:
+        fetched: the files by their source.
+        files: the same, open.
+        weights: what EoMT's weights are.
+        evidence: the signs that this was told from; empty if it was said.
+        own_config: config.json of EoMT's weights, where they are in transformers' layout.
+        own_preprocessor: likewise, preprocessor_config.json, if there is one.
+        backbone_config: configuration of the backbone; None to tell from its shapes.
+    """
+
+    fetched: Mapping[Source, Fetched]
+    files: Files
+    weights: WeightsKind
+    evidence: tuple[Sign, ...]
+    own_config: dict[str, Any] | None
+    own_preprocessor: dict[str, Any] | None
+    backbone_config: BackboneConfig | None
+
+
+def role_of(weights: WeightsKind) -> Source:
+    """What a plan calls the file with EoMT's weights."""
+    return "delta" if weights == "delta" else "weights"
+
+
+def open_inputs(job: Job, access: Access, stack: ExitStack, *, dry_run: bool) -> Inputs:
+    """Fetches and opens EoMT's weights, and the backbone if they are a delta to one.
+
+    Raises:
+        UsageError: more must be said of weights that the catalogue does not have.
+        AccessError, UnreadableFileError: as in `fetch`, and of the files' headers.
+        EomtConvertError: whether the weights are a delta or absolute cannot be told.
+    """
+    if job.checkpoint and job.backbone and job.delta == job.checkpoint.source("delta"):
+        # a backbone without access is found out before gigabytes are fetched
+        fetch_config(job.backbone, access)
+    eomt = fetch(job.delta, access, check_weights=False)  # merging digests them
+    eomt_file = open_tensors(eomt.weights)
+    stack.enter_context(eomt_file)
+    converted = recognise(eomt_file.tensors) is EOMT_TRANSFORMERS
+    evidence: tuple[Sign, ...] = ()
+    weights: WeightsKind
+    if job.weights != "auto":
+        weights = job.weights
+    elif converted:
+        weights = "absolute"
+    elif dry_run:  # which reads no weights
+        weights = "delta"
+    else:
+        evidence = signs_of_a_delta(eomt_file)
+        weights = _decided(evidence, eomt.title)
+
+    _check_enough(job, weights, converted=converted)
+    own = read_config(eomt.config) if converted and eomt.config else None
+    own_preprocessor = None
+    if own and eomt.config and (eomt.config.parent / "preprocessor_config.json").is_file():
+        own_preprocessor = read_json_object(eomt.config.parent / "preprocessor_config.json")
+    fetched: dict[Source, Fetched] = {role_of(weights): eomt}
+    files: dict[Source, Any] = {role_of(weights): eomt_file}
+    if weights == "delta" and job.backbone:
+        fetched = {"backbone": fetch(job.backbone, access, check_weights=False), **fetched}
+        backbone_file = open_tensors(fetched["backbone"].weights)
+        stack.enter_context(backbone_file)
+        files = {"backbone": backbone_file, **files}
+    config = _backbone_config(job, fetched, access, converted=converted)
+    return Inputs(fetched, files, weights, evidence, own, own_preprocessor, config)
+
+
+def _decided(evidence: tuple[Sign, ...], title: str) -> WeightsKind:
+    kind = decide(evidence)
+    if kind is None:
+        signs = "; ".join(f"{sign.finding} ({sign.speaks_for})" for sign in evidence)
+        raise EomtConvertError(
+            f"Whether the weights in {title} are a delta or absolute cannot be told: "
+            f"{signs or 'they show no sign of either'}.",
+            "Say it with --weights delta or --weights absolute.",
+        )
+    return kind
+
+
+def _check_enough(job: Job, weights: WeightsKind, *, converted: bool) -> None:
+    needed = {
+        "--backbone": weights == "delta" and job.backbone is None,
+        "--task": job.task is None and not converted,
+        "--image-size": job.image_size is None and not converted,
+    }
+    missing = [option for option, needs in needed.items() if needs]
+    if missing:
+        raise UsageError(
+            f"Without --checkpoint, {' and '.join(missing)} must be given.",
+            "The weights are a delta, which is added to a backbone."
+            if missing[0] == "--backbone"
+            else "eomt-convert list shows the checkpoints that have a name.",
+        )
+
+
+def _backbone_config(
+    job: Job, fetched: Mapping[Source, Fetched], access: Access, *, converted: bool
+) -> BackboneConfig | None:
+    """The backbone's configuration, from the first place that has one; None to use its shapes."""
+    if job.backbone_config:
+        return read_backbone_config(job.backbone_config)
+    if converted:
+        own = fetched["weights"].config if "weights" in fetched else None
+        return read_model_config(own) if own else None
+    catalogued = job.checkpoint and job.backbone == job.checkpoint.source("backbone")
+    if "backbone" in fetched:
+        beside = fetched["backbone"].config
+    elif job.backbone and not (catalogued and isinstance(job.backbone, HubSource)):
+        beside = fetch_config(job.backbone, access)
+    else:  # shapes tell all of a published one, which may be gated
+        beside = None
+    if config := find_backbone_config(beside):
+        return config
+    if job.checkpoint and job.checkpoint.offline:
+        beside = fetch_config(job.checkpoint.source("backbone"), access)
+        return read_backbone_config(beside) if beside else None
+    return None
+
+
+def choose_class_names(job: Job, inputs: Inputs, count: int) -> ClassNames:
+    """The names of a model's classes: the given ones, the catalogue's, its own, or placeholders.
+
+    Raises:
+        EomtConvertError: there are not as many names as classes.
+    """
+    if job.labels:
+        classes, origin = class_names.read(job.labels), str(job.labels)
+    elif job.checkpoint:
+        classes, origin = job.checkpoint.class_names(count), job.checkpoint.name
+    elif inputs.own_config:
+        classes, origin = class_names.of_config(inputs.own_config, count), "config.json"
+    else:
+        classes, origin = class_names.unnamed(count), ""
+    if len(classes.names) != count:
+        raise EomtConvertError(
+            f"{origin} has {len(classes.names)} class names, the weights have {count} classes.",
+            "--labels takes a file with as many names, in the order of the class ids.",
+        )
+    if job.task in ("semantic", "instance"):  # which have no stuff apart
+        return replace(classes, stuff=())
+    if job.labels and job.checkpoint and not classes.stuff:
+        # names alone do not tell which classes are stuff; of a checkpoint that is known
+        known = job.checkpoint.class_names(count)
+        if len(known.names) == count:
+            classes = replace(classes, stuff=known.stuff)
+    return classes
