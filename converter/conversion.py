@@ -50,12 +50,12 @@ class Conversion:
 
     Attributes:
         job: what was asked for.
-        inputs: the files that were read, and what they are; closed by now.
-        plan: how every tensor comes about.
-        pair: what is known of whether delta and backbone belong together.
-        output: the folder that was written; None if nothing was.
+        inputs: the files that were read, closed again.
+        plan: how every tensor is made.
+        pair: the checks of whether delta and backbone belong together.
+        output: the folder that was written; None if none was.
         files: size in bytes and SHA-256 of every file in it.
-        verdict: what is known of the result.
+        verdict: whether the model is right, and what that is based on.
     """
 
     job: Job
@@ -233,7 +233,7 @@ def _convert_once(
 def _check_model(
     job: Job, inputs: Inputs, plan: Plan, merged: Merged, folder: Path, access: Access
 ) -> Findings:
-    """Holds the model against all that there is, unless that was switched off."""
+    """Checks the model against all available evidence, unless checking was switched off."""
     if not job.verify:
         return Findings(unverified("Verification was switched off (--no-verify)."))
     evidence = Evidence(
@@ -259,7 +259,7 @@ def _refuse_unproven(verdict: Verdict) -> None:
 
 
 def _write_pages(job: Job, findings: Findings, folder: Path, destination: Destination) -> None:
-    """Writes what was found as a page, beside the model and where else it was asked for."""
+    """Writes the findings as a page: beside the model, and to the job's report if there is one."""
     pages = [folder / REPORT] if job.verify else []
     if destination.report:
         pages.append(destination.report)
@@ -269,7 +269,7 @@ def _write_pages(job: Job, findings: Findings, folder: Path, destination: Destin
 
 
 def _move_into_place(done: Conversion, stage: StagedOutput, destination: Destination) -> Conversion:
-    """Publishes a stage to its place; that of a model that fails, to where it is kept, if at all.
+    """Moves a finished model into its place. A model that fails is kept elsewhere, or not at all.
 
     Raises:
         OutputsDifferError: the model fails.
@@ -284,10 +284,10 @@ def _move_into_place(done: Conversion, stage: StagedOutput, destination: Destina
             shutil.move(stage.folder, kept.folder)
             kept.publish()
     raise OutputsDifferError(
-        f"The converted model is not right: {done.verdict.reason}",
-        f"It was kept as {rejected}, to look at."
+        f"The converted model is wrong: {done.verdict.reason}",
+        f"It was kept as {rejected}, for inspection."
         if rejected
-        else f"Nothing was left at {destination.place}; --keep-unverified keeps it beside.",
+        else f"{destination.place} was not written; --keep-unverified keeps the model beside it.",
         done.verdict,
         replace(done, output=rejected),
     )
@@ -308,19 +308,19 @@ def _make_plan(job: Job, inputs: Inputs) -> tuple[Plan, ClassNames]:
 def _fetch_damaged(
     error: EomtConvertError, job: Job, access: Access, fetched_again: set[Path]
 ) -> set[Path]:
-    """Fetches once more what an error is about, where it is not what the Hub lists.
+    """Downloads a damaged file again, if the error is about one and it differs from the Hub's.
 
     Args:
-        error: what a conversion ended in.
+        error: how the conversion failed.
         job: the conversion.
         access: how the Hub is reached.
-        fetched_again: files that were fetched once more before.
+        fetched_again: files that were already downloaded a second time.
 
     Returns:
-        The files that were fetched.
+        The files that were downloaded.
 
     Raises:
-        EomtConvertError: the error itself, where another download cannot mend it.
+        EomtConvertError: the error itself, if another download cannot help.
         UnreadableFileError: a file arrived damaged twice, or only the cache may be used.
     """
     if error.damaged is None:
@@ -347,15 +347,16 @@ def _check_image_size(job: Job, patch_size: int) -> None:
     height, width = job.image_size
     if min(job.image_size) < 1 or height % patch_size or width % patch_size:
         raise UsageError(
-            f"An image size of {height}x{width} is no multiple of the patch size {patch_size}."
+            f"The image size is {height}x{width}; expected multiples of the patch size "
+            f"{patch_size}."
         )
 
 
 def _check_pair(job: Job, inputs: Inputs, plan: Plan, access: Access) -> tuple[PairCheck, ...]:
-    """What is known of whether delta and backbone belong together.
+    """Checks whether delta and backbone belong together.
 
     Raises:
-        MismatchError: they do not, and that is not allowed.
+        MismatchError: they do not, and the job does not allow that.
     """
     if "backbone" in inputs.files:
         published = job.checkpoint is not None and not job.checkpoint.offline
@@ -376,10 +377,10 @@ def _check_pair(job: Job, inputs: Inputs, plan: Plan, access: Access) -> tuple[P
 
 
 def _check_digests(inputs: Inputs, merged: Merged) -> tuple[PairCheck, ...]:
-    """Holds what was read against the digests that the Hub gives, and those of torch's own files.
+    """Compares what was read with the Hub's digests and with the checksums in torch files.
 
     Raises:
-        UnreadableFileError: a file is not what the Hub says it is.
+        UnreadableFileError: a file does not have the digest that the Hub lists.
     """
     checks = []
     for role, names in merged.wrong_checksums.items():
@@ -391,17 +392,17 @@ def _check_digests(inputs: Inputs, merged: Merged) -> tuple[PairCheck, ...]:
             expected, file = source.digests.get(name), f"{name} of {source.title}"
             if expected is None:
                 if source.repo_id:
-                    finding = f"Nothing tells which digest {file} should have."
+                    finding = f"The Hub lists no digest for {file}."
                     checks.append(PairCheck("hub-digest", "not checked", finding))
                 continue
             if is_sha256(expected):
                 right, kind = digest == expected, "SHA-256"
-            else:  # as of small files, or where weights do not stand in LFS
+            else:  # git's id, for small files and for weights that are not in LFS
                 right = not is_damaged(source.weights.with_name(name), expected)
                 kind = "id of the content"
             if not right:
                 raise UnreadableFileError(
-                    f"{file} is damaged: the Hub gives another {kind}, {expected[:12]}....",
+                    f"{file} is damaged: its {kind} differs from the Hub's, {expected[:12]}....",
                     damaged=source.weights.with_name(name),
                 )
             checks.append(PairCheck("hub-digest", "passed", f"{file} has the Hub's {kind}."))
@@ -415,7 +416,7 @@ def _refuse_mismatch(pair: tuple[PairCheck, ...], inputs: Inputs, *, allow_misma
         raise MismatchError(
             "The weights do not belong together: " + " ".join(failed.values()),
             "Give the delta as it was published, and the backbone that it was made from. "
-            "--allow-mismatch converts them all the same.",
+            "--allow-mismatch converts them anyway.",
             damaged=inputs.fetched["backbone"].weights if by_content else None,
         )
 
@@ -457,8 +458,8 @@ def _write_configs(job: Job, inputs: Inputs, plan: Plan, classes: ClassNames, fo
     if job.task is None or job.image_size is None:
         if own is None:
             raise UsageError(
-                "The weights come without a preprocessor_config.json: --task and --image-size must "
-                "be given."
+                "The weights have no preprocessor_config.json beside them: --task and --image-size "
+                "must be given."
             )
         write_json(folder / "preprocessor_config.json", own)
     else:
@@ -476,7 +477,7 @@ def _history(
     verdict: Verdict,
     folder: Path,
 ) -> History:
-    """What conversion.json says; it depends on nothing but what was converted."""
+    """The content of conversion.json; it depends only on the job and its inputs."""
     configs = {
         role: digests_of([source.config] if source.config and role == "backbone" else [])
         for role, source in inputs.fetched.items()
@@ -508,6 +509,6 @@ def _history(
 
 
 def _made(history: History, folder: Path) -> Digests:
-    """Every file of a finished model."""
+    """The size and digest of every file of a finished model."""
     others = [path for path in map(folder.joinpath, (HISTORY, REPORT)) if path.exists()]
     return dict(sorted({**history.files, **digests_of(others)}.items()))

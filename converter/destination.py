@@ -82,7 +82,7 @@ class Destination:
 
 
 def made_files(folder: Path) -> Mapping[str, str | None]:
-    """Names and SHA-256 of the files that a conversion has written, by its conversion.json."""
+    """Names and SHA-256 of the files that a conversion wrote, from its conversion.json."""
     try:
         history = read_history(folder)
     except UnreadableFileError:
@@ -94,7 +94,7 @@ def made_files(folder: Path) -> Mapping[str, str | None]:
 
 
 def _made_by(job: Job, place: Path) -> bool:
-    """Whether an output is what this very job has made, and nobody has changed it since."""
+    """Whether an output was made by the same command and has not been changed since."""
     try:
         history = read_history(place)
     except UnreadableFileError:

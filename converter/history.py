@@ -44,7 +44,7 @@ class PastTensor:
 
     Attributes:
         shape, dtype: as it was written; the type as safetensors names it.
-        recipe: how it came about.
+        recipe: how it was made.
         sha256: of its little-endian bytes.
     """
 
@@ -56,20 +56,20 @@ class PastTensor:
 
 @dataclass(frozen=True)
 class History:
-    """What conversion.json says of a model.
+    """The content of a model's conversion.json.
 
     Attributes:
-        tool, version: what converted it.
-        command: that converts it again.
-        checkpoint: the catalogue's entry that it was converted as, if any.
-        task: what it segments, where that was known.
+        tool, version: the program that converted it.
+        command: the command line that converts it again.
+        checkpoint: the catalogue's entry that was named, if any.
+        task: what it segments; None if that was not given.
         dtype: of its weights.
-        weights: what it was made from.
+        weights: whether it was made from a delta or from absolute weights.
         sources: the files it was made from.
         files: the model's own files, by name.
         rows: every tensor, by name.
         dropped: tensors of the sources that are not in the model, and why.
-        pair: what is known of whether the sources belong together.
+        pair: the checks of whether the sources belong together.
         verdict: what was found, as `converter.checks.verdict.read_record` takes it.
     """
 
@@ -135,17 +135,17 @@ def write_history(folder: Path, history: History) -> None:
 
 
 def read_history(folder: Path) -> History | None:
-    """What a model's conversion.json says; None where there is none.
+    """Reads a model's conversion.json; None if there is none.
 
     Raises:
-        UnreadableFileError: it is no conversion.json that a conversion wrote.
+        UnreadableFileError: it does not have the form that a conversion writes.
     """
     path = folder / HISTORY
     return parse_history(read_json_object(path), path) if path.is_file() else None
 
 
 def has_weights_of(checkpoint: Checkpoint | None, history: History | None) -> bool:
-    """Whether a model has a checkpoint's own weights, and not others in its name."""
+    """Whether a model was made from a checkpoint's own weights, not others under its name."""
     if checkpoint is None or history is None:
         return checkpoint is not None
     delta = history.sources.get("delta")
@@ -155,14 +155,15 @@ def has_weights_of(checkpoint: Checkpoint | None, history: History | None) -> bo
 
 
 def parse_history(content: Mapping[str, Any], path: Path = Path(HISTORY)) -> History:
-    """What the content of a conversion.json says.
+    """Reads the content of a conversion.json.
 
     Args:
         content: of the file.
         path: of the file, for errors.
 
     Raises:
-        UnreadableFileError: it is not as a conversion writes it; the message says where.
+        UnreadableFileError: it does not have the form that a conversion writes; the message says
+            where.
     """
     top = _Object(path, "", content)
     tool = top.object("tool")
@@ -200,11 +201,11 @@ def parse_history(content: Mapping[str, Any], path: Path = Path(HISTORY)) -> His
 
 @dataclass(frozen=True)
 class _Object:
-    """A JSON object of the file, whose values are taken with a look at what they are.
+    """A JSON object of the file; each value is checked when it is read.
 
     Attributes:
         path: of the file.
-        place: of the object in it, such as ``sources.delta``; empty for all of it.
+        place: of the object in it, such as ``sources.delta``; empty for the whole file.
         content: of the object.
     """
 
@@ -214,8 +215,8 @@ class _Object:
 
     def wrong(self, finding: str) -> UnreadableFileError:
         return UnreadableFileError(
-            f"{self.path} is not as a conversion writes it: {finding}.",
-            "Convert again, or delete it to check the model without it.",
+            f"{self.path} was not written by a conversion: {finding}.",
+            "Convert again, or delete the file to check the model without it.",
         )
 
     def place_of(self, key: str) -> str:
@@ -223,7 +224,7 @@ class _Object:
 
     def value(self, key: str, expected: str, fits: Callable[[Any], bool]) -> Any:
         if key not in self.content:
-            raise self.wrong(f"{self.place or 'it'} lacks {key!r}, {expected}")
+            raise self.wrong(f"{self.place or 'it'} lacks {key!r}; expected {expected}")
         value = self.content[key]
         if not fits(value):
             found = reprlib.repr(value)
@@ -248,7 +249,7 @@ class _Object:
         return _Object(self.path, self.place_of(key), content)
 
     def objects(self, *known: str) -> "Iterator[tuple[str, _Object]]":
-        """Its values, all of them objects; with names, no others than those."""
+        """Its values, which must be objects; if names are given, only those are allowed."""
         for name in self.content:
             if known and name not in known:
                 raise self.wrong(f"{self.place} has {name!r}; expected {', '.join(known)}")
@@ -279,7 +280,7 @@ def _is_records(value: object) -> bool:
 
 
 def _check_verdict(verdict: _Object) -> None:
-    """Checks the form of a verdict; `read_record` checks what it claims."""
+    """Checks the form of a verdict; `read_record` checks its claims."""
     verdict.text("verdict")
     if "basis" in verdict.content:  # which 0.1 did not write
         verdict.optional_text("basis")

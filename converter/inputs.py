@@ -1,4 +1,4 @@
-"""The files of a job, fetched and open, and what they turn out to be."""
+"""The files of a job, fetched and opened, and what kind of weights they hold."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -29,16 +29,16 @@ from converter.weights.tensorfiles import open_tensors
 
 @dataclass(frozen=True)
 class Inputs:
-    """The files of a job, open, and what they are.
+    """The open files of a job, and what kind of weights they hold.
 
     Attributes:
-        fetched: the files by their source.
-        files: the same, open.
-        weights: what EoMT's weights are.
-        evidence: the signs that this was told from; empty if it was said.
-        own_config: config.json of EoMT's weights, where they are in transformers' layout.
-        own_preprocessor: likewise, preprocessor_config.json, if there is one.
-        backbone_config: configuration of the backbone; None to tell from its shapes.
+        fetched: the files on this machine, by source.
+        files: the same files, open.
+        weights: whether EoMT's weights are a delta or absolute.
+        evidence: the signs that decided this; empty if it was given or known.
+        own_config: the config.json of EoMT's weights, if they are in transformers' layout.
+        own_preprocessor: the preprocessor_config.json beside it, if there is one.
+        backbone_config: the backbone's configuration; None to derive it from the shapes.
     """
 
     fetched: Mapping[Source, Fetched]
@@ -51,20 +51,20 @@ class Inputs:
 
 
 def role_of(weights: WeightsKind) -> Source:
-    """What a plan calls the file with EoMT's weights."""
+    """The source in a plan that holds EoMT's weights."""
     return "delta" if weights == "delta" else "weights"
 
 
 def open_inputs(job: Job, access: Access, stack: ExitStack, *, dry_run: bool) -> Inputs:
-    """Fetches and opens EoMT's weights, and the backbone if they are a delta to one.
+    """Fetches and opens EoMT's weights, and the backbone if they are a delta.
 
     Raises:
-        UsageError: more must be said of weights that the catalogue does not have.
-        AccessError, UnreadableFileError: as in `fetch`, and of the files' headers.
-        EomtConvertError: whether the weights are a delta or absolute cannot be told.
+        UsageError: an option is missing that weights outside the catalogue need.
+        AccessError, UnreadableFileError: as `fetch` and `open_tensors` raise them.
+        EomtConvertError: it cannot be decided whether the weights are a delta or absolute.
     """
     if job.checkpoint and job.backbone and job.delta == job.checkpoint.source("delta"):
-        # a backbone without access is found out before gigabytes are fetched
+        # fails before gigabytes are fetched if there is no access to the backbone
         fetch_config(job.backbone, access)
     eomt = fetch(job.delta, access, check_weights=False)  # merging digests them
     eomt_file = open_tensors(eomt.weights)
@@ -76,7 +76,7 @@ def open_inputs(job: Job, access: Access, stack: ExitStack, *, dry_run: bool) ->
         weights = job.weights
     elif converted:
         weights = "absolute"
-    elif dry_run:  # which reads no weights
+    elif dry_run:  # no weights are read
         weights = "delta"
     else:
         evidence = signs_of_a_delta(eomt_file)
@@ -103,9 +103,9 @@ def _decided(evidence: tuple[Sign, ...], title: str) -> WeightsKind:
     if kind is None:
         signs = "; ".join(f"{sign.finding} ({sign.speaks_for})" for sign in evidence)
         raise EomtConvertError(
-            f"Whether the weights in {title} are a delta or absolute cannot be told: "
-            f"{signs or 'they show no sign of either'}.",
-            "Say it with --weights delta or --weights absolute.",
+            f"It cannot be decided whether the weights in {title} are a delta or absolute: "
+            f"{signs or 'there is no sign of either'}.",
+            "Give --weights delta or --weights absolute.",
         )
     return kind
 
@@ -120,7 +120,7 @@ def _check_enough(job: Job, weights: WeightsKind, *, converted: bool) -> None:
     if missing:
         raise UsageError(
             f"Without --checkpoint, {' and '.join(missing)} must be given.",
-            "The weights are a delta, which is added to a backbone."
+            "The weights are a delta, which has to be added to a backbone."
             if missing[0] == "--backbone"
             else "eomt-convert list shows the checkpoints that have a name.",
         )
@@ -129,7 +129,7 @@ def _check_enough(job: Job, weights: WeightsKind, *, converted: bool) -> None:
 def _backbone_config(
     job: Job, fetched: Mapping[Source, Fetched], access: Access, *, converted: bool
 ) -> BackboneConfig | None:
-    """The backbone's configuration, from the first place that has one; None to use its shapes."""
+    """The backbone's configuration from the first place that has one; None to use the shapes."""
     if job.backbone_config:
         return read_backbone_config(job.backbone_config)
     if converted:
@@ -140,7 +140,7 @@ def _backbone_config(
         beside = fetched["backbone"].config
     elif job.backbone and not (catalogued and isinstance(job.backbone, HubSource)):
         beside = fetch_config(job.backbone, access)
-    else:  # shapes tell all of a published one, which may be gated
+    else:  # its repository may be gated, and the shapes of a published backbone are enough
         beside = None
     if config := find_backbone_config(beside):
         return config
@@ -151,10 +151,10 @@ def _backbone_config(
 
 
 def choose_class_names(job: Job, inputs: Inputs, count: int) -> ClassNames:
-    """The names of a model's classes: the given ones, the catalogue's, its own, or placeholders.
+    """The class names of a model: the given ones, the catalogue's, its own, or placeholders.
 
     Raises:
-        EomtConvertError: there are not as many names as classes.
+        EomtConvertError: the number of names is not the number of classes.
     """
     if job.labels:
         classes, origin = class_names.read(job.labels), str(job.labels)
@@ -166,13 +166,14 @@ def choose_class_names(job: Job, inputs: Inputs, count: int) -> ClassNames:
         classes, origin = class_names.unnamed(count), ""
     if len(classes.names) != count:
         raise EomtConvertError(
-            f"{origin} has {len(classes.names)} class names, the weights have {count} classes.",
-            "--labels takes a file with as many names, in the order of the class ids.",
+            f"{origin} has {len(classes.names)} class names; expected {count}, one for each class "
+            "of the weights.",
+            "--labels takes a file with that many names, in the order of the class ids.",
         )
-    if job.task in ("semantic", "instance"):  # which have no stuff apart
+    if job.task in ("semantic", "instance"):  # which do not distinguish stuff
         return replace(classes, stuff=())
     if job.labels and job.checkpoint and not classes.stuff:
-        # names alone do not tell which classes are stuff; of a checkpoint that is known
+        # names do not say which classes are stuff; for a checkpoint this is known
         known = job.checkpoint.class_names(count)
         if len(known.names) == count:
             classes = replace(classes, stuff=known.stuff)

@@ -37,14 +37,14 @@ def test_a_model_without_one_has_no_history(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"tool": None}, "tool is None; expected an object"),
-        ({"tool": {"name": "x"}}, "tool lacks 'version', a text"),
+        ({"tool": {"name": "x"}}, "tool lacks 'version'; expected a text"),
         ({"files": []}, r"files is \[\]; expected an object"),
         ({"files": {"a": 1}}, "files.a is 1; expected an object"),
         ({"verdict": 2}, "verdict is 2; expected an object"),
         ({"verdict": {"verdict": "passed", "levels": 5}}, "verdict.levels is 5; expected a list"),
         (
             {"verdict": {"verdict": "passed", "levels": [{"level": "a", "status": "passed"}]}},
-            "verdict.levels.0 lacks 'figures', an object",
+            "verdict.levels.0 lacks 'figures'; expected an object",
         ),
         (
             {
@@ -86,7 +86,7 @@ def test_a_conversion_json_that_no_conversion_wrote_is_refused(
     history = json.loads((model / "conversion.json").read_text())
     (model / "conversion.json").write_text(json.dumps(history | changes))
 
-    said = rf"conversion\.json is not as a conversion writes it: {said}"
+    said = rf"conversion\.json was not written by a conversion: {said}"
     for call in (lambda: converter.publish(model, "me/model"), lambda: converter.verify(model)):
         with pytest.raises(UnreadableFileError, match=said):
             call()

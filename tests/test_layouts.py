@@ -240,7 +240,7 @@ def test_mixed_evidence_is_refused_with_its_signs(tmp_path: Path) -> None:
     state["network.encoder.pixel_std"] += 0.2
     torch.save(state, tmp_path / "weights.bin")
 
-    with pytest.raises(EomtConvertError, match="cannot be told") as caught:
+    with pytest.raises(EomtConvertError, match="cannot be decided") as caught:
         converter.convert("tiny_panoptic_64", tmp_path / "out", delta=str(tmp_path / "weights.bin"))
     assert "pixel_std is 0.2" in caught.value.message
     assert "--weights" in caught.value.remedy

@@ -762,7 +762,7 @@ def test_options_of_a_push_need_a_push(command: Command) -> None:
     result = command("--checkpoint", "tiny_panoptic_64", "--tag", "v1")
 
     assert result.exit_code == 2
-    assert "--tag is for --push-to" in result.stderr
+    assert "--tag needs --push-to" in result.stderr
 
 
 def test_push_prints_every_file_or_one_json_object(

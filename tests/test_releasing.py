@@ -147,7 +147,7 @@ def test_more_checkpoints_join_a_release(hub: Hub, output: Path) -> None:
 def test_other_options_in_the_same_folder_are_refused(hub: Hub, output: Path) -> None:
     release(output, NAMES[0])
 
-    with pytest.raises(UsageError, match="of a release with another dtype"):
+    with pytest.raises(UsageError, match="release with a different dtype"):
         release(output, NAMES[0], dtype="bfloat16")
 
 
@@ -155,7 +155,7 @@ def test_a_record_that_makes_no_sense_is_refused(hub: Hub, output: Path) -> None
     output.mkdir()
     (output / "release.json").write_text("{}")
 
-    with pytest.raises(UnreadableFileError, match="no record of a release"):
+    with pytest.raises(UnreadableFileError, match="not the record of a release"):
         release(output)
 
 
@@ -182,7 +182,7 @@ def test_names_follow_the_template(hub: Hub, output: Path) -> None:
 
 @pytest.mark.parametrize("template", ["model", "{size}", "{", "{0}"])
 def test_a_template_that_gives_no_names_is_refused(output: Path, template: str) -> None:
-    with pytest.raises(UsageError, match=r"is no template|one name"):
+    with pytest.raises(UsageError, match=r"is not a template|one name"):
         release(output, name_template=template)
 
 
@@ -272,7 +272,7 @@ def test_files_of_others_are_not_taken_for_those_of_a_release(
     output.mkdir()
     (output / name).write_text("{}")
 
-    with pytest.raises(OutputError, match=rf"{name} is there, and no release has written it"):
+    with pytest.raises(OutputError, match=rf"{name} exists, and was not written by a release"):
         release(output, NAMES[0], force=True)
 
     assert [path.read_text() for path in output.iterdir()] == ["{}"]
@@ -361,5 +361,5 @@ def test_a_release_json_of_another_form_is_refused(me: str, output: Path) -> Non
     content["checkpoints"][0]["commit"] = ["0123"]
     (output / "release.json").write_text(json.dumps(content))
 
-    with pytest.raises(UnreadableFileError, match="is no record of a release"):
+    with pytest.raises(UnreadableFileError, match="is not the record of a release"):
         release(output, NAMES[0])

@@ -25,8 +25,8 @@ HELP = """Convert EoMT-DINOv3 delta weights into a model that transformers loads
 eomt-convert --checkpoint coco_panoptic_large_640
 eomt-convert --checkpoint shapes_panoptic_128      (offline, from files in the package)
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the outputs are not what was recorded, 4 no access
-or not there, 128 + N stopped by signal N, such as 130 by Ctrl+C.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 the outputs differ from the recorded ones, 4 no
+access or not found, 128 + N stopped by signal N, such as 130 by Ctrl+C.
 """
 
 
@@ -54,18 +54,18 @@ class ImageSize(click.ParamType[tuple[int, int]]):
 @click.option(
     "--output", type=click.Path(path_type=Path), help="Folder to write. [default: ./NAME]"
 )
-@click.option("--delta", metavar=SOURCE, help="Other delta weights than the catalogue's.")
-@click.option("--backbone", metavar=SOURCE, help="Another DINOv3 backbone than the catalogue's.")
+@click.option("--delta", metavar=SOURCE, help="Delta weights in place of the catalogue's.")
+@click.option("--backbone", metavar=SOURCE, help="DINOv3 backbone in place of the catalogue's.")
 @click.option(
     "--weights",
     type=click.Choice(["auto", "delta", "absolute"]),
     default="auto",
-    help="What --delta is; auto tells from the statistics of its layer norms.",
+    help="What --delta is; auto decides by the statistics of its layer norms.",
 )
 @click.option(
     "--backbone-layout",
     type=click.Choice(["transformers", "meta", "timm"]),
-    help="The backbone's layout. [default: told from its names]",
+    help="The backbone's layout. [default: by its names]",
 )
 @click.option(
     "--backbone-config",
@@ -92,7 +92,7 @@ class ImageSize(click.ParamType[tuple[int, int]]):
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
     default="float32",
-    help="Type of the model's weights; sums are taken in float32 and rounded once.",
+    help="Type of the model's weights; sums are computed in float32 and rounded once.",
 )
 @click.option("--max-shard-size", metavar="SIZE", help="Largest file of weights, such as 2GB.")
 @click.option(
@@ -101,7 +101,7 @@ class ImageSize(click.ParamType[tuple[int, int]]):
     help="Recorded outputs to check against: a folder, or its recorded.safetensors.",
 )
 @click.option("--verify/--no-verify", default=True, help="Whether to check the result.")
-@click.option("--require-verified", is_flag=True, help="Fail unless it is shown to be right.")
+@click.option("--require-verified", is_flag=True, help="Fail unless the model is proven right.")
 @click.option(
     "--keep-unverified", is_flag=True, help="Keep a model that fails, as OUTPUT.unverified."
 )
@@ -110,7 +110,7 @@ class ImageSize(click.ParamType[tuple[int, int]]):
     "report_file",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     metavar="FILE.html",
-    help="Write what was found as a page to look at, too.",
+    help="Also write the findings to this HTML page.",
 )
 @click.option("--allow-nonfinite", is_flag=True, help="Convert weights that are NaN or infinite.")
 @click.option("--force", is_flag=True, help="Replace an output that exists.")
@@ -157,7 +157,7 @@ def main(
         push = options  # what is left
         given = [name for name, value in push.items() if value not in (None, False)]
         if given and not push_to:
-            raise UsageError(f"--{given[0].replace('_', '-')} is for --push-to.")
+            raise UsageError(f"--{given[0].replace('_', '-')} needs --push-to.")
         job = Job.of(checkpoint, **job_options)
 
         from converter import report

@@ -21,22 +21,22 @@ from converter.version import TOOL, __version__
 JOURNAL = "release.json"
 NOTES = "release.md"
 
-# the names that TU/e publishes converted models under
+# the names under which TU/e publishes converted models
 DEFAULT_TEMPLATE = "eomt-dinov3-{slug}"
 
 
 @dataclass(frozen=True)
 class Step:
-    """How far one checkpoint has come.
+    """The state of one checkpoint in a release.
 
     Attributes:
         checkpoint: its name in the catalogue.
-        repo_id: where it goes.
-        status: what became of it last; the next run tries again what failed.
-        verdict: on the conversion; None while there is none that can be published.
-        basis: what that rests on; None where it is not passed.
-        commit: which was published; None before.
-        url: where people see it; None before.
+        repo_id: the repository it is published to.
+        status: the last step that was done; the next run tries a failed one again.
+        verdict: of the conversion; None until there is a model that can be published.
+        basis: what a passed verdict is based on; None for other verdicts.
+        commit: the published commit; None before that.
+        url: the page of the model; None before it is published.
         error: why it failed; None if it did not.
     """
 
@@ -52,7 +52,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Release:
-    """What became of the checkpoints of a release.
+    """A release and the state of its checkpoints.
 
     Attributes:
         folder: with the converted models, release.json and release.md.
@@ -110,21 +110,22 @@ def release(
 ) -> Release:
     """Converts, verifies and publishes checkpoints, one after another.
 
-    ``converter.release(namespace="tue-mps")`` releases all that are published as deltas. One that
-    fails does not stop the rest. A run that was stopped, or in which some failed, goes on where it
-    was: release.json in the output folder is written after every step.
+    ``converter.release(namespace="tue-mps")`` releases all checkpoints that have published deltas.
+    A checkpoint that fails does not stop the others. A run that was stopped, or in which some
+    failed, is continued by the next run: release.json in the output folder is written after every
+    step.
 
     Args:
-        checkpoints: names of the catalogue's; by default all published ones.
+        checkpoints: names in the catalogue; by default all published ones.
         namespace: user or organisation on the Hub.
         name_template: name of a repository, with {slug} for a name such as coco-panoptic-large-640
-            or {name} for the catalogue's.
+            or {name} for the name in the catalogue.
         output: folder for the converted models, release.json and release.md.
         dtype: of the models' weights.
         max_shard_size: of one file of weights, as in `convert`.
         license_file: as in `publish`.
-        force: whether to forget what an earlier run did.
-        dry_run: whether to stop at the list of what is left to do.
+        force: whether to ignore what an earlier run did.
+        dry_run: whether to stop after listing what is left to do.
         token: for the Hub, as everywhere in huggingface_hub; by default HF_TOKEN or the login.
         cache_dir: where downloads are kept; by default the Hub's cache.
         progress: as in `convert`.
@@ -132,10 +133,10 @@ def release(
         push: other options of `publish`, the same for every checkpoint.
 
     Raises:
-        UsageError: a name is unknown, the template names two repositories alike, or an earlier run
-            in this folder had other options.
+        UsageError: a name is unknown, the template gives two repositories the same name, or an
+            earlier run in this folder had different options.
         UnreadableFileError: release.json cannot be read.
-        OutputError: no release has written the release.json or release.md that is there.
+        OutputError: the folder has a release.json or release.md that no release wrote.
         AccessError: nobody is logged in to the Hub.
     """
     entries = [find(name) for name in checkpoints] or [e for e in CATALOG if not e.offline]
@@ -210,21 +211,21 @@ def _repo_id(entry: Checkpoint, namespace: str, template: str) -> str:
         return f"{namespace}/{template.format(slug=entry.slug, name=entry.name)}"
     except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
         raise UsageError(
-            f"{template!r} is no template for names.", "It may hold {slug} and {name}."
+            f"{template!r} is not a template for names.", "It may contain {slug} and {name}."
         ) from error
 
 
 def _failed(step: Step, error: EomtConvertError, token: str | None) -> Step:
-    # a folder that cannot be published as it is, is converted anew by the next run
+    # a folder that cannot be read is converted again by the next run
     verdict = None if isinstance(error, UnreadableFileError) else step.verdict
     return replace(step, status="failed", verdict=verdict, error=without_secrets(str(error), token))
 
 
 def _check_output(folder: Path) -> None:
-    """Checks that release.json and release.md, where they are there, are of an earlier release.
+    """Checks that an existing release.json and release.md were written by an earlier release.
 
     Raises:
-        OutputError: they are not; a release would replace them.
+        OutputError: they were not, and a release would replace them.
     """
     there = [folder / name for name in (JOURNAL, NOTES) if os.path.lexists(folder / name)]
     try:
@@ -233,13 +234,13 @@ def _check_output(folder: Path) -> None:
         tool = None
     if there and not (isinstance(tool, dict) and tool.get("name") == TOOL):
         raise OutputError(
-            f"{there[0]} is there, and no release has written it.",
-            "Move it away, or give --output for another folder.",
+            f"{there[0]} exists, and was not written by a release.",
+            "Move it away, or give another folder with --output.",
         )
 
 
 def _read_journal(folder: Path, settings: Mapping[str, Any]) -> dict[str, Step]:
-    """What earlier runs did; a step that failed is to be tried again."""
+    """What earlier runs did; failed steps will be tried again."""
     path = folder / JOURNAL
     if not path.is_file():
         return {}
@@ -249,13 +250,13 @@ def _read_journal(folder: Path, settings: Mapping[str, Any]) -> dict[str, Step]:
         steps = [_step(entry) for entry in content["checkpoints"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise UnreadableFileError(
-            f"{path} is no record of a release.", "--force starts anew."
+            f"{path} is not the record of a release.", "--force starts over."
         ) from error
     changed = [name for name in settings if settings[name] != earlier.get(name)]
     if changed:
         raise UsageError(
-            f"{path} is of a release with another {changed[0].replace('_', '-')}.",
-            "Give --output for another folder; --force starts this one anew.",
+            f"{path} belongs to a release with a different {changed[0].replace('_', '-')}.",
+            "Give another folder with --output; --force starts this one over.",
         )
     return {step.checkpoint: replace(step, error=None) for step in steps}
 
@@ -264,7 +265,7 @@ def _step(entry: Mapping[str, Any]) -> Step:
     """A step as release.json has it.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it does not have that form.
     """
     if not all(value is None or isinstance(value, str) for value in entry.values()):
         raise TypeError
@@ -272,7 +273,7 @@ def _step(entry: Mapping[str, Any]) -> Step:
 
 
 def _write_journal(folder: Path, settings: Mapping[str, Any], steps: Mapping[str, Step]) -> None:
-    """Replaces release.json in one go, so that it is whole whenever a run is stopped."""
+    """Replaces release.json as a whole, so that it is complete whenever a run is stopped."""
     content = {
         "tool": {"name": TOOL, "version": __version__},
         "settings": dict(settings),
