@@ -9,11 +9,8 @@ processor.post_process_panoptic_segmentation(outputs, target_sizes=[image.size[:
 from reference_model.backbone import Dinov3Backbone
 from reference_model.config import EomtDinov3Config
 from reference_model.image_processing import BatchFeature, EomtImageProcessor
-from reference_model.model import (
-    EomtDinov3ForUniversalSegmentation,
-    EomtDinov3ForUniversalSegmentationOutput,
-    Prediction,
-)
+from reference_model.model import EomtDinov3ForUniversalSegmentation
+from reference_model.outputs import EomtDinov3ForUniversalSegmentationOutput, Prediction
 from reference_model.pretrained import EomtDinov3PreTrainedModel
 
 __all__ = [

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from reference_model.config import LIMITS, EomtDinov3Config, is_int, is_number, refusal
 from reference_model.files import fetch_file, read_json_object, write_json_object
-from reference_model.model import EomtDinov3ForUniversalSegmentationOutput
+from reference_model.outputs import EomtDinov3ForUniversalSegmentationOutput
 from reference_model.pictures import Picture, flatten, read_map, read_picture
 from reference_model.post_processing import (
     Placement,

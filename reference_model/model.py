@@ -3,75 +3,18 @@
 Kerssies et al., "Your ViT is Secretly an Image Segmentation Model" (arXiv 2503.19108).
 """
 
-# ModelHubMixin builds a config that __init__ asks for by class itself, past from_dict; one that
-# it asks for by a class's name, as annotations are with this import, it leaves to from_pretrained.
-from __future__ import annotations
-
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
 from reference_model.backbone import Embeddings, Layer, RotaryEmbedding, patch_grid
 from reference_model.config import EomtDinov3Config
 from reference_model.loss import SetCriterion
-from reference_model.mask_schedule import MaskSchedule
+from reference_model.masked_attention import MaskSchedule, attention_mask
+from reference_model.outputs import EomtDinov3ForUniversalSegmentationOutput, Prediction
 from reference_model.pretrained import EomtDinov3PreTrainedModel
-
-
-class Prediction(NamedTuple):
-    """What the heads read from the tokens.
-
-    Attributes:
-        masks_queries_logits: (batch, queries, H', W'), the patch grid enlarged by the upscaling
-            blocks; a quarter of the input's height and width for patches of 8 pixels and more.
-        class_queries_logits: (batch, queries, classes + 1); the last stands for "no object".
-    """
-
-    masks_queries_logits: Tensor
-    class_queries_logits: Tensor
-
-
-@dataclass
-class EomtDinov3ForUniversalSegmentationOutput:
-    """Outputs of the segmentation model, in the model's dtype.
-
-    Attributes:
-        masks_queries_logits: as in Prediction.
-        class_queries_logits: as in Prediction.
-        last_hidden_state: normalised tokens after the last layer, (batch, tokens, hidden):
-            queries, class token, register tokens, patches row by row.
-        patch_offsets: as handed to `forward`, for the image processor.
-        hidden_states: on request, layers + 1 tensors (batch, tokens, hidden): the embeddings, then
-            what each layer puts out, not normalised. The queries stand in front from the output of
-            the first of the last `num_blocks` layers on.
-        block_logits: on request, num_blocks + 1 predictions: one from the tokens that enter each
-            of the last `num_blocks` layers (it masks that layer's attention where masking is on),
-            then the final one.
-        loss: scalar, float32, where labels were given; the sum of `loss_dict`.
-        loss_dict: the weighted losses of every prediction: `loss_mask`, `loss_dice` and
-            `loss_cross_entropy` of the final one, `loss_mask_0` and so on of those before the last
-            `num_blocks` layers.
-    """
-
-    masks_queries_logits: Tensor
-    class_queries_logits: Tensor
-    last_hidden_state: Tensor
-    patch_offsets: list[Tensor] | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    block_logits: tuple[Prediction, ...] | None = None
-    loss: Tensor | None = None
-    loss_dict: dict[str, Tensor] | None = None
-
-
-torch.export.register_dataclass(
-    EomtDinov3ForUniversalSegmentationOutput,
-    serialized_type_name="EomtDinov3ForUniversalSegmentationOutput",
-)
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -123,7 +66,7 @@ class MaskHead(nn.Module):
         return output
 
 
-class EomtDinov3ForUniversalSegmentation(EomtDinov3PreTrainedModel):
+class EomtDinov3ForUniversalSegmentation(MaskSchedule, EomtDinov3PreTrainedModel):
     """EoMT-DINOv3. Built from a config it has random weights, as before training.
 
     Attributes:
@@ -134,11 +77,9 @@ class EomtDinov3ForUniversalSegmentation(EomtDinov3PreTrainedModel):
             through `.data`, `numpy()` or torch.distributed, which torch does not count as changes.
     """
 
-    attn_mask_probs: Tensor
-    _mask_schedule: MaskSchedule | None = None
-
     def __init__(self, config: EomtDinov3Config) -> None:
-        super().__init__(config)
+        super().__init__(config.num_blocks)
+        self.config = config
         size = config.hidden_size
         self.embeddings = Embeddings(config)
         self.rope_embeddings = RotaryEmbedding(config)
@@ -153,10 +94,6 @@ class EomtDinov3ForUniversalSegmentation(EomtDinov3PreTrainedModel):
         self.mask_head = MaskHead(size)
         self.upscale_block = ScaleBlock(config)
         self.criterion = SetCriterion(config)
-        self.register_buffer("attn_mask_probs", torch.ones(config.num_blocks))
-        self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]  # torch's own
-            type(self)._refresh_mask_schedule
-        )
         self.apply(self._init_weights)
 
     def forward(
@@ -202,32 +139,36 @@ class EomtDinov3ForUniversalSegmentation(EomtDinov3PreTrainedModel):
         x = self.dropout(self.embeddings(pixel_values))  # (batch, prefix + patches, hidden)
         rope = self.rope_embeddings(grid, x.dtype, x.device)
         hidden_states = [x] if output_hidden_states else []
-        predictions: dict[int, Prediction] = {}  # by the block that they are made before
+        layers, first_block = list(self.layers), len(self.layers) - self.config.num_blocks
+        for layer in layers[:first_block]:
+            x = layer(x, rope)
+            if output_hidden_states:
+                hidden_states.append(x)
 
-        first_block = len(self.layers) - self.config.num_blocks
+        queries = self.query.weight.expand(x.shape[0], -1, -1)
+        x = torch.cat((queries, x), dim=1)  # (batch, queries + prefix + patches, hidden)
+        predictions: dict[int, Prediction] = {}  # by the block that they are made before
         keep_probabilities = self.mask_probabilities()
-        for block, layer in enumerate(self.layers, start=-first_block):
-            if block == 0:
-                queries = self.query.weight.expand(x.shape[0], -1, -1)
-                x = torch.cat((queries, x), dim=1)  # (batch, queries + prefix + patches, hidden)
+        for block, layer in enumerate(layers[first_block:]):
             mask = None
             # the original's training draws queries to mask with probability 0 too
-            masking = block >= 0 and (self.training or keep_probabilities[block] > 0)
-            if masking or (block >= 0 and output_block_logits):
-                prediction = self.predict(self.layernorm(x), grid)
-                predictions[block] = prediction
-                if masking:
-                    mask_logits = prediction.masks_queries_logits
-                    if block_mask_logits is not None:
-                        mask_logits = block_mask_logits[block]
-                    mask = self.attention_mask(mask_logits, grid, keep_probabilities[block])
+            masking = self.training or keep_probabilities[block] > 0
+            if masking or output_block_logits:
+                predictions[block] = self.predict(self.layernorm(x), grid)
+            if masking:
+                mask_logits = (
+                    predictions[block].masks_queries_logits
+                    if block_mask_logits is None
+                    else block_mask_logits[block]
+                )
+                prefix = self.config.num_prefix_tokens
+                mask = attention_mask(mask_logits, grid, prefix, keep_probabilities[block])
             x = layer(x, rope, mask)
             if output_hidden_states:
                 hidden_states.append(x)
 
         x = self.layernorm(x)
-        prediction = self.predict(x, grid)
-        predictions[self.config.num_blocks] = prediction
+        final = predictions[self.config.num_blocks] = self.predict(x, grid)
 
         loss_dict: dict[str, Tensor] = {}
         if mask_labels is not None and class_labels is not None:
@@ -236,7 +177,7 @@ class EomtDinov3ForUniversalSegmentation(EomtDinov3PreTrainedModel):
                 suffix = f"_{block}" if block < self.config.num_blocks else ""
                 loss_dict |= {f"{name}{suffix}": loss for name, loss in losses.items()}
         return EomtDinov3ForUniversalSegmentationOutput(
-            *prediction,
+            *final,
             last_hidden_state=x,
             patch_offsets=patch_offsets,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
@@ -244,39 +185,6 @@ class EomtDinov3ForUniversalSegmentation(EomtDinov3PreTrainedModel):
             loss=torch.stack(list(loss_dict.values())).sum() if loss_dict else None,
             loss_dict=loss_dict or None,
         )
-
-    @torch.no_grad()
-    def anneal_attention_masks(
-        self,
-        step: int,
-        start_steps: Sequence[int],
-        end_steps: Sequence[int],
-        power: float = 0.9,
-    ) -> None:
-        """Fades masked attention out, block by block: sets `attn_mask_probs` after a step.
-
-        A block's probability is 1 before its start, (1 - progress) ** power on the way, and 0 from
-        its end on. The original's training/lightning_module.py (`mask_annealing`) and its default
-        power; its configs have the published models' steps, such as 14782, 29564, 44346, 59128 and
-        29564, 44346, 59128, 73910 for ViT-L on COCO.
-
-        Args:
-            step: how many steps the optimiser has taken.
-            start_steps: for each of the last `num_blocks` layers.
-            end_steps: likewise.
-            power: of the polynomial.
-
-        Raises:
-            ValueError: there is not one start and one end for every block.
-        """
-        if not len(start_steps) == len(end_steps) == self.config.num_blocks:
-            raise ValueError(
-                f"start_steps has {len(start_steps)} values and end_steps {len(end_steps)}; "
-                f"expected {self.config.num_blocks}, one for each block"
-            )
-        for block, (start, end) in enumerate(zip(start_steps, end_steps, strict=True)):
-            remaining = min(max((end - step) / max(end - start, 1), 0.0), 1.0)
-            self.attn_mask_probs[block] = remaining**power
 
     def predict(self, x: Tensor, grid: tuple[int, int]) -> Prediction:
         """Reads masks and classes from normalised tokens (batch, tokens, hidden)."""
@@ -286,77 +194,6 @@ class EomtDinov3ForUniversalSegmentation(EomtDinov3PreTrainedModel):
         pixels = self.upscale_block(patches.mT.reshape(x.shape[0], -1, *grid))
         masks = torch.einsum("bqc,bchw->bqhw", self.mask_head(queries), pixels)
         return Prediction(masks, self.class_predictor(queries))
-
-    def mask_probabilities(self) -> Sequence[float | Tensor]:
-        """Of every block; as numbers, unless a training step is compiled.
-
-        Raises:
-            RuntimeError: in an export, where they may have changed since they were last read.
-        """
-        if self.training and torch.compiler.is_compiling():
-            return self.attn_mask_probs.unbind(0)  # masks are drawn whatever they are
-        if self.training:  # where the loss waits for the GPU too, and processes write unnoticed
-            return tuple(self.attn_mask_probs.tolist())
-        probabilities: tuple[float, ...] = self._read_mask_probabilities()
-        return probabilities
-
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's own
-    def _read_mask_probabilities(self) -> tuple[float, ...]:
-        schedule = self._mask_schedule
-        if schedule is None or not schedule.is_of(self.attn_mask_probs):
-            if isinstance(self.attn_mask_probs, FakeTensor):
-                raise RuntimeError(
-                    "attn_mask_probs may have changed since the model was run; call eval() on the "
-                    "model before exporting it, with its weights loaded and outside of "
-                    "torch.inference_mode"
-                )
-            schedule = self._mask_schedule = MaskSchedule(self.attn_mask_probs)
-        return schedule.probabilities
-
-    def attention_mask(
-        self, mask_logits: Tensor, grid: tuple[int, int], keep_probability: float | Tensor
-    ) -> Tensor:
-        """Lets queries look only at the patches of their own masks.
-
-        Args:
-            mask_logits: (batch, queries, H', W').
-            grid: rows and columns of patches.
-            keep_probability: of a query to be masked; a scalar.
-
-        Returns:
-            (batch, 1, tokens, tokens), bool; False where a query may not look at a patch.
-        """
-        # (batch, queries, H', W') -> (batch, queries, patches)
-        logits = F.interpolate(mask_logits, grid, mode="bilinear").flatten(2)
-        inside = logits > 0
-        batch, queries, patches = inside.shape
-        if isinstance(keep_probability, Tensor) or keep_probability < 1:
-            unmasked = torch.rand(batch, queries, device=inside.device) > keep_probability
-            inside = inside | unmasked[:, :, None]
-        tokens = queries + self.config.num_prefix_tokens + patches
-        mask = inside.new_ones(batch, 1, tokens, tokens)
-        mask[:, 0, :queries, -patches:] = inside
-        return mask
-
-    def train(self, mode: bool = True) -> Self:
-        """Switches to training mode, or to evaluation mode, as `nn.Module.train` does."""
-        super().train(mode)
-        self._refresh_mask_schedule()
-        return self
-
-    def _apply(self, *arguments: Any, **options: Any) -> Self:  # what to() and its like call
-        super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]  # torch's own
-        self._refresh_mask_schedule()
-        return self
-
-    def _refresh_mask_schedule(self, *_: object) -> None:
-        """Reads what an export will need, which cannot."""
-        self._mask_schedule = None
-        if not (self.attn_mask_probs.is_meta or isinstance(self.attn_mask_probs, FakeTensor)):
-            self._read_mask_probabilities()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_mask_schedule": None}  # a copy has memory of its own
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

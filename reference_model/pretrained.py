@@ -9,11 +9,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from reprlib import repr as shortened
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import torch
-from huggingface_hub import ModelHubMixin
+from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.constants import (
+    CONFIG_NAME,
     REPOCARD_NAME,
     SAFETENSORS_INDEX_FILE,
     SAFETENSORS_SINGLE_FILE,
@@ -28,7 +30,11 @@ from reference_model.files import fetch_file, open_regular, read_json_object, re
 
 MODEL_CARD = """\
 ---
-{{ card_data }}
+library_name: transformers
+license: other
+license_name: dinov3-license
+license_link: https://ai.meta.com/resources/models-and-libraries/dinov3-license
+pipeline_tag: image-segmentation
 ---
 
 An EoMT-DINOv3 segmentation model. `EomtDinov3ForUniversalSegmentation.from_pretrained` loads it,
@@ -41,35 +47,14 @@ _SHARD_NAME = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 FLOATING_POINT = {"F64", "F32", "F16", "BF16"}  # safetensors' names
 
 
-class EomtDinov3PreTrainedModel(
-    nn.Module,
-    ModelHubMixin,
-    model_card_template=MODEL_CARD,
-    library_name="transformers",
-    pipeline_tag="image-segmentation",
-    license="other",
-    license_name="dinov3-license",
-    license_link="https://ai.meta.com/resources/models-and-libraries/dinov3-license",
-):
-    """What models of this package share: from_pretrained, save_pretrained, push_to_hub.
+class EomtDinov3PreTrainedModel(nn.Module):
+    """A model with a config that can be loaded, saved and published.
 
-    `from_pretrained` takes a folder or a Hub repository, the usual parameters (`revision`, `token`,
-    `cache_dir`, `local_files_only`, `force_download`) and, besides:
-
-        config: an EomtDinov3Config instead of the config.json that is there.
-        dtype: of the weights, a torch.dtype or its name; by default, or "auto", as in the file.
-        device: where the weights go; by default the CPU.
-
-    It reads `model.safetensors`, or the shards of `model.safetensors.index.json`, never pickles.
-    Every tensor goes straight into its place: nothing is initialised first. The model is in
-    evaluation mode. A missing, unexpected or wrongly shaped tensor raises ValueError with its name.
-
-    `save_pretrained` writes config.json, model.safetensors and, where there is none, README.md.
+    Attributes:
+        config: the sizes of the model.
     """
 
-    def __init__(self, config: EomtDinov3Config) -> None:
-        super().__init__()
-        self.config = config
+    config: EomtDinov3Config
 
     @property
     def device(self) -> torch.device:
@@ -80,7 +65,7 @@ class EomtDinov3PreTrainedModel(
         return next(self.parameters()).dtype
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # refuses keywords it does not know
+    def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | Path,
         *,
@@ -93,16 +78,28 @@ class EomtDinov3PreTrainedModel(
         dtype: torch.dtype | str | None = None,
         device: str | torch.device = "cpu",
     ) -> Self:
-        """Loads a model; the class tells of the parameters.
+        """Loads a model in evaluation mode from a folder or a Hub repository.
 
-        ModelHubMixin's own would read config.json itself, whatever that is and however large.
+        It reads `model.safetensors`, or the shards of `model.safetensors.index.json`, never
+        pickles. Every tensor goes straight to its place: nothing is initialised first.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a repository's id.
+            revision: branch, tag or commit of the repository.
+            token: for the Hub; by default the one that is logged in.
+            cache_dir: where downloads are kept; by default the Hub's cache.
+            local_files_only: whether to use only that cache.
+            force_download: whether to download files that are in the cache.
+            config: used in place of the config.json that is there.
+            dtype: of the weights, a torch.dtype or its name; by default, or "auto", as in the file.
+            device: where the weights go.
 
         Raises:
-            OSError: a file is missing, or no regular file.
-            ValueError: config.json is not sound, or the weights do not fit it.
+            OSError: a file is missing, or is not a regular file.
+            ValueError: a value in config.json cannot work, or a tensor is missing, unexpected or of
+                the wrong shape; names it.
         """
         model_id = str(pretrained_model_name_or_path)
-
         fetch = partial(
             fetch_file,
             model_id,
@@ -113,7 +110,7 @@ class EomtDinov3PreTrainedModel(
             token=token,
         )
         if config is None:
-            config = EomtDinov3Config.from_file(fetch("config.json"))
+            config = EomtDinov3Config.from_file(fetch(CONFIG_NAME))
         with torch.device("meta"):
             model = cls(config)
         files = _weight_files(model_id, fetch)
@@ -121,17 +118,67 @@ class EomtDinov3PreTrainedModel(
         model.load_state_dict(state, assign=True)
         return model.eval()
 
-    def _save_pretrained(self, save_directory: Path) -> None:
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Writes config.json, model.safetensors and, if there is none, README.md into a folder.
+
+        Args:
+            save_directory: the folder, which is made if need be. Files of these names are replaced
+                as a whole; links in their places are replaced too, and not followed.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
+        folder = Path(save_directory)
         dtype = str(self.dtype).removeprefix("torch.")
         extra = {"architectures": [type(self).__name__], **self.config.extra, "dtype": dtype}
-        replace(self.config, extra=extra).save_pretrained(save_directory)
+        replace(self.config, extra=extra).save_pretrained(folder)
         state = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         # the weights may still be mapped from the file that is replaced
-        with replacing(save_directory / SAFETENSORS_SINGLE_FILE) as unfinished:
+        with replacing(folder / SAFETENSORS_SINGLE_FILE) as unfinished:
             save_file(state, unfinished, metadata={"format": "pt"})
-        card = save_directory / REPOCARD_NAME
-        if card.is_symlink() and not card.exists():
-            card.unlink()  # ModelHubMixin would write to where the link leads
+        if not (folder / REPOCARD_NAME).exists():
+            with replacing(folder / REPOCARD_NAME) as unfinished:
+                unfinished.write_text(MODEL_CARD, encoding="utf-8")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        commit_message: str = "Upload model",
+        private: bool | None = None,
+        create_pr: bool = False,
+        token: str | bool | None = None,
+    ) -> CommitInfo:
+        """Publishes the files of `save_pretrained` as one commit to a model repository.
+
+        A README.md that the repository has stays. `eomt-convert push` publishes a checked model,
+        with its verdict, licence and model card.
+
+        Args:
+            repo_id: owner/name; made if it does not exist.
+            revision: branch to commit to; by default main.
+            commit_message: first line of the commit.
+            private: who sees a new repository; by default as its owner has set.
+            create_pr: whether to open a pull request instead.
+            token: for the Hub; by default the one that is logged in.
+
+        Raises:
+            huggingface_hub.errors.HfHubHTTPError: the Hub refuses.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        there = api.file_exists(repo_id, REPOCARD_NAME, revision=revision)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message,
+                create_pr=create_pr,
+                ignore_patterns=[REPOCARD_NAME] if there else None,
+            )
 
 
 def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -31,6 +31,7 @@ from converter.checks.recording import record
 from converter.checks.verdict import Verdict
 from reference_model import EomtDinov3Config, EomtImageProcessor, Prediction
 from reference_model import EomtDinov3ForUniversalSegmentation as Model
+from reference_model.masked_attention import attention_mask
 
 pytestmark = pytest.mark.numbers
 
@@ -129,12 +130,12 @@ def test_masks_that_are_applied_wrongly_fail(
     converted: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, attention_mask = converted(name), Model.attention_mask
+    model = converted(name)
 
-    def wrong(self: Model, logits: Tensor, grid: tuple[int, int], probability: float) -> Tensor:
-        return attention_mask(self, fault(logits, grid), grid, probability)
+    def wrong(logits: Tensor, grid: tuple[int, int], prefix: int, probability: float) -> Tensor:
+        return attention_mask(fault(logits, grid), grid, prefix, probability)
 
-    monkeypatch.setattr(Model, "attention_mask", wrong)
+    monkeypatch.setattr("reference_model.model.attention_mask", wrong)
 
     verdict = verify_numbers(model, FIXTURES / name)
 

@@ -13,8 +13,8 @@ from torch.func import functional_call
 from reference_model import (
     EomtDinov3ForUniversalSegmentation,
     EomtDinov3ForUniversalSegmentationOutput,
+    masked_attention,
 )
-from reference_model.mask_schedule import MaskSchedule
 
 Model = EomtDinov3ForUniversalSegmentation
 
@@ -252,13 +252,13 @@ def test_the_buffer_is_read_only_when_it_has_changed(
 ) -> None:
     """Reading it waits for the GPU."""
     read = []
-    make = MaskSchedule.__init__
+    read_values = masked_attention._ReadProbabilities
 
-    def count(schedule: MaskSchedule, buffer: Tensor) -> None:
+    def count(buffer: Tensor) -> object:
         read.append(buffer)
-        make(schedule, buffer)
+        return read_values(buffer)
 
-    monkeypatch.setattr(MaskSchedule, "__init__", count)
+    monkeypatch.setattr(masked_attention, "_ReadProbabilities", count)
     for _ in range(3):
         model(pixels())
     assert read == []

@@ -8,6 +8,8 @@ from unittest import mock
 
 import pytest
 import torch
+from hub_server import Hub
+from huggingface_hub import ModelCard
 from recorded_models import (
     NAMES,
     converted_state_dict,
@@ -28,6 +30,7 @@ from reference_model import (
     EomtDinov3ForUniversalSegmentation,
     EomtImageProcessor,
 )
+from reference_model.masked_attention import attention_mask
 
 pytestmark = pytest.mark.numbers
 
@@ -217,11 +220,10 @@ def test_block_logits_come_with_masking_off_and_do_not_change_the_outputs() -> N
 
 @torch.inference_mode()
 def test_a_probability_below_one_frees_that_share_of_the_queries() -> None:
-    model = small_model(num_queries=1000)
     outside = torch.full((1, 1000, 16, 16), -1.0)  # every patch of every mask
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        mask = model.attention_mask(outside, (4, 4), keep_probability=0.3)
+        mask = attention_mask(outside, (4, 4), num_prefix_tokens=5, keep_probability=0.3)
     may_look_at_patches = mask[0, 0, :1000, -16:].all(dim=-1)
     assert abs(may_look_at_patches.float().mean().item() - 0.7) < 0.05
     assert not mask[0, 0, :1000, -16:][~may_look_at_patches].any()
@@ -393,6 +395,27 @@ def test_weights_are_cast_on_request_and_the_config_says_so(saved: Path) -> None
     model.save_pretrained(saved)
     assert json.loads((saved / "config.json").read_text())["dtype"] == "bfloat16"
     assert EomtDinov3ForUniversalSegmentation.from_pretrained(saved).dtype == torch.bfloat16
+
+
+def test_a_model_is_pushed_in_one_commit_and_loaded_from_there(hub: Hub, me: str) -> None:
+    commit = small_model().push_to_hub("me/model", private=True, commit_message="First")
+
+    assert commit.repo_url.repo_id == "me/model"
+    assert [each.title for each in hub.commits("me/model")][:-1] == ["First"]
+    assert hub.private("me/model")
+    model = EomtDinov3ForUniversalSegmentation.from_pretrained("me/model", revision=commit.oid)
+    assert_same_weights(model, small_model())
+    card = ModelCard.load("me/model")
+    assert (card.data.library_name, card.data.license) == ("transformers", "other")
+
+
+def test_a_model_card_on_the_hub_stays(hub: Hub, me: str) -> None:
+    hub.create_repo("me/model", {"README.md": b"# Mine\n"})
+
+    small_model().push_to_hub("me/model")
+
+    assert ModelCard.load("me/model").text.strip() == "# Mine"
+    EomtDinov3ForUniversalSegmentation.from_pretrained("me/model")
 
 
 def test_unknown_keys_of_the_config_survive_the_model(saved: Path) -> None:

@@ -19,6 +19,7 @@ from converter.checks.pixels import Normalisation
 from converter.checks.recorded import Recorded
 from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 from reference_model.backbone import Layer, RotaryEmbedding
+from reference_model.masked_attention import attention_mask
 
 # Largest difference of a right stage as a share of the largest recorded value. 1.1e-6 was seen
 # (benchmarks/tolerances.py): the second is that and a little room.
@@ -153,7 +154,7 @@ class Network:
         mask = None
         if block >= 0 and (probability := float(self.weights["attn_mask_probs"][block])) > 0:
             logits = self.step("masks", self.call("layernorm", x), grid)
-            mask = self.skeleton.model.attention_mask(logits, grid, probability)
+            mask = attention_mask(logits, grid, self.config.num_prefix_tokens, probability)
         return self.call(module, x, self.rope(grid), mask)
 
     def rope(self, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,58 @@
+"""What the segmentation model puts out."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Prediction(NamedTuple):
+    """What the heads read from the tokens.
+
+    Attributes:
+        masks_queries_logits: (batch, queries, H', W'), the patch grid enlarged by the upscaling
+            blocks; a quarter of the input's height and width for patches of 8 pixels and more.
+        class_queries_logits: (batch, queries, classes + 1); the last stands for "no object".
+    """
+
+    masks_queries_logits: Tensor
+    class_queries_logits: Tensor
+
+
+@dataclass
+class EomtDinov3ForUniversalSegmentationOutput:
+    """Outputs of the segmentation model, in the model's dtype.
+
+    Attributes:
+        masks_queries_logits: as in Prediction.
+        class_queries_logits: as in Prediction.
+        last_hidden_state: normalised tokens after the last layer, (batch, tokens, hidden):
+            queries, class token, register tokens, patches row by row.
+        patch_offsets: as handed to `forward`, for the image processor.
+        hidden_states: on request, layers + 1 tensors (batch, tokens, hidden): the embeddings, then
+            what each layer puts out, not normalised. The queries stand in front from the output of
+            the first of the last `num_blocks` layers on.
+        block_logits: on request, num_blocks + 1 predictions: one from the tokens that enter each
+            of the last `num_blocks` layers (it masks that layer's attention where masking is on),
+            then the final one.
+        loss: scalar, float32, where labels were given; the sum of `loss_dict`.
+        loss_dict: the weighted losses of every prediction: `loss_mask`, `loss_dice` and
+            `loss_cross_entropy` of the final one, `loss_mask_0` and so on of those before the last
+            `num_blocks` layers.
+    """
+
+    masks_queries_logits: Tensor
+    class_queries_logits: Tensor
+    last_hidden_state: Tensor
+    patch_offsets: list[Tensor] | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    block_logits: tuple[Prediction, ...] | None = None
+    loss: Tensor | None = None
+    loss_dict: dict[str, Tensor] | None = None
+
+
+torch.export.register_dataclass(
+    EomtDinov3ForUniversalSegmentationOutput,
+    serialized_type_name="EomtDinov3ForUniversalSegmentationOutput",
+)
