@@ -1,7 +1,7 @@
 """Masked attention: queries look only at the patches of their own predicted masks.
 
-Kerssies et al. (arXiv 2503.19108), section 3.3, after Cheng et al., "Masked-attention Mask
-Transformer" (arXiv 2112.01527). Training fades it out, block by block; trained models run without.
+Kerssies et al. (arXiv 2503.19108), after Cheng et al., "Masked-attention Mask Transformer" (arXiv
+2112.01527). Training fades it out, block by block; trained models run without it.
 """
 
 from collections.abc import Sequence
