@@ -302,7 +302,7 @@ def _make_plan(job: Job, inputs: Inputs) -> tuple[Plan, ClassNames]:
         dtype=DTYPES[job.dtype],
     )
     _check_image_size(job, plan.config.patch_size)
-    return plan, choose_class_names(job, inputs, plan.heads.num_classes)
+    return plan, choose_class_names(job, inputs, plan.config.num_labels)
 
 
 def _fetch_damaged(
@@ -451,7 +451,7 @@ def _merge(job: Job, plan: Plan, inputs: Inputs, folder: Path, progress: Progres
 
 def _write_configs(job: Job, inputs: Inputs, plan: Plan, classes: ClassNames, folder: Path) -> None:
     values = model_config(
-        plan.config, plan.heads, job.image_size, classes, dtype=job.dtype, own=inputs.own_config
+        plan.config, job.image_size, classes, dtype=job.dtype, own=inputs.own_config
     )
     write_json(folder / "config.json", values)
     own = inputs.own_preprocessor

@@ -8,7 +8,6 @@ from typing import Any
 from converter import class_names
 from converter.class_names import ClassNames
 from converter.configs import (
-    BackboneConfig,
     find_backbone_config,
     read_backbone_config,
     read_config,
@@ -25,6 +24,7 @@ from converter.weights.layouts import EOMT_TRANSFORMERS, recognise
 from converter.weights.merge import Files
 from converter.weights.plan import Source
 from converter.weights.tensorfiles import open_tensors
+from reference_model.config import Dinov3Config
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Inputs:
     evidence: tuple[Sign, ...]
     own_config: dict[str, Any] | None
     own_preprocessor: dict[str, Any] | None
-    backbone_config: BackboneConfig | None
+    backbone_config: Dinov3Config | None
 
 
 def role_of(weights: WeightsKind) -> Source:
@@ -128,7 +128,7 @@ def _check_enough(job: Job, weights: WeightsKind, *, converted: bool) -> None:
 
 def _backbone_config(
     job: Job, fetched: Mapping[Source, Fetched], access: Access, *, converted: bool
-) -> BackboneConfig | None:
+) -> Dinov3Config | None:
     """The backbone's configuration from the first place that has one; None to use the shapes."""
     if job.backbone_config:
         return read_backbone_config(job.backbone_config)

@@ -6,12 +6,17 @@ outputs = model(**processor(images=image))
 processor.post_process_panoptic_segmentation(outputs, target_sizes=[image.size[::-1]])
 """
 
-from reference_model.backbone import Dinov3Backbone
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from reference_model.config import EomtDinov3Config
-from reference_model.image_processing import BatchFeature, EomtImageProcessor
-from reference_model.model import EomtDinov3ForUniversalSegmentation
-from reference_model.outputs import EomtDinov3ForUniversalSegmentationOutput, Prediction
-from reference_model.pretrained import EomtDinov3PreTrainedModel
+
+if TYPE_CHECKING:
+    from reference_model.backbone import Dinov3Backbone
+    from reference_model.image_processing import BatchFeature, EomtImageProcessor
+    from reference_model.model import EomtDinov3ForUniversalSegmentation
+    from reference_model.outputs import EomtDinov3ForUniversalSegmentationOutput, Prediction
+    from reference_model.pretrained import EomtDinov3PreTrainedModel
 
 __all__ = [
     "BatchFeature",
@@ -23,3 +28,27 @@ __all__ = [
     "EomtImageProcessor",
     "Prediction",
 ]
+
+# the modules that import torch, which a config does not need
+_MODULES = {
+    "BatchFeature": "image_processing",
+    "Dinov3Backbone": "backbone",
+    "EomtDinov3ForUniversalSegmentation": "model",
+    "EomtDinov3ForUniversalSegmentationOutput": "outputs",
+    "EomtDinov3PreTrainedModel": "pretrained",
+    "EomtImageProcessor": "image_processing",
+    "Prediction": "outputs",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a name when it is first used."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,89 +1,56 @@
-"""EomtDinov3Config: the sizes of a model and the names of its classes."""
+"""Dinov3Config and EomtDinov3Config: the sizes of a backbone and of a model, and its class names.
+
+All that is said of a model's sizes elsewhere is made from these. Importing this needs no torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from reprlib import repr as shortened
-from typing import Any, Self, TypeGuard
+from typing import Any, ClassVar, Self
 
-from huggingface_hub.constants import CONFIG_NAME
-
-from reference_model.activations import ACTIVATIONS
+from reference_model.allowed import ROPE_TYPE, check, is_int, refusal
 from reference_model.files import fetch_file, read_json_object, write_json_object
 
-MODEL_TYPE = "eomt_dinov3"
-ROPE_TYPE = "default"
+CONFIG_NAME = "config.json"
 ROPE_THETA = 100.0  # DINOv3's
-
-# The smallest and the largest whole numbers. The largest DINOv3, ViT-7B, has hidden_size 4096,
-# intermediate_size 8192, 40 layers, 32 heads, 4 register tokens and patches of 16; EoMT has up to
-# 200 queries and pictures of 1280. There is room for ten times as much and more. What is larger
-# still is no model: to build it takes all memory, or never ends.
-LIMITS = {
-    "hidden_size": (1, 2**16),
-    "num_hidden_layers": (1, 1000),
-    "num_attention_heads": (1, 2**10),
-    "intermediate_size": (1, 2**18),
-    "num_channels": (1, 2**8),
-    "patch_size": (1, 2**10),
-    "num_register_tokens": (0, 2**10),
-    "num_queries": (1, 2**14),
-    "num_blocks": (1, 1000),
-    "num_upscale_blocks": (1, 10),  # log2 of the largest patch_size: masks of single pixels
-    "train_num_points": (1, 2**24),
-    "num_labels": (1, 2**16),
-    "image_size": (1, 2**14),
-}
-MAX_NUMBER = 1e12  # of numbers that need not be whole; float32 has room for their squares
-_SWITCHES = ("query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias", "use_gated_mlp")
-_RATES = ("hidden_dropout_prob", "attention_dropout", "drop_path_rate")
-_NUMBERS = (
-    "initializer_range",
-    "layer_norm_eps",
-    "layerscale_value",
-    "no_object_weight",
-    "class_weight",
-    "mask_weight",
-    "dice_weight",
-)
 
 
 @dataclass(frozen=True)
-class EomtDinov3Config:
-    """Configuration of an EoMT-DINOv3 model: the keys of transformers' EomtDinov3Config.
+class Dinov3Config:
+    """Configuration of a DINOv3 backbone: what transformers' DINOv3ViTConfig says of the network.
 
-    Values that cannot work raise ValueError with the key and the value.
+    Values that cannot work raise ValueError with the key, the value and what was expected.
 
     Attributes:
-        image_size: side of a square, or (height, width), in pixels, as in training. The network
-            itself takes any multiples of `patch_size`.
-        num_blocks: how many of the last layers also see the queries.
-        num_upscale_blocks: doublings of the patch grid before the masks are read from it;
-            None asks for the original's rule, max(1, log2(patch_size) - 2).
-        hidden_act: activation of the layers' MLPs only; mask head and upscaling use GELU.
+        hidden_size: width of a token.
+        intermediate_size: width inside the MLP.
+        hidden_act: activation of the layers' MLPs, as transformers names it.
+        patch_size: side of a square patch, in pixels; a power of two.
+        num_register_tokens: tokens between the class token and the patches.
+        use_gated_mlp: whether the MLP has a gate.
+        query_bias, key_bias, value_bias, proj_bias, mlp_bias: whether that projection has a bias.
         rope_parameters: `rope_type`, always "default", and `rope_theta`, the frequencies' base.
-        id2label: class names by class id.
-        stuff_classes: ids of the classes without instances, where they are known.
-        extra: the keys of a config.json that are not ours, carried along.
+        attention_dropout, drop_path_rate, initializer_range, layerscale_value, pos_embed_shift,
+            pos_embed_jitter, pos_embed_rescale: for training only.
     """
 
-    hidden_size: int = 1024
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 16
-    intermediate_size: int = 4096
+    model_type: ClassVar[str] = "dinov3_vit"
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
     hidden_act: str = "gelu"
-    hidden_dropout_prob: float = 0.0
     attention_dropout: float = 0.0
     drop_path_rate: float = 0.0
     initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-6
+    layer_norm_eps: float = 1e-5
     layerscale_value: float = 1.0
-    image_size: int | tuple[int, int] = 640
     patch_size: int = 16
     num_channels: int = 3
-    num_register_tokens: int = 4
+    num_register_tokens: int = 0
     query_bias: bool = True
     key_bias: bool = False
     value_bias: bool = True
@@ -96,44 +63,23 @@ class EomtDinov3Config:
     pos_embed_shift: float | None = None
     pos_embed_jitter: float | None = None
     pos_embed_rescale: float | None = 2.0
-    num_queries: int = 200
-    num_blocks: int = 4
-    # None asks for the rule, which __post_init__ fills in: an int ever after
-    num_upscale_blocks: int = None  # type: ignore[assignment]
-    no_object_weight: float = 0.1
-    class_weight: float = 2.0
-    mask_weight: float = 5.0
-    dice_weight: float = 5.0
-    train_num_points: int = 12544
-    oversample_ratio: float = 3.0
-    importance_sample_ratio: float = 0.75
-    id2label: Mapping[int, str] = field(default_factory=lambda: _unnamed_labels(2))
-    stuff_classes: tuple[int, ...] | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._check_sizes()
-        self._check_rope()
-        self._check_classes()
+        check(vars(self))
+        heads = self.num_attention_heads
+        if self.hidden_size % heads:
+            raise refusal("hidden_size", self.hidden_size, f"a multiple of {heads} heads")
+        if self.head_size % 4:
+            expected = f"{heads} heads times a multiple of 4: sine and cosine of two coordinates"
+            raise refusal("hidden_size", self.hidden_size, expected)
         for entry in fields(self):
             value = getattr(self, entry.name)
             if entry.type in ("float", "float | None") and is_int(value):  # JSON may say 1 for 1.0
-                object.__setattr__(self, entry.name, float(value))
+                self._set(entry.name, float(value))
 
-    @property
-    def num_labels(self) -> int:
-        """Number of classes, "no object" not counted."""
-        return len(self.id2label)
-
-    @property
-    def input_size(self) -> tuple[int, int]:
-        """`image_size` as (height, width) in pixels."""
-        size = self.image_size
-        return (size, size) if isinstance(size, int) else size
-
-    @property
-    def label2id(self) -> dict[str, int]:
-        return {label: index for index, label in self.id2label.items()}
+    def _set(self, name: str, value: object) -> None:
+        """Sets a field of this frozen class while it is made."""
+        object.__setattr__(self, name, value)
 
     @property
     def rope_theta(self) -> float:
@@ -150,38 +96,129 @@ class EomtDinov3Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The configuration that a parsed config.json describes; other keys are left out.
+
+        A top-level `rope_theta` stands for `rope_parameters` where there are none, as in
+        transformers' DINOv3ViTConfig and in configs written before transformers 5.
+
+        Raises:
+            ValueError: a size is missing, or a value cannot work, be it of this class or of the
+                other.
+        """
+        model_type = values.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise refusal("model_type", model_type, f'"{cls.model_type}"')
+        nullable = ("rope_parameters", "rope_theta", "id2label", "num_labels")  # null: the default
+        values = {k: v for k, v in values.items() if v is not None or k not in nullable}
+        check(values)
+        rope = {"rope_type": ROPE_TYPE, "rope_theta": values.get("rope_theta", ROPE_THETA)}
+        values["rope_parameters"] = rope | dict(values.get("rope_parameters", {}))
+        own = {entry.name: entry for entry in fields(cls) if entry.name != "extra"}
+        for name, entry in own.items():
+            if entry.default is entry.default_factory is MISSING and name not in values:
+                raise ValueError(f"it lacks {name}")
+        return cls(**{key: value for key, value in values.items() if key in own})
+
+
+@dataclass(frozen=True)
+class EomtDinov3Config(Dinov3Config):
+    """Configuration of an EoMT-DINOv3 model: the keys of transformers' EomtDinov3Config.
+
+    Values that cannot work raise ValueError with the key, the value and what was expected.
+
+    Attributes:
+        hidden_act: activation of the layers' MLPs only; mask head and upscaling use GELU.
+        image_size: side of a square, or (height, width), in pixels, as in training. The network
+            itself takes any multiples of `patch_size`.
+        num_blocks: how many of the last layers also see the queries.
+        num_upscale_blocks: doublings of the patch grid before the masks are read from it;
+            None asks for the original's rule, max(1, log2(patch_size) - 2)
+            (github.com/tue-mps/eomt models/eomt.py).
+        no_object_weight: no_object_coefficient in github.com/tue-mps/eomt
+            training/mask_classification_panoptic.py.
+        id2label: class names by class id.
+        stuff_classes: ids of the classes without instances, where they are known.
+        extra: the keys of a config.json that are not ours, carried along.
+    """
+
+    model_type: ClassVar[str] = "eomt_dinov3"
+
+    # A config.json may leave out what equals the default of its own class in transformers, so each
+    # kind is read with that class's defaults. These are where EomtDinov3Config's differ.
+    hidden_size: int = 1024
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    intermediate_size: int = 4096
+    layer_norm_eps: float = 1e-6
+    num_register_tokens: int = 4
+
+    hidden_dropout_prob: float = 0.0
+    image_size: int | tuple[int, int] = 640
+    num_queries: int = 200
+    num_blocks: int = 4
+    # None asks for the rule, which __post_init__ fills in: an int ever after
+    num_upscale_blocks: int = None  # type: ignore[assignment]
+    no_object_weight: float = 0.1
+    class_weight: float = 2.0
+    mask_weight: float = 5.0
+    dice_weight: float = 5.0
+    train_num_points: int = 12544
+    oversample_ratio: float = 3.0
+    importance_sample_ratio: float = 0.75
+    id2label: Mapping[int, str] = field(default_factory=lambda: unnamed_labels(2))
+    stuff_classes: tuple[int, ...] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_upscale_blocks is None:
+            self._set("num_upscale_blocks", max(1, self.patch_size.bit_length() - 1 - 2))
+        if self.num_blocks > self.num_hidden_layers:
+            expected = f"at most the {self.num_hidden_layers} hidden layers"
+            raise refusal("num_blocks", self.num_blocks, expected)
+        if any(side % self.patch_size for side in self.input_size):
+            expected = f"multiples of patch_size {self.patch_size}"
+            raise refusal("image_size", self.image_size, expected)
+        self._set("id2label", {int(index): label for index, label in self.id2label.items()})
+        if not self.id2label.keys() >= set(self.stuff_classes or ()):
+            raise refusal("stuff_classes", self.stuff_classes, f"ids below {self.num_labels}")
+        for name in ("image_size", "stuff_classes"):  # lists, where they come from JSON
+            if isinstance(value := getattr(self, name), list):
+                self._set(name, tuple(value))
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes, "no object" not counted."""
+        return len(self.id2label)
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        """`image_size` as (height, width) in pixels."""
+        size = self.image_size
+        return (size, size) if isinstance(size, int) else size
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        return {label: index for index, label in self.id2label.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The configuration that a parsed config.json describes.
 
-        A top-level `rope_theta` stands for `rope_parameters` where there are none, as in configs
-        written before transformers 5; `num_labels` stands for `id2label`.
+        As that of the backbone; `num_labels` stands for `id2label`, and other keys are kept.
 
         Raises:
             ValueError: a value cannot work.
         """
-        values = dict(values)
-        model_type = values.pop("model_type", MODEL_TYPE)
-        if model_type != MODEL_TYPE:
-            raise refusal("model_type", model_type, f"this is the configuration of {MODEL_TYPE}")
-
-        theta = values.pop("rope_theta", None)
-        given = values.get("rope_parameters") or {}
-        if not isinstance(given, Mapping):
-            raise refusal("rope_parameters", given, "an object")
-        default = {"rope_type": ROPE_TYPE, "rope_theta": ROPE_THETA if theta is None else theta}
-        values["rope_parameters"] = default | dict(given)
-
-        values.pop("label2id", None)  # id2label says the same
-        num_labels = values.pop("num_labels", None)
-        if num_labels is not None:
-            _check_whole("num_labels", num_labels)
-        if values.get("id2label") is None:
-            values["id2label"] = _unnamed_labels(num_labels or 2)
-
-        own = {entry.name for entry in fields(cls)} - {"extra"}
-        config = cls(
-            **{key: value for key, value in values.items() if key in own},
-            extra={key: value for key, value in values.items() if key not in own},
-        )
+        num_labels = values.get("num_labels")
+        if num_labels is not None and values.get("id2label") is None:
+            check({"num_labels": num_labels})
+            values = {**values, "id2label": unnamed_labels(num_labels)}
+        known = {entry.name for entry in fields(cls)} - {"extra"}
+        # label2id says the same as id2label
+        known |= {"model_type", "rope_theta", "num_labels", "label2id"}
+        extra = {key: value for key, value in values.items() if key not in known}
+        config = replace(super().from_dict(values), extra=extra)
         if num_labels not in (None, config.num_labels):
             raise refusal("num_labels", num_labels, f"the {config.num_labels} of id2label")
         return config
@@ -196,7 +233,7 @@ class EomtDinov3Config:
             **extra,
             **values,
             "label2id": self.label2id,
-            "model_type": MODEL_TYPE,
+            "model_type": self.model_type,
         }
 
     @classmethod
@@ -245,147 +282,7 @@ class EomtDinov3Config:
         """Writes config.json into a folder, which is made if need be."""
         write_json_object(Path(save_directory) / CONFIG_NAME, self.to_dict())
 
-    def _check_sizes(self) -> None:
-        if self.num_upscale_blocks is None and is_int(self.patch_size) and self.patch_size > 0:
-            rule = max(1, self.patch_size.bit_length() - 1 - 2)
-            object.__setattr__(self, "num_upscale_blocks", rule)
-        for key in LIMITS:
-            if key not in ("num_labels", "image_size"):
-                _check_whole(key, getattr(self, key))
-        for key in _SWITCHES:
-            self._require(key, lambda value: isinstance(value, bool), "true or false")
-        for key in _RATES:
-            self._require(key, lambda p: is_number(p) and 0 <= p < 1, "a number from 0 to below 1")
-        for key in ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"):
-            self._require(
-                key,
-                lambda value: value is None or (is_number(value) and value > 0),
-                "a positive number or null",
-            )
-        for key in _NUMBERS:
-            self._require(
-                key,
-                lambda value: is_number(value) and value >= 0,
-                f"a number from 0 to {MAX_NUMBER:g}",
-            )
-        self._require(
-            "oversample_ratio", lambda value: is_number(value) and value >= 1, "a number from 1"
-        )
-        self._require(
-            "importance_sample_ratio",
-            lambda value: is_number(value) and 0 <= value <= 1,
-            "a number from 0 to 1",
-        )
-        known = ", ".join(sorted(ACTIVATIONS))
-        self._require("hidden_act", lambda name: name in list(ACTIVATIONS), f"one of {known}")
 
-        heads, layers, patch_size = (
-            self.num_attention_heads,
-            self.num_hidden_layers,
-            self.patch_size,
-        )
-        self._require("hidden_size", lambda n: n % heads == 0, f"a multiple of {heads} heads")
-        self._require(
-            "hidden_size",
-            lambda n: n // heads % 4 == 0,
-            f"{heads} heads times a multiple of 4: sine and cosine of two coordinates",
-        )
-        self._require("patch_size", lambda n: n.bit_count() == 1, "a power of two")
-        self._require("num_blocks", lambda n: n <= layers, f"at most the {layers} hidden layers")
-
-        largest = LIMITS["image_size"][1]
-        sides: tuple[Any, ...] = (
-            tuple(self.image_size)
-            if isinstance(self.image_size, list | tuple)
-            else (self.image_size,) * 2
-        )
-        self._require(
-            "image_size",
-            lambda _: (
-                len(sides) == 2
-                and all(is_int(n) and 0 < n <= largest and n % patch_size == 0 for n in sides)
-            ),
-            f"a positive multiple of patch_size {patch_size} up to {largest:,}, or two as "
-            "[height, width]",
-        )
-        if not is_int(self.image_size):
-            object.__setattr__(self, "image_size", sides)
-
-    def _check_rope(self) -> None:
-        for key, value in self.rope_parameters.items():
-            if key not in ("rope_type", "rope_theta"):
-                raise refusal(f"rope_parameters.{key}", value, "rope_type and rope_theta only")
-        rope_type: object = self.rope_parameters.get("rope_type")
-        theta: Any = self.rope_parameters.get("rope_theta")
-        if rope_type != ROPE_TYPE:
-            raise refusal("rope_parameters.rope_type", rope_type, f'only "{ROPE_TYPE}" is known')
-        if not (is_number(theta) and theta > 0):
-            expected = f"a positive number up to {MAX_NUMBER:g}"
-            raise refusal("rope_parameters.rope_theta", theta, expected)
-
-    def _check_classes(self) -> None:
-        try:
-            labels = {int(index): label for index, label in self.id2label.items()}
-        except (AttributeError, TypeError, ValueError):
-            labels = {}
-        if not labels or sorted(labels) != list(range(len(labels))):
-            raise refusal("id2label", self.id2label, "a name for each class id from 0 on")
-        most = LIMITS["num_labels"][1]
-        if len(labels) > most:
-            raise refusal("id2label", self.id2label, f"at most {most:,} classes")
-        for index, label in labels.items():
-            if not _is_text(label):
-                raise refusal(f"id2label.{index}", label, "a name, in valid Unicode")
-        object.__setattr__(self, "id2label", labels)
-
-        if self.stuff_classes is not None:
-            self._require(
-                "stuff_classes",
-                lambda ids: (
-                    isinstance(ids, list | tuple)
-                    and all(is_int(index) and index in labels for index in ids)
-                ),
-                f"a list of class ids below {len(labels)}",
-            )
-            object.__setattr__(self, "stuff_classes", tuple(self.stuff_classes))
-
-    def _require(self, key: str, works: Callable[[Any], bool], expected: str) -> None:
-        value = getattr(self, key)
-        if not works(value):
-            raise refusal(key, value, expected)
-
-
-def refusal(key: str, value: object, expected: str) -> ValueError:
-    return ValueError(f"{key} is {shortened(value)}; expected {expected}")
-
-
-def _check_whole(key: str, value: object) -> None:
-    low, high = LIMITS[key]
-    if not (is_int(value) and low <= value <= high):
-        raise refusal(key, value, f"an integer from {low} to {high:,}")
-
-
-def is_int(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is a number that can be computed with: no NaN, nothing endless."""
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and -MAX_NUMBER <= value <= MAX_NUMBER
-    )
-
-
-def _is_text(value: object) -> bool:
-    """Whether a value is text that can be written: JSON may hold halves of characters."""
-    try:
-        return isinstance(value, str) and value.encode() is not None
-    except UnicodeEncodeError:
-        return False
-
-
-def _unnamed_labels(count: int) -> dict[int, str]:
+def unnamed_labels(count: int) -> dict[int, str]:
     """Class names as transformers makes them up."""
     return {index: f"LABEL_{index}" for index in range(count)}

@@ -12,8 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-
 # Bytes of a JSON file: the largest config.json of a published model has 100 kB. What is parsed
 # takes up to thirty times as much memory.
 JSON_LIMIT = 2**22
@@ -32,6 +30,8 @@ def fetch_file(folder_or_repo: str | Path, name: str, **hub: Any) -> Path:
     """
     if Path(folder_or_repo).is_dir():
         return Path(folder_or_repo, name)
+    from huggingface_hub import hf_hub_download  # reading a configuration does not need it
+
     return Path(hf_hub_download(str(folder_or_repo), name, **hub))
 
 

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from reference_model.config import LIMITS, EomtDinov3Config, is_int, is_number, refusal
+from reference_model.allowed import MAX_IMAGE_SIDE, is_int, is_number, refusal
+from reference_model.config import EomtDinov3Config
 from reference_model.files import fetch_file, read_json_object, write_json_object
 from reference_model.outputs import EomtDinov3ForUniversalSegmentationOutput
 from reference_model.pictures import Picture, flatten, read_map, read_picture
@@ -119,14 +120,13 @@ class EomtImageProcessor:
         given = {}
         if isinstance(size, Mapping):
             given = {edge: pixels for edge, pixels in size.items() if pixels is not None}
-        largest = LIMITS["image_size"][1]
         if set(given) not in (
             {"height", "width"},
             {"shortest_edge"},
             {"shortest_edge", "longest_edge"},
-        ) or not all(is_int(pixels) and 0 < pixels <= largest for pixels in given.values()):
+        ) or not all(is_int(pixels) and 0 < pixels <= MAX_IMAGE_SIDE for pixels in given.values()):
             expected = (
-                f"numbers of pixels from 1 to {largest:,} for height and width, or for "
+                f"numbers of pixels from 1 to {MAX_IMAGE_SIDE:,} for height and width, or for "
                 "shortest_edge and longest_edge"
             )
             raise refusal("size", size, expected)

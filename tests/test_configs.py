@@ -11,16 +11,15 @@ from conftest import FIXTURES
 from converter.catalog import Task
 from converter.class_names import ClassNames
 from converter.configs import (
-    BackboneConfig,
-    HeadSizes,
     model_config,
     preprocessor_config,
     read_backbone_config,
+    read_model_config,
 )
 from converter.errors import UnreadableFileError
+from reference_model.config import EomtDinov3Config
 
-SMALL = BackboneConfig(384, 1536, 12, 6, num_register_tokens=4)
-HEADS = HeadSizes(num_queries=200, num_classes=2, num_blocks=3)
+SMALL = EomtDinov3Config(384, 12, 6, 1536, num_blocks=3)
 
 
 def config_with(folder: Path, **changes: Any) -> Path:
@@ -49,20 +48,25 @@ def test_the_rotary_base_is_found_where_transformers_5_keeps_it(tmp_path: Path) 
     [
         ({"model_type": "vit"}, "configuration of a 'vit' model"),
         ({"hidden_size": "absent"}, "lacks hidden_size"),
-        ({"hidden_size": "64"}, "hidden_size .* is '64'"),
-        ({"hidden_size": True}, "hidden_size .* is True"),
-        ({"use_gated_mlp": 1}, "use_gated_mlp .* is 1"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers .* is 0"),
-        ({"num_attention_heads": 7}, "7 attention heads"),
-        ({"patch_size": 14}, "patch_size .* is 14"),
-        ({"patch_size": [16, 16]}, r"patch_size .* is \[16, 16\]"),
+        ({"hidden_size": "64"}, "hidden_size is '64'; expected an integer"),
+        ({"hidden_size": True}, "hidden_size is True; expected an integer"),
+        ({"hidden_act": "gluu"}, "hidden_act is 'gluu'; expected a supported activation: gelu, "),
+        ({"use_gated_mlp": 1}, "use_gated_mlp is 1; expected true or false"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0; expected an integer from 1"),
+        ({"num_attention_heads": 7}, "hidden_size is 64; expected a multiple of 7 heads"),
+        ({"patch_size": 14}, "patch_size is 14; expected a power of two"),
+        ({"patch_size": [16, 16]}, r"patch_size is \[16, 16\]; expected a power of two"),
+        ({"rope_theta": "100"}, "rope_theta is '100'; expected a positive number"),
     ],
 )
 def test_values_that_cannot_be_are_named(
     tmp_path: Path, changes: dict[str, Any], complaint: str
 ) -> None:
-    with pytest.raises(UnreadableFileError, match=complaint):
-        read_backbone_config(config_with(tmp_path, **changes))
+    path = config_with(tmp_path, **changes)
+
+    with pytest.raises(UnreadableFileError, match=complaint) as caught:
+        read_backbone_config(path)
+    assert str(path) in caught.value.message
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000])
@@ -73,13 +77,17 @@ def test_a_config_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -
         read_backbone_config(tmp_path / "config.json")
 
 
-@pytest.mark.parametrize(("patch_size", "blocks"), [(4, 1), (8, 1), (16, 2), (32, 3)])
-def test_upscaling_follows_the_patch_size(patch_size: int, blocks: int) -> None:
-    assert BackboneConfig(64, 64, 1, 1, patch_size=patch_size).num_upscale_blocks == blocks
+def test_what_a_config_leaves_out_is_the_default_of_its_own_kind(tmp_path: Path) -> None:
+    absent = dict.fromkeys(("layer_norm_eps", "num_register_tokens"), "absent")
+    backbone = read_backbone_config(config_with(tmp_path, **absent))
+    model = read_model_config(config_with(tmp_path, model_type="eomt_dinov3", **absent))
+
+    assert (backbone.layer_norm_eps, backbone.num_register_tokens) == (1e-5, 0)
+    assert (model.layer_norm_eps, model.num_register_tokens) == (1e-6, 4)
 
 
 def test_classes_are_named_both_ways() -> None:
-    config = model_config(SMALL, HEADS, (640, 640), ClassNames(("cat", "sky"), (1,)))
+    config = model_config(SMALL, (640, 640), ClassNames(("cat", "sky"), (1,)))
 
     assert config["id2label"] == {"0": "cat", "1": "sky"}
     assert config["label2id"] == {"cat": 0, "sky": 1}
@@ -89,8 +97,8 @@ def test_classes_are_named_both_ways() -> None:
 def test_a_square_size_is_one_number_and_another_is_two() -> None:
     classes = ClassNames(("cat", "sky"))
 
-    assert model_config(SMALL, HEADS, (640, 640), classes)["image_size"] == 640
-    assert model_config(SMALL, HEADS, (480, 640), classes)["image_size"] == [480, 640]
+    assert model_config(SMALL, (640, 640), classes)["image_size"] == 640
+    assert model_config(SMALL, (480, 640), classes)["image_size"] == [480, 640]
 
 
 @pytest.mark.parametrize("task", ["panoptic", "instance"])

@@ -1,6 +1,8 @@
 """The floors of the house: who may import whom, as README's map shows it."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +59,40 @@ def test_no_import_leads_up_or_across(path: Path) -> None:
     others = {name.split(".")[1] for name in imported(path) if name.startswith("converter.")}
 
     assert [other for other in others - {own} if floor_of[other] <= floor_of[own]] == []
+
+
+@pytest.mark.parametrize(
+    "path", modules_of(CONVERTER), ids=lambda path: str(path.relative_to(CONVERTER))
+)
+def test_configs_and_above_use_the_models_config_and_models_and_above_the_rest(
+    path: Path,
+) -> None:
+    floor_of = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+    floor = floor_of[path.relative_to(CONVERTER).parts[0].removesuffix(".py")]
+    used = {name for name in imported(path) if name.startswith("reference_model.")}
+    configs = {name for name in used if name.startswith("reference_model.config.")}
+
+    assert not configs or floor <= floor_of["configs"]
+    assert not used - configs or floor <= floor_of["models"]
+
+
+@pytest.mark.parametrize("module", ["reference_model.config", "converter.weights.plan"])
+def test_a_configuration_needs_no_torch(module: str) -> None:
+    code = (
+        f"import sys, {module}\n"
+        "assert not {'torch', 'numpy', 'huggingface_hub'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_names_of_the_reference_model_are_imported_when_used() -> None:
+    code = (
+        "import sys, reference_model as package\n"
+        "assert set(package.__all__) <= set(dir(package)) and 'torch' not in sys.modules\n"
+        "assert all(getattr(package, name).__name__ == name for name in package.__all__)\n"
+        "assert not hasattr(package, 'Dinov3')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_reference_model_knows_nothing_of_the_converter() -> None:

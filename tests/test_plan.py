@@ -2,18 +2,23 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from conftest import FIXTURES, NAMES
+from small_models import small_config
 
-from converter.configs import BackboneConfig, read_backbone_config
+from converter.configs import read_backbone_config
 from converter.errors import PlanError
 from converter.weights.backbones import config_from_shapes
 from converter.weights.headers import TensorInfo
-from converter.weights.layouts import BACKBONE_LAYOUTS, recognise, translate
+from converter.weights.layouts import BACKBONE_LAYOUTS, model_shapes, recognise, translate
 from converter.weights.plan import Plan, make_plan
 from converter.weights.tensorfiles import TensorFile
+from reference_model import EomtDinov3ForUniversalSegmentation
+from reference_model.config import Dinov3Config
 
 LAYOUTS = json.loads((FIXTURES / "layouts.json").read_text())
 
@@ -24,10 +29,10 @@ def tensors(shapes: Mapping[str, list[int]]) -> Tensors:
     return {name: TensorInfo("F32", tuple(shape), 0) for name, shape in shapes.items()}
 
 
-def config(backbone: str) -> BackboneConfig:
+def config(backbone: str) -> Dinov3Config:
     values = dict(LAYOUTS["backbones"][backbone])
     del values["layouts"]
-    return BackboneConfig(**values)
+    return Dinov3Config.from_dict(values)
 
 
 def backbone(name: str) -> Tensors:
@@ -69,9 +74,9 @@ def test_published_checkpoints_give_the_tensors_of_the_model_from_every_layout(
     plan = make_plan(delta, base, config(checkpoint["backbone"]) if known_config else None)
 
     assert {row.name: list(row.shape) for row in plan.rows} == checkpoint["converted"]
-    assert plan.heads.num_queries == checkpoint["num_queries"]
-    assert plan.heads.num_classes == checkpoint["num_classes"]
-    assert plan.heads.num_blocks == checkpoint["num_blocks"]
+    assert plan.config.num_queries == checkpoint["num_queries"]
+    assert plan.config.num_labels == checkpoint["num_classes"]
+    assert plan.config.num_blocks == checkpoint["num_blocks"]
 
 
 @pytest.mark.parametrize("name", LAYOUTS["checkpoints"])
@@ -295,14 +300,39 @@ def test_whole_numbers_are_no_weights() -> None:
 
 
 def test_a_config_with_absurdly_many_layers_is_refused_at_once() -> None:
-    from dataclasses import replace
+    with pytest.raises(ValueError, match="num_hidden_layers is 1000000000; expected an integer"):
+        replace(config("vits16"), num_hidden_layers=10**9)
 
-    with pytest.raises(PlanError, match="speaks of 1000000000 layers"):
+    with pytest.raises(PlanError, match="is missing from the backbone") as caught:
         make_plan(
             tensors(SMALL["delta"]),
             backbone("vits16"),
-            replace(config("vits16"), num_hidden_layers=10**9),
+            replace(config("vits16"), num_hidden_layers=1000),
         )
+    assert "384 wide, 1000 layers" in caught.value.remedy
+
+
+def test_weights_with_more_blocks_than_layers_are_refused() -> None:
+    delta = tensors(SMALL["delta"] | {"network.attn_mask_probs": [13]})
+
+    with pytest.raises(PlanError, match="num_blocks is 13; expected at most the 12 hidden layers"):
+        plan_of_small(delta=delta)
+
+
+SWITCHES = ("query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias")
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("without", [(), *((switch,) for switch in SWITCHES), SWITCHES])
+def test_names_and_shapes_are_those_of_the_reference_model(
+    gated: bool, without: tuple[str, ...]
+) -> None:
+    switches = {switch: switch not in without for switch in SWITCHES}
+    config = small_config(patch_size=32, num_register_tokens=3, use_gated_mlp=gated, **switches)
+    with torch.device("meta"):
+        state = EomtDinov3ForUniversalSegmentation(config).state_dict()
+
+    assert model_shapes(config) == {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def test_a_file_of_no_known_layout_is_refused_with_what_it_has() -> None:

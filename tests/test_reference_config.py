@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from recorded_models import NAMES, config_values
+from transformers import DINOv3ViTConfig
 from transformers import EomtDinov3Config as TransformersConfig
 
 from reference_model import EomtDinov3Config
+from reference_model.allowed import ALLOWED
+from reference_model.config import Dinov3Config
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -36,6 +41,45 @@ def test_keys_and_defaults_are_those_of_transformers() -> None:
     ours = json.loads(json.dumps(EomtDinov3Config().to_dict()))
     assert {key: ours[key] for key in theirs} == theirs
     assert ours.keys() - theirs.keys() == {"id2label", "label2id"}
+
+
+def test_a_backbones_defaults_are_those_of_transformers() -> None:
+    theirs = DINOv3ViTConfig().to_dict()
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    ours = Dinov3Config(*(theirs[key] for key in sizes))
+    shared = {entry.name for entry in fields(Dinov3Config)} - {"rope_parameters"}
+    assert {key: getattr(ours, key) for key in shared} == {key: theirs[key] for key in shared}
+    assert ours.rope_theta == theirs["rope_theta"]
+
+
+def test_a_size_that_a_backbone_lacks_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^it lacks intermediate_size$"):
+        Dinov3Config.from_dict({"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1})
+
+
+def test_the_table_says_what_every_field_may_be() -> None:
+    own = {entry.name for entry in fields(EomtDinov3Config)} - {"extra"}
+    assert own <= ALLOWED.keys()
+    assert {key for key in ALLOWED if "." not in key} - own == {"num_labels", "rope_theta"}
+
+
+HOSTILE: list[Any] = [None, True, -1, 0, 10**330, float("nan"), float("inf"), "16", "\ud800"]
+HOSTILE += [[], [None], [[]], [1, 2, 3], ["gelu"], {}, {"0": None}, {"0": []}, {"rope_theta": {}}]
+
+
+@pytest.mark.parametrize("kind", [Dinov3Config, EomtDinov3Config])
+@pytest.mark.parametrize("key", [key for key in ALLOWED if "." not in key])
+def test_whatever_a_key_has_is_taken_or_refused_by_its_name(
+    kind: type[Dinov3Config], key: str
+) -> None:
+    complaints = []
+    for value in HOSTILE:
+        try:
+            kind.from_dict({**SMALL, key: value})
+        except ValueError as error:
+            complaints.append(str(error))
+    assert len(complaints) > len(HOSTILE) / 2
+    assert all(re.match(rf"{key}[\w.]* is .*; expected ", complaint) for complaint in complaints)
 
 
 def test_transformers_reads_what_we_write(tmp_path: Path) -> None:

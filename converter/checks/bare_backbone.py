@@ -7,7 +7,7 @@ from converter.checks.provenance import Provenance
 from converter.configs import IMAGE_MEAN, IMAGE_STD
 from converter.hub.access import Access
 from converter.hub.recorded_picture import recorded_picture
-from converter.weights.backbones import find_backbone
+from converter.weights.backbones import find_backbone, size_in
 from converter.weights.merge import Files
 from converter.weights.pairing import PairCheck
 from converter.weights.plan import Plan
@@ -27,12 +27,12 @@ def check_outputs(files: Files, plan: Plan, image: Path | None, access: Access) 
         UnreadableFileError: it cannot be read.
     """
     name = "backbone-outputs"
-    known = find_backbone(plan.config.size)
+    known = find_backbone(size_in(plan.config))
     if "backbone" not in files or known is None:
         return PairCheck(name, "not checked", "Nothing is recorded for this backbone.")
     picture = image or recorded_picture(access)
     tokens = _run_backbone(files, plan, picture)
-    first_patch = 1 + plan.config.num_register_tokens
+    first_patch = plan.config.num_prefix_tokens
     difference = max(
         abs(value - recorded)
         for values, outputs in (

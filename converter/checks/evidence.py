@@ -6,8 +6,8 @@ from pathlib import Path
 
 from converter.catalog import Checkpoint
 from converter.checks.provenance import Provenance
-from converter.configs import BackboneConfig
 from converter.history import History
+from reference_model.config import Dinov3Config
 
 
 @dataclass(frozen=True)
@@ -38,5 +38,5 @@ class Evidence:
     of_published: bool = False
     recipes: Mapping[str, str] | None = None
     damage: tuple[str, ...] = ()
-    backbone_config: BackboneConfig | None = None
+    backbone_config: Dinov3Config | None = None
     run_backbone: bool = False

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -387,9 +387,7 @@ def bare_backbone(provenance: Provenance) -> Dinov3Backbone:
         values = provenance.operand(row.name, "backbone")
         if values is not None:
             state[row.name] = torch.from_numpy(values)
-    # of EoMT's own sizes, only that no backbone has fewer layers than one matters here
-    config = EomtDinov3Config.from_dict({**asdict(provenance.plan.config), "num_blocks": 1})
     with torch.device("meta"):
-        backbone = Dinov3Backbone(config)
+        backbone = Dinov3Backbone(provenance.plan.config)
     backbone.load_state_dict(state, assign=True)
     return backbone.eval()

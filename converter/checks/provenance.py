@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from converter.catalog import Checkpoint
-from converter.configs import BackboneConfig, find_backbone_config
+from converter.configs import find_backbone_config
 from converter.errors import AccessError, UnreadableFileError
 from converter.history import History
 from converter.hub.access import Access
@@ -18,6 +18,7 @@ from converter.weights.layouts import EOMT_TRANSFORMERS, recognise
 from converter.weights.merge import CHUNK, Files, compute, read_operand, round_to
 from converter.weights.plan import Plan, Row, Source, make_plan
 from converter.weights.tensorfiles import ShardedTensorFile, TensorFile, damage, open_tensors
+from reference_model.config import Dinov3Config
 
 if TYPE_CHECKING:
     from converter.weights.tensorfiles import Array
@@ -117,7 +118,7 @@ class Given:
 def open_sources(
     given: Given,
     history: History | None,
-    config: BackboneConfig,
+    config: Dinov3Config,
     dtype: str,
     access: Access,
     stack: ExitStack,

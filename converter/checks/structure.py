@@ -2,14 +2,14 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converter.checks.evidence import Evidence
 from converter.checks.pixels import Normalisation, read_normalisation
 from converter.checks.verdict import Level
-from converter.configs import DTYPES, read_config, read_model_config
+from converter.configs import DTYPES, read_config
 from converter.errors import UnreadableFileError
 from converter.files import read_json_object
 from converter.weights.headers import TensorInfo
@@ -98,10 +98,7 @@ def read_model(folder: Path, *, keep: bool) -> StoredModel:
 
     path = find_weights(folder)
     values = read_config(folder / "config.json")
-    try:
-        config = EomtDinov3Config.from_dict(values)
-    except (ValueError, TypeError, KeyError) as error:
-        raise UnreadableFileError(f"{folder / 'config.json'}: {error}") from error
+    config = EomtDinov3Config.from_dict(values)
     normalisation = read_normalisation(folder / "preprocessor_config.json", config.num_channels)
     weights: dict[str, Tensor] = {}
     digests, nonfinite, drawn = {}, [], ""
@@ -236,16 +233,10 @@ def _disagreements(found: StoredModel, evidence: Evidence) -> Iterator[str]:
             "segmentation."
         )
     if evidence.backbone_config:
-        ours, theirs = (
-            asdict(config)
-            for config in (
-                read_model_config(found.folder / "config.json"),
-                evidence.backbone_config,
-            )
-        )
         for key in _SHARED:
-            if ours[key] != theirs[key]:
-                yield f"{key} in config.json is {ours[key]}, the backbone's says {theirs[key]}."
+            ours, theirs = (getattr(each, key) for each in (found.config, evidence.backbone_config))
+            if ours != theirs:
+                yield f"{key} in config.json is {ours}, the backbone's says {theirs}."
 
 
 def _dtype_in(values: Mapping[str, Any]) -> str:

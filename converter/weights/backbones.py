@@ -7,9 +7,9 @@ huggingface/transformers models/dinov3_vit/convert_dinov3_vit_to_hf.py.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from converter.configs import BackboneConfig
 from converter.errors import PlanError
 from converter.weights.layouts import Translation, split_number
+from reference_model.config import Dinov3Config
 
 
 @dataclass(frozen=True)
@@ -238,6 +238,11 @@ def size_of(weights: Translation) -> tuple[int, int, bool]:
     return norm[0], len(layers), gated
 
 
+def size_in(config: Dinov3Config) -> tuple[int, int, bool]:
+    """(hidden size, layers, gated MLP), as a configuration says."""
+    return config.hidden_size, config.num_hidden_layers, config.use_gated_mlp
+
+
 def describe(size: tuple[int, int, bool]) -> str:
     """A size in words, with its name if it has one."""
     hidden, layers, gated = size
@@ -246,7 +251,7 @@ def describe(size: tuple[int, int, bool]) -> str:
     return f"{title} ({hidden} wide, {layers} layers{', gated' if gated else ''})"
 
 
-def config_from_shapes(weights: Translation) -> BackboneConfig:
+def config_from_shapes(weights: Translation) -> Dinov3Config:
     """The configuration of a backbone that comes without a config.json.
 
     Sizes are read off the shapes; the heads and the biases are those of the published architecture
@@ -267,7 +272,7 @@ def config_from_shapes(weights: Translation) -> BackboneConfig:
     mlp = weights.shape("layers.0.mlp.up_proj.weight")
     if patches is None or len(patches) != 4 or registers is None or len(registers) != 3 or not mlp:
         raise PlanError("The backbone lacks its patch embedding, register tokens or first layer.")
-    return BackboneConfig(
+    return Dinov3Config(
         hidden_size=known.hidden_size,
         intermediate_size=mlp[0],
         num_hidden_layers=known.num_hidden_layers,

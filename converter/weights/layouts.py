@@ -12,6 +12,7 @@ from typing import Literal
 
 from converter.errors import PlanError
 from converter.weights.headers import TensorInfo
+from reference_model.config import EomtDinov3Config
 
 Kind = Literal["backbone", "eomt"]
 
@@ -245,51 +246,91 @@ EOMT_TUE = Layout(
     },
 )
 
-# the shape of every tensor of the model, by its canonical name
-MODEL: Mapping[str, tuple[str | int, ...]] = {
-    "attn_mask_probs": ("blocks",),
-    "class_predictor.bias": ("classes + 1",),
-    "class_predictor.weight": ("classes + 1", "hidden"),
-    "criterion.empty_weight": ("classes + 1",),
-    "embeddings.cls_token": (1, 1, "hidden"),
-    "embeddings.patch_embeddings.bias": ("hidden",),
-    "embeddings.patch_embeddings.weight": ("hidden", "channels", "patch", "patch"),
-    "embeddings.register_tokens": (1, "registers", "hidden"),
-    "layernorm.bias": ("hidden",),
-    "layernorm.weight": ("hidden",),
-    "layers.{}.attention.k_proj.bias": ("hidden",),
-    "layers.{}.attention.k_proj.weight": ("hidden", "hidden"),
-    "layers.{}.attention.o_proj.bias": ("hidden",),
-    "layers.{}.attention.o_proj.weight": ("hidden", "hidden"),
-    "layers.{}.attention.q_proj.bias": ("hidden",),
-    "layers.{}.attention.q_proj.weight": ("hidden", "hidden"),
-    "layers.{}.attention.v_proj.bias": ("hidden",),
-    "layers.{}.attention.v_proj.weight": ("hidden", "hidden"),
-    "layers.{}.layer_scale1.lambda1": ("hidden",),
-    "layers.{}.layer_scale2.lambda1": ("hidden",),
-    "layers.{}.mlp.down_proj.bias": ("hidden",),
-    "layers.{}.mlp.down_proj.weight": ("hidden", "mlp"),
-    "layers.{}.mlp.gate_proj.bias": ("mlp",),
-    "layers.{}.mlp.gate_proj.weight": ("mlp", "hidden"),
-    "layers.{}.mlp.up_proj.bias": ("mlp",),
-    "layers.{}.mlp.up_proj.weight": ("mlp", "hidden"),
-    "layers.{}.norm1.bias": ("hidden",),
-    "layers.{}.norm1.weight": ("hidden",),
-    "layers.{}.norm2.bias": ("hidden",),
-    "layers.{}.norm2.weight": ("hidden",),
-    "mask_head.fc1.bias": ("hidden",),
-    "mask_head.fc1.weight": ("hidden", "hidden"),
-    "mask_head.fc2.bias": ("hidden",),
-    "mask_head.fc2.weight": ("hidden", "hidden"),
-    "mask_head.fc3.bias": ("hidden",),
-    "mask_head.fc3.weight": ("hidden", "hidden"),
-    "query.weight": ("queries", "hidden"),
-    "upscale_block.block.{}.conv1.bias": ("hidden",),
-    "upscale_block.block.{}.conv1.weight": ("hidden", "hidden", 2, 2),
-    "upscale_block.block.{}.conv2.weight": ("hidden", 1, 3, 3),
-    "upscale_block.block.{}.layernorm2d.bias": ("hidden",),
-    "upscale_block.block.{}.layernorm2d.weight": ("hidden",),
+
+@dataclass(frozen=True)
+class ModelTensor:
+    """A tensor of the model, described by the fields of its configuration.
+
+    Attributes:
+        shape: numbers, and the fields that hold them.
+        only_if: the fields that must all be true for the model to have it.
+    """
+
+    shape: tuple[str | int, ...]
+    only_if: tuple[str, ...] = ()
+
+
+def _tensor(*shape: str | int, only_if: tuple[str, ...] = ()) -> ModelTensor:
+    return ModelTensor(shape, only_if)
+
+
+# every tensor of the model, by its canonical name
+MODEL: Mapping[str, ModelTensor] = {
+    "attn_mask_probs": _tensor("num_blocks"),
+    "class_predictor.bias": _tensor("num_labels + 1"),
+    "class_predictor.weight": _tensor("num_labels + 1", "hidden_size"),
+    "criterion.empty_weight": _tensor("num_labels + 1"),
+    "embeddings.cls_token": _tensor(1, 1, "hidden_size"),
+    "embeddings.patch_embeddings.bias": _tensor("hidden_size"),
+    "embeddings.patch_embeddings.weight": _tensor(
+        "hidden_size", "num_channels", "patch_size", "patch_size"
+    ),
+    "embeddings.register_tokens": _tensor(1, "num_register_tokens", "hidden_size"),
+    "layernorm.bias": _tensor("hidden_size"),
+    "layernorm.weight": _tensor("hidden_size"),
+    "layers.{}.attention.k_proj.bias": _tensor("hidden_size", only_if=("key_bias",)),
+    "layers.{}.attention.k_proj.weight": _tensor("hidden_size", "hidden_size"),
+    "layers.{}.attention.o_proj.bias": _tensor("hidden_size", only_if=("proj_bias",)),
+    "layers.{}.attention.o_proj.weight": _tensor("hidden_size", "hidden_size"),
+    "layers.{}.attention.q_proj.bias": _tensor("hidden_size", only_if=("query_bias",)),
+    "layers.{}.attention.q_proj.weight": _tensor("hidden_size", "hidden_size"),
+    "layers.{}.attention.v_proj.bias": _tensor("hidden_size", only_if=("value_bias",)),
+    "layers.{}.attention.v_proj.weight": _tensor("hidden_size", "hidden_size"),
+    "layers.{}.layer_scale1.lambda1": _tensor("hidden_size"),
+    "layers.{}.layer_scale2.lambda1": _tensor("hidden_size"),
+    "layers.{}.mlp.down_proj.bias": _tensor("hidden_size", only_if=("mlp_bias",)),
+    "layers.{}.mlp.down_proj.weight": _tensor("hidden_size", "intermediate_size"),
+    "layers.{}.mlp.gate_proj.bias": _tensor(
+        "intermediate_size", only_if=("use_gated_mlp", "mlp_bias")
+    ),
+    "layers.{}.mlp.gate_proj.weight": _tensor(
+        "intermediate_size", "hidden_size", only_if=("use_gated_mlp",)
+    ),
+    "layers.{}.mlp.up_proj.bias": _tensor("intermediate_size", only_if=("mlp_bias",)),
+    "layers.{}.mlp.up_proj.weight": _tensor("intermediate_size", "hidden_size"),
+    "layers.{}.norm1.bias": _tensor("hidden_size"),
+    "layers.{}.norm1.weight": _tensor("hidden_size"),
+    "layers.{}.norm2.bias": _tensor("hidden_size"),
+    "layers.{}.norm2.weight": _tensor("hidden_size"),
+    "mask_head.fc1.bias": _tensor("hidden_size"),
+    "mask_head.fc1.weight": _tensor("hidden_size", "hidden_size"),
+    "mask_head.fc2.bias": _tensor("hidden_size"),
+    "mask_head.fc2.weight": _tensor("hidden_size", "hidden_size"),
+    "mask_head.fc3.bias": _tensor("hidden_size"),
+    "mask_head.fc3.weight": _tensor("hidden_size", "hidden_size"),
+    "query.weight": _tensor("num_queries", "hidden_size"),
+    "upscale_block.block.{}.conv1.bias": _tensor("hidden_size"),
+    "upscale_block.block.{}.conv1.weight": _tensor("hidden_size", "hidden_size", 2, 2),
+    "upscale_block.block.{}.conv2.weight": _tensor("hidden_size", 1, 3, 3),
+    "upscale_block.block.{}.layernorm2d.bias": _tensor("hidden_size"),
+    "upscale_block.block.{}.layernorm2d.weight": _tensor("hidden_size"),
 }
+
+# how many there are of what is numbered
+_COUNTS = {"layers": "num_hidden_layers", "upscale_block": "num_upscale_blocks"}
+
+
+def model_shapes(config: EomtDinov3Config) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a model, by canonical name."""
+    sizes = {**vars(config), "num_labels + 1": config.num_labels + 1}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for pattern, tensor in MODEL.items():
+        if all(sizes[switch] for switch in tensor.only_if):
+            shape = tuple(sizes[size] if isinstance(size, str) else size for size in tensor.shape)
+            count = sizes[_COUNTS[pattern.partition(".")[0]]] if "{}" in pattern else 1
+            shapes |= {pattern.format(number): shape for number in range(count)}
+    return shapes
+
 
 EOMT_TRANSFORMERS = Layout(
     name="eomt-transformers",
@@ -307,7 +348,7 @@ BACKBONE_LAYOUTS = {
 
 
 def recognise(names: Iterable[str]) -> Layout | None:
-    """The layout that a file's tensor names are of; None if it is none that is known."""
+    """The layout of a file with these tensor names; None if it is not a supported one."""
     present = {plain_name(name) for name in names}
     for layout in LAYOUTS:
         if present.issuperset(layout.signature):

@@ -8,40 +8,34 @@ has exactly one row.
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from converter.configs import NO_OBJECT_WEIGHT, BackboneConfig, HeadSizes
+from converter.configs import NO_OBJECT_WEIGHT
 from converter.errors import PlanError
-from converter.weights.backbones import config_from_shapes, describe, size_of
+from converter.weights.backbones import (
+    config_from_shapes,
+    describe,
+    size_in,
+    size_of,
+)
 from converter.weights.headers import ITEM_SIZES, TensorInfo
 from converter.weights.layouts import (
     EOMT_TRANSFORMERS,
-    MODEL,
     Kind,
     Layout,
     Part,
     Translation,
+    model_shapes,
     recognise,
     translate,
 )
+from reference_model.config import Dinov3Config, EomtDinov3Config, unnamed_labels
 
 # where a tensor comes from: a delta is added to a backbone, absolute weights stand alone
 Source = Literal["backbone", "delta", "weights"]
 Operation = Literal["add", "copy", "zeros", "class weights"]
 Tensors = Mapping[str, TensorInfo]
-
-# biases and parts that a backbone has or has not, by the fields of its configuration that say so
-_OPTIONAL = {
-    "attention.q_proj.bias": ("query_bias",),
-    "attention.k_proj.bias": ("key_bias",),
-    "attention.v_proj.bias": ("value_bias",),
-    "attention.o_proj.bias": ("proj_bias",),
-    "mlp.up_proj.bias": ("mlp_bias",),
-    "mlp.down_proj.bias": ("mlp_bias",),
-    "mlp.gate_proj.weight": ("use_gated_mlp",),
-    "mlp.gate_proj.bias": ("use_gated_mlp", "mlp_bias"),
-}
 
 # what files leave out where it is all zeros
 _ZERO_UNLESS_THERE = ("attention.q_proj.bias", "attention.v_proj.bias")
@@ -131,14 +125,12 @@ class Plan:
     Attributes:
         rows: in the order in which they are written.
         dropped: input tensors that are left out.
-        config: the backbone's configuration.
-        heads: the sizes that EoMT adds, found in its weights.
+        config: the model's: the backbone's configuration with the sizes of EoMT's weights.
     """
 
     rows: tuple[Row, ...]
     dropped: tuple[DroppedTensor, ...]
-    config: BackboneConfig
-    heads: HeadSizes
+    config: EomtDinov3Config
 
     def counts(self) -> dict[str, int]:
         """How many tensors are added, copied, filled, renamed and dropped."""
@@ -173,7 +165,7 @@ class Plan:
 def make_plan(
     eomt: Tensors,
     backbone: Tensors | None,
-    config: BackboneConfig | None,
+    config: Dinov3Config | None,
     *,
     backbone_layout: Layout | None = None,
     dtype: str = "F32",
@@ -204,16 +196,10 @@ def make_plan(
     if config is None:
         config = config_from_shapes(base.translation if base else head.translation)
     cause = _likeliest_cause(base, head, config)
-    heads = _head_sizes(head, cause)
-    most = max(len(eomt), len(backbone or ()))
-    if config.num_hidden_layers > most:
-        raise PlanError(
-            f"config.json speaks of {config.num_hidden_layers} layers, there are {most} tensors.",
-            cause,
-        )
+    model = _model_config(config, head, cause)
 
     rows, problems = [], []
-    needed = model_shapes(config, heads)
+    needed = model_shapes(model)
     for name, shape in sorted(needed.items()):
         in_backbone = name.startswith(("embeddings.", "layers.", "layernorm."))
         row = _row(name, shape, dtype, [base, head] if base and in_backbone else [head])
@@ -227,38 +213,7 @@ def make_plan(
     if problems:
         raise PlanError(_list_of(problems), cause)
     dropped = tuple(entry for weights in sources for entry in weights.dropped)
-    return Plan(tuple(rows), dropped, config, heads)
-
-
-def model_shapes(config: BackboneConfig, heads: HeadSizes) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor that a model of these sizes has, by canonical name."""
-    sizes = {
-        "blocks": heads.num_blocks,
-        "channels": config.num_channels,
-        "classes + 1": heads.num_classes + 1,
-        "hidden": config.hidden_size,
-        "mlp": config.intermediate_size,
-        "patch": config.patch_size,
-        "queries": heads.num_queries,
-        "registers": config.num_register_tokens,
-    }
-    shapes = {}
-    for pattern, symbols in MODEL.items():
-        shape = tuple(sizes[size] if isinstance(size, str) else size for size in symbols)
-        for name in _numbered(pattern, config):
-            shapes[name] = shape
-    return shapes
-
-
-def _numbered(pattern: str, config: BackboneConfig) -> list[str]:
-    prefix, _, tensor = pattern.partition("{}.")
-    if not tensor:
-        return [pattern]
-    if prefix == "layers.":
-        if not all(getattr(config, switch) for switch in _OPTIONAL.get(tensor, ())):
-            return []
-        return [pattern.format(i) for i in range(config.num_hidden_layers)]
-    return [pattern.format(i) for i in range(config.num_upscale_blocks)]
+    return Plan(tuple(rows), dropped, model)
 
 
 class _Weights:
@@ -273,7 +228,7 @@ class _Weights:
         if layout is None:
             first = ", ".join(list(tensors)[:3]) or "no tensor at all"
             raise PlanError(
-                f"The {source}'s layout is none that is known: it has {first}, ...",
+                f"The {source}'s layout is not supported: it has {first}, ...",
                 f"Expected {wanted}. eomt-convert inspect shows what is in a file.",
             )
         if layout.kind != kind:
@@ -332,7 +287,8 @@ def _row(name: str, shape: tuple[int, ...], dtype: str, sources: list[_Weights])
     return Row(name, shape, dtype, "add" if len(operands) == 2 else "copy", operands)
 
 
-def _head_sizes(head: _Weights, cause: str) -> HeadSizes:
+def _model_config(backbone: Dinov3Config, head: _Weights, cause: str) -> EomtDinov3Config:
+    """The configuration of a backbone with the sizes that EoMT's weights add."""
     weights = head.translation
     # dropped or replaced by zeros, but its length is the number of blocks
     blocks = next(
@@ -352,15 +308,24 @@ def _head_sizes(head: _Weights, cause: str) -> HeadSizes:
             f"queries, {list(classes or ())} for classes.",
             cause,
         )
-    return HeadSizes(queries[0], classes[0] - 1, blocks[0])
+    try:
+        return EomtDinov3Config(
+            **{entry.name: getattr(backbone, entry.name) for entry in fields(Dinov3Config)},
+            image_size=backbone.patch_size,  # no tensor depends on it
+            num_queries=queries[0],
+            num_blocks=blocks[0],
+            id2label=unnamed_labels(classes[0] - 1),
+        )
+    except ValueError as error:
+        raise PlanError(f"The {head.source} has impossible sizes: {error}.", cause) from error
 
 
-def _likeliest_cause(base: _Weights | None, head: _Weights, config: BackboneConfig) -> str:
+def _likeliest_cause(base: _Weights | None, head: _Weights, config: Dinov3Config) -> str:
     wanted = size_of(head.translation)
     found = size_of(base.translation) if base else wanted
-    if found != config.size:
+    if found != size_in(config):
         return (
-            f"The backbone's config.json describes {describe(config.size)}, its weights are of "
+            f"The backbone's config.json describes {describe(size_in(config))}, its weights are of "
             f"{describe(found)}: they do not belong together."
         )
     if found != wanted:
