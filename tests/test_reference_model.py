@@ -275,11 +275,11 @@ def test_hidden_states_come_on_request_and_queries_join_them_in_front() -> None:
 
 @torch.inference_mode()
 def test_mask_head_and_upscaling_use_gelu_whatever_the_layers_use() -> None:
-    gelu, tanh = small_model(), small_model(hidden_act="tanh")
+    gelu, silu = small_model(), small_model(hidden_act="silu")
     tokens = torch.randn(1, 6 + 5 + 16, 32)
     assert torch.equal(
         gelu.predict(tokens, (4, 4)).masks_queries_logits,
-        tanh.predict(tokens, (4, 4)).masks_queries_logits,
+        silu.predict(tokens, (4, 4)).masks_queries_logits,
     )
 
 
