@@ -10,8 +10,7 @@ from converter.catalog import Checkpoint, Task, find
 from converter.configs import Dtype
 from converter.errors import UsageError
 from converter.files import user_path
-from converter.hub.sources import parse_source
-from converter.places import RECORDED, HubSource, LocalSource, find_recorded
+from converter.places import RECORDED, HubSource, LocalSource, find_recorded, parse_source
 from converter.weights.inspection import WeightsKind
 from converter.weights.writing import parse_size
 

@@ -13,8 +13,8 @@ from converter.files import read_json_object, user_path
 from converter.history import HISTORY, read_history
 from converter.hub.access import Access
 from converter.hub.downloads import not_in_cache
-from converter.hub.sources import fetch, fetch_first, parse_source
-from converter.places import HubSource, LocalSource
+from converter.hub.sources import fetch, fetch_first
+from converter.places import HubSource, LocalSource, parse_source
 
 if TYPE_CHECKING:
     import torch

@@ -30,8 +30,8 @@ FLOORS = (
     ("configs",),
     ("catalog",),
     ("class_names", "colours", "staging"),
-    ("locks", "zips"),
-    ("files", "outside", "places"),
+    ("locks", "places", "zips"),
+    ("files", "outside"),
     ("errors", "version"),
 )
 

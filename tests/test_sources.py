@@ -17,13 +17,8 @@ from converter.errors import (
     UsageError,
 )
 from converter.hub.access import OPEN_BACKBONES, Access
-from converter.hub.sources import (
-    Fetched,
-    fetch,
-    fetch_config,
-    parse_source,
-)
-from converter.places import HubSource, LocalSource
+from converter.hub.sources import Fetched, fetch, fetch_config
+from converter.places import HubSource, LocalSource, parse_source
 
 FOLDER = FIXTURES / "tiny_panoptic_64"
 BACKBONE, DELTA = "facebook/backbone", "tue-mps/delta"

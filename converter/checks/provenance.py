@@ -11,8 +11,8 @@ from converter.errors import AccessError, UnreadableFileError
 from converter.history import History
 from converter.hub.access import Access
 from converter.hub.downloads import resolve
-from converter.hub.sources import Fetched, fetch, parse_source
-from converter.places import HubSource
+from converter.hub.sources import Fetched, fetch
+from converter.places import HubSource, parse_source
 from converter.weights.inspection import WeightsKind, decide, signs_of_a_delta
 from converter.weights.layouts import EOMT_TRANSFORMERS, recognise
 from converter.weights.merge import CHUNK, Files, compute, read_operand, round_to

@@ -34,12 +34,9 @@ from converter.errors import UsageError
 from converter.files import prepare_place, read_json_object, sha256, user_path
 from converter.history import has_weights_of, read_history
 from converter.hub.access import Access
-from converter.hub.sources import (
-    fetch_config,
-    parse_source,
-)
+from converter.hub.sources import fetch_config
 from converter.models import fetch_model, repository_of, torch_device
-from converter.places import find_recorded
+from converter.places import find_recorded, parse_source
 from converter.weights.tensorfiles import open_tensors
 
 if TYPE_CHECKING:

@@ -35,7 +35,8 @@ def inspect_command(
     with session.errors():
         from converter import report
         from converter.hub.access import Access
-        from converter.hub.sources import fetch, parse_source
+        from converter.hub.sources import fetch
+        from converter.places import parse_source
         from converter.weights.inspection import inspect
         from converter.weights.tensorfiles import damage, open_tensors
 

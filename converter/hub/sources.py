@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from converter.errors import AccessError, UnreadableFileError, UsageError
-from converter.files import sha256, user_path
+from converter.errors import AccessError, UnreadableFileError
+from converter.files import sha256
 from converter.hub.access import Access, Snapshot
 from converter.hub.downloads import (
     download,
@@ -15,13 +15,11 @@ from converter.hub.downloads import (
     not_in_cache,
     resolve,
 )
-from converter.places import HubSource, LocalSource
-from converter.weights.tensorfiles import WEIGHT_SUFFIXES, WEIGHTS, WEIGHTS_INDEX, shard_names
+from converter.places import INDEX_SUFFIX, WEIGHT_SUFFIXES, HubSource, LocalSource
+from converter.weights.tensorfiles import WEIGHTS, WEIGHTS_INDEX, shard_names
 
 # the file names that weights are published under, the safer format first
 _WEIGHT_FILES = (WEIGHTS, WEIGHTS_INDEX, "pytorch_model.bin")
-
-_INDEX_SUFFIX = ".index.json"
 
 
 @dataclass(frozen=True)
@@ -71,33 +69,6 @@ class Fetched:
     def title(self) -> str:
         """What to call it in a sentence: the repository or the path of the file."""
         return self.repo_id or str(self.weights)
-
-
-def parse_source(text: str) -> LocalSource | HubSource:
-    """Tells a path from a repository.
-
-    What exists, is absolute, begins with ``.`` or ``~``, or ends like a weight file is a path.
-    Anything else of the form owner/name, or owner/name@revision, is a repository.
-
-    Raises:
-        UsageError: it is neither.
-    """
-    path = user_path(text)
-    if (
-        path.exists()
-        or path.is_symlink()  # that leads nowhere
-        or path.is_absolute()
-        or text.startswith((".", "~"))
-        or text.endswith((*WEIGHT_SUFFIXES, _INDEX_SUFFIX))
-    ):
-        return LocalSource(path)
-    repo_id, _, revision = text.partition("@")
-    if repo_id.count("/") != 1 or not all(repo_id.split("/")) or text.endswith("@"):
-        raise UsageError(
-            f"{text!r} is no file or folder here, and not of the form owner/name or "
-            "owner/name@revision either."
-        )
-    return HubSource(repo_id, revision or "main")
 
 
 def fetch(
@@ -227,7 +198,7 @@ def _shards(weights: Path) -> tuple[Path, ...]:
 
 
 def _named_shards(weights: Path) -> Sequence[str]:
-    return shard_names(weights) if weights.name.endswith(_INDEX_SUFFIX) else ()
+    return shard_names(weights) if weights.name.endswith(INDEX_SUFFIX) else ()
 
 
 def _choose_weights(names: Sequence[str]) -> str | None:
@@ -259,7 +230,7 @@ def _download(
         if other in found.digests:
             download(found, other, access)
     config = download(found, "config.json", access) if "config.json" in found.digests else None
-    is_index = name.endswith(_INDEX_SUFFIX)
+    is_index = name.endswith(INDEX_SUFFIX)
     weights = download(found, name, access, check=check_weights or is_index)
     shards = _named_shards(weights)
     if missing := [shard for shard in shards if shard not in found.digests]:
