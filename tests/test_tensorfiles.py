@@ -31,6 +31,9 @@ from converter.weights.tensorfiles import (
     WEIGHTS_INDEX,
     ShardedTensorFile,
     TensorFile,
+    choose_weights,
+    find_weights,
+    is_model_file,
     open_tensors,
     shard_names,
 )
@@ -75,6 +78,39 @@ def refused(path: Path, content: bytes) -> str:
 
 
 # any file ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["a.bin", "model.safetensors.index.json", "model.safetensors"], "model.safetensors"),
+        (["model-1-of-1.safetensors", "model.safetensors.index.json"], WEIGHTS_INDEX),
+        (["a.pth", "pytorch_model.bin"], "pytorch_model.bin"),
+        (["README.md", "a.pth", "old/a.pth"], "a.pth"),
+        (["a.pth", "b.pth"], None),
+        (["old/a.pth", "README.md"], None),
+    ],
+)
+def test_weights_have_a_usual_name_or_are_the_only_ones(
+    names: list[str], chosen: str | None
+) -> None:
+    assert choose_weights(names) == chosen
+
+
+def test_a_models_weights_are_one_file_or_an_index_of_shards(tmp_path: Path) -> None:
+    with pytest.raises(UnreadableFileError, match=r"no folder with a model\.safetensors"):
+        find_weights(tmp_path)
+    (tmp_path / WEIGHTS_INDEX).touch()
+    assert find_weights(tmp_path).name == WEIGHTS_INDEX
+    (tmp_path / "model.safetensors").touch()
+    assert find_weights(tmp_path).name == "model.safetensors"
+
+
+def test_a_models_own_files_are_told_from_others_by_name() -> None:
+    ours = ["model.safetensors", WEIGHTS_INDEX, "model-00001-of-00002.safetensors"]
+    others = ["adapter_model.safetensors", "model.safetensors.bak", "model-ema.safetensors"]
+
+    assert [name for name in ours + others if is_model_file(name)] == ours
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])

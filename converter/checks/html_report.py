@@ -28,7 +28,7 @@ from converter.files import replacing
 from converter.history import History, read_history
 from converter.outside import visible
 from converter.version import __version__
-from converter.weights.tensorfiles import WEIGHTS, WEIGHTS_INDEX, open_tensors
+from converter.weights.tensorfiles import find_weights, open_tensors
 from reference_model import EomtDinov3Config
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -325,12 +325,12 @@ def _tensor_rows(folder: Path, history: History | None, verdict: Verdict) -> tup
     figures = {level.level: level.figures for level in verdict.levels}
     digests = figures.get("structure", {}).get("digests", {})
     different = figures.get("arithmetic", {}).get("different")
-    weights, unknown = folder / WEIGHTS, ((), "", "")
+    unknown: tuple[tuple[int, ...], str, str] = ((), "", "")
     told = {
         name: (row.shape, row.dtype, row.recipe)
         for name, row in (history.rows if history else {}).items()
     }
-    with open_tensors(weights if weights.is_file() else folder / WEIGHTS_INDEX) as file:
+    with open_tensors(find_weights(folder)) as file:
         found = {
             name: (info.shape, info.dtype, told.get(name, unknown)[2])
             for name, info in file.tensors.items()

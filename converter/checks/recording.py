@@ -23,6 +23,7 @@ from converter.models import fetch_model, find_task, repository_of, torch_device
 from converter.places import RECORDED
 from converter.staging import check_place, staged
 from converter.version import TOOL, __version__
+from converter.weights.tensorfiles import is_model_file
 from converter.weights.writing import SafetensorsWriter, TensorSpecs
 
 if TYPE_CHECKING:
@@ -365,6 +366,7 @@ def _describe(folder: Path, repo_id: str | None, verdict: Verdict) -> dict[str, 
     """Which model was recorded, and what was known of it."""
     history = read_history(folder)
     configs = [folder / "config.json", folder / "preprocessor_config.json"]
+    weights = sorted(path for path in folder.iterdir() if is_model_file(path.name))
     return {
         "repo": repo_id,
         "checkpoint": history.checkpoint.name if history and history.checkpoint else None,
@@ -373,7 +375,7 @@ def _describe(folder: Path, repo_id: str | None, verdict: Verdict) -> dict[str, 
         "verdict": verdict.verdict,
         "basis": verdict.basis,
         "tensors": verdict.levels[0].figures["digests"],
-        "files": _digests([*configs, *sorted(folder.glob("model*.safetensors*"))]),
+        "files": _digests([*configs, *weights]),
     }
 
 

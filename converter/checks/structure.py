@@ -14,7 +14,7 @@ from converter.errors import UnreadableFileError
 from converter.files import read_json_object
 from converter.weights.headers import TensorInfo
 from converter.weights.merge import round_to
-from converter.weights.tensorfiles import WEIGHTS, WEIGHTS_INDEX, open_tensors
+from converter.weights.tensorfiles import find_weights, open_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -151,16 +151,6 @@ def _chance(probabilities: "Array") -> str:
     return (
         f"attn_mask_probs holds {between[0]:g}: between 0 and 1 it is drawn at random whether "
         "masks are applied, and so are the outputs."
-    )
-
-
-def find_weights(folder: Path) -> Path:
-    for name in (WEIGHTS, WEIGHTS_INDEX):
-        if (folder / name).is_file():
-            return folder / name
-    raise UnreadableFileError(
-        f"{folder} is no folder with a {WEIGHTS}, or its shards.",
-        "Give the folder of a converted model.",
     )
 
 

@@ -21,7 +21,6 @@ from converter.checks.structure import (
     StoredModel,
     check_structure,
     dtype_of,
-    find_weights,
     read_model,
     read_weights,
 )
@@ -37,7 +36,7 @@ from converter.hub.access import Access
 from converter.hub.sources import fetch_config
 from converter.models import fetch_model, repository_of, torch_device
 from converter.places import find_recorded, parse_source
-from converter.weights.tensorfiles import open_tensors
+from converter.weights.tensorfiles import find_weights, open_tensors
 
 if TYPE_CHECKING:
     import torch

@@ -16,10 +16,12 @@ from converter.hub.downloads import (
     resolve,
 )
 from converter.places import INDEX_SUFFIX, WEIGHT_SUFFIXES, HubSource, LocalSource
-from converter.weights.tensorfiles import WEIGHTS, WEIGHTS_INDEX, shard_names
-
-# the file names that weights are published under, the safer format first
-_WEIGHT_FILES = (WEIGHTS, WEIGHTS_INDEX, "pytorch_model.bin")
+from converter.weights.tensorfiles import (
+    USUAL_NAMES,
+    choose_weights,
+    missing_shard,
+    shard_names,
+)
 
 
 @dataclass(frozen=True)
@@ -169,14 +171,14 @@ def listed_digests(source: LocalSource | HubSource, access: Access) -> list[str]
         found = _find(source.path)
         return [sha256(path) for path in found.shards or (found.weights,)]
     listed = resolve(source.repo_id, source.revision, access).digests
-    digest = listed.get(_choose_weights(sorted(listed)) or "")
+    digest = listed.get(choose_weights(sorted(listed)) or "")
     return [digest] if is_sha256(digest) else []
 
 
 def _find(path: Path) -> Fetched:
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
-        name = _choose_weights(names)
+        name = choose_weights(names)
         if name is None:
             raise UnreadableFileError(_no_weights(str(path), names))
         path = path / name
@@ -190,10 +192,7 @@ def _shards(weights: Path) -> tuple[Path, ...]:
     shards = tuple(weights.parent / name for name in _named_shards(weights))
     for shard in shards:
         if not shard.is_file():
-            raise UnreadableFileError(
-                f"{shard} is missing, a shard that {weights.name} speaks of.",
-                "Fetch or copy all the shards.",
-            )
+            raise missing_shard(shard, weights)
     return shards
 
 
@@ -201,27 +200,18 @@ def _named_shards(weights: Path) -> Sequence[str]:
     return shard_names(weights) if weights.name.endswith(INDEX_SUFFIX) else ()
 
 
-def _choose_weights(names: Sequence[str]) -> str | None:
-    """The file of weights among a folder's files: one with a usual name, or the only one."""
-    for usual in _WEIGHT_FILES:
-        if usual in names:
-            return usual
-    weights = [name for name in names if name.endswith(WEIGHT_SUFFIXES) and "/" not in name]
-    return weights[0] if len(weights) == 1 else None
-
-
 def _no_weights(place: str, names: Sequence[str]) -> str:
     weights = [name for name in names if name.endswith(WEIGHT_SUFFIXES)]
     if weights:
         return f"{place} has several files of weights ({', '.join(weights[:5])}): name one of them."
-    return f"{place} has no file of weights ({', '.join(_WEIGHT_FILES)} or another *.safetensors)."
+    return f"{place} has no file of weights ({', '.join(USUAL_NAMES)} or another *.safetensors)."
 
 
 def _download(
     source: HubSource, access: Access, beside: Sequence[str], *, check_weights: bool
 ) -> Fetched:
     found = resolve(source.repo_id, source.revision, access)
-    name = _choose_weights(sorted(found.digests))
+    name = choose_weights(sorted(found.digests))
     if name is None:
         raise _without_weights(found, access)
 
@@ -255,7 +245,7 @@ def _without_weights(found: Snapshot, access: Access) -> AccessError:
     """What to say of a repository in which no file of weights can be chosen."""
     names = sorted(found.digests)
     if access.offline and not any(name.endswith(WEIGHT_SUFFIXES) for name in names):
-        return _without(found, " or ".join(_WEIGHT_FILES), access)
+        return _without(found, " or ".join(USUAL_NAMES), access)
     return AccessError(_no_weights(f"{found.repo_id} at {found.revision}", names))
 
 

@@ -1,7 +1,6 @@
 """A model repository on the Hub: what it has, what would change, the one commit that does it."""
 
 import hashlib
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +10,12 @@ from converter.errors import EomtConvertError, NotFoundError
 from converter.files import open_regular
 from converter.hub.access import Snapshot, explained
 from converter.hub.downloads import look_up
+from converter.weights.tensorfiles import is_model_file
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 MAIN = "main"
-
-# Weights of another model, or of another sharding, would be loaded in place of what is pushed.
-_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 _PIECE = 1 << 20  # bytes
 
@@ -124,7 +121,8 @@ def compare(files: Mapping[str, Content], remote: Snapshot | None) -> tuple[Chan
         else:
             changes.append(Change(name, "change", content.size))
     for name in remote.digests if remote else ():
-        if name not in files and _WEIGHTS.fullmatch(name):
+        # weights of another model or sharding would be loaded in place of what is pushed
+        if name not in files and is_model_file(name):
             changes.append(Change(name, "delete", 0))
     return tuple(sorted(changes, key=lambda change: change.name))
 

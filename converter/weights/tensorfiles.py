@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from converter.errors import UnreadableFileError
 from converter.files import FileDigest, open_regular
+from converter.places import WEIGHT_SUFFIXES
 from converter.weights.headers import MAX_DESCRIPTION, parse_json_object, read_header
 from converter.weights.unpickling import is_name
 
@@ -27,6 +28,46 @@ if TYPE_CHECKING:
 # what transformers looks for in the folder of a model: one file, or shards and their index
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+_MODEL_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+
+# the file names that weights are published under, the safer format first
+USUAL_NAMES = (WEIGHTS, WEIGHTS_INDEX, "pytorch_model.bin")
+
+
+def choose_weights(names: Collection[str]) -> str | None:
+    """The file of weights among those of a folder or repository: a usual name, or the only one.
+
+    Args:
+        names: of the files, relative to the folder or repository.
+
+    Returns:
+        Its name; None where there is none, or several without a usual name.
+    """
+    for usual in USUAL_NAMES:
+        if usual in names:
+            return usual
+    weights = [name for name in names if name.endswith(WEIGHT_SUFFIXES) and "/" not in name]
+    return weights[0] if len(weights) == 1 else None
+
+
+def find_weights(folder: Path) -> Path:
+    """The file of a converted model's weights, or the index of its shards.
+
+    Raises:
+        UnreadableFileError: there is none.
+    """
+    for name in (WEIGHTS, WEIGHTS_INDEX):
+        if (folder / name).is_file():
+            return folder / name
+    raise UnreadableFileError(
+        f"{folder} is no folder with a {WEIGHTS}, or its shards.",
+        "Give the folder of a converted model.",
+    )
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a file is one of a model's weights: all of them, a shard, or the index of those."""
+    return _MODEL_FILE.fullmatch(name) is not None
 
 
 def open_tensors(path: Path) -> "TensorFile | ShardedTensorFile":
@@ -294,6 +335,14 @@ def shard_names(path: Path) -> list[str]:
     return sorted(set(_weight_map(_read_index(path), path).values()))
 
 
+def missing_shard(shard: Path, index: Path) -> UnreadableFileError:
+    """What to say of a shard that is not where its index has it."""
+    return UnreadableFileError(
+        f"{shard} is missing, a shard that {index.name} speaks of.",
+        "Fetch or copy all the shards.",
+    )
+
+
 def _read_index(path: Path) -> bytes:
     with _open(path) as file:
         try:
@@ -338,10 +387,7 @@ def _open_shard(index: Path, name: str) -> TensorFile:
     """
     path = index.parent / name
     if not path.exists():
-        raise UnreadableFileError(
-            f"{path} is missing, a shard that {index.name} speaks of.",
-            "Fetch or copy all the shards.",
-        )
+        raise missing_shard(path, index)
     shard = TensorFile(path)
     places = [index.parent]
     if index.parent.parent.name == "snapshots":
