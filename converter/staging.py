@@ -87,13 +87,15 @@ class StagedOutput:
             replaced = self.area / _REPLACED
             self.place.rename(replaced)
             # looked at where nobody adds to it any more
-            _check(replaced, self.place, force=self.force, made=self.made)
+            ours = _check(replaced, self.place, force=self.force, made=self.made)
+            _check_unchanged(replaced, self.place, ours)
         self.folder.rename(self.place)
         sync(self.place.parent)
 
     def _publish_inside(self) -> None:
         """Moves file by file: the old last one goes first, and the new one comes last."""
-        _check(self.place, self.place, force=self.force, made=self.made, area=self.area)
+        ours = _check(self.place, self.place, force=self.force, made=self.made, area=self.area)
+        _check_unchanged(self.place, self.place, ours)
         old = _in_order(_contents(self.place, self.area), self.last)
         new = _in_order(_names(self.folder), self.last)
         _write(self.area / _MOVED, {name: (self.folder / name).lstat().st_ino for name in new})
@@ -137,7 +139,7 @@ def check_place(place: Path, *, force: bool, made: Made = _nothing) -> None:
         place = real_path(place)
         with locked(place):
             _clear(place)
-            _check(place, place, force=force, made=made)
+            _check_unchanged(place, place, _check(place, place, force=force, made=made))
 
 
 @contextmanager
@@ -152,7 +154,8 @@ def staged(
     """Opens a stage for an output; closing it leaves nothing but what was published.
 
     Only one process at a time has the stage of a place. What a process that died has left there is
-    cleared, and an output that it was about to replace is put back.
+    cleared, and an output that it was about to replace is put back. Whether files of that output
+    were changed, which takes reading them, is left to `check_place` and to `publish`.
 
     Args:
         place: absolute path of the output.
@@ -217,8 +220,10 @@ def _parents(place: Path) -> Iterator[None]:
 # what is there --------------------------------------------------------------------------------
 
 
-def _check(folder: Path, place: Path, *, force: bool, made: Made, area: Path | None = None) -> None:
-    """Checks that what is in a folder may be replaced.
+def _check(
+    folder: Path, place: Path, *, force: bool, made: Made, area: Path | None = None
+) -> Mapping[str, str | None]:
+    """Checks that what is in a folder may be replaced, as far as names tell.
 
     Args:
         folder: to look into.
@@ -227,11 +232,14 @@ def _check(folder: Path, place: Path, *, force: bool, made: Made, area: Path | N
         made: tells what of it this tool has made.
         area: the stage in it, if there is one.
 
+    Returns:
+        What this tool has made of it.
+
     Raises:
         OutputError: it may not.
     """
     if not os.path.lexists(folder):
-        return
+        return {}
     if not folder.is_dir() or folder.is_symlink():
         raise OutputError(f"{place} is a file.", "Choose another output.")
     there = _contents(folder, area)
@@ -241,7 +249,23 @@ def _check(folder: Path, place: Path, *, force: bool, made: Made, area: Path | N
         raise _kept(place, "that eomt-convert has not made", others)
     if there and not force:
         raise OutputError(f"{place} exists.", "--force replaces it.")
-    # such as a model that was trained further and saved under the same names
+    return ours
+
+
+def _check_unchanged(folder: Path, place: Path, ours: Mapping[str, str | None]) -> None:
+    """Checks that files are as this tool has made them; reads all of them.
+
+    One that was changed is, for example, a model that was trained further and saved under the same
+    names.
+
+    Args:
+        folder: to look into.
+        place: the output that it is, for the message.
+        ours: SHA-256 by name; None for a file that may be changed.
+
+    Raises:
+        OutputError: one is not.
+    """
     changed = [name for name, digest in ours.items() if digest and _differs(folder / name, digest)]
     if changed:
         raise _kept(place, "that were changed since eomt-convert made them", changed)

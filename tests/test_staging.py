@@ -228,6 +228,29 @@ def test_what_was_changed_since_it_was_made_is_not_replaced(
     assert names(tmp_path) == ["out"]
 
 
+def test_an_output_is_read_when_it_is_looked_at_and_when_it_is_replaced_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, read = tmp_path / "out", []
+    make(place, "old")
+    made = {"config.json": None, "weights": hashlib.sha256(b"old").hexdigest()}
+
+    def digest(path: Path) -> str:
+        read.append(path.name)
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    monkeypatch.setattr("converter.staging.sha256", digest)
+    check_place(place, force=True, made=lambda _: made)
+    assert read == ["weights"]
+    with staged(place, size=0, force=True, made=lambda _: made) as stage:
+        assert read == ["weights"]
+        (stage.folder / "config.json").write_text("new")
+        stage.publish()
+
+    assert read == ["weights", "weights"]
+    assert contents(place) == {"config.json": "new"}
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_what_somebody_adds_to_an_output_meanwhile_is_not_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool
