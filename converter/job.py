@@ -11,8 +11,8 @@ from converter.configs import Dtype
 from converter.errors import UsageError
 from converter.files import user_path
 from converter.places import RECORDED, HubSource, LocalSource, find_recorded, parse_source
+from converter.sizes import parse_size
 from converter.weights.inspection import WeightsKind
-from converter.weights.writing import parse_size
 
 # called with what is being done, and how much of how much is done: bytes, or pictures
 Progress = Callable[[str, int, int], object]

@@ -13,6 +13,7 @@ from converter.hub.sources import Fetched
 from converter.outside import LONGEST_CELL, visible
 from converter.publishing.push import Publication
 from converter.publishing.release import Release
+from converter.sizes import size_text
 from converter.weights.inspection import Inspection
 from converter.weights.pairing import PairCheck
 from converter.weights.plan import Plan
@@ -35,7 +36,7 @@ def summary(conversion: Conversion, place: str) -> list[str]:
         *(f"weights   {sign.finding}: {sign.speaks_for}" for sign in conversion.inputs.evidence),
         *_pair(conversion.pair),
         *_tensors(conversion.plan),
-        f"output    {place} ({_size(sum(size for size, _ in conversion.files.values()))})",
+        f"output    {place} ({size_text(sum(size for size, _ in conversion.files.values()))})",
         *verdict(conversion.verdict),
     ]
     height, width = conversion.job.image_size or (0, 0)
@@ -53,7 +54,7 @@ def summary(conversion: Conversion, place: str) -> list[str]:
 
 
 def _source(source: Fetched) -> str:
-    size = _size(source.size)
+    size = size_text(source.size)
     if source.repo_id:
         return f"{source.repo_id} at {source.revision}, {source.weights.name} ({size})"
     path = source.weights
@@ -201,7 +202,7 @@ def publication(found: Publication) -> list[str]:
     A size is what a file has, also where the Hub had it already.
     """
     rows = [
-        (change.action, change.name, _size(change.size) if change.size else "")
+        (change.action, change.name, size_text(change.size) if change.size else "")
         for change in found.changes
     ]
     seen_by = "private" if found.private else "public"
@@ -254,7 +255,7 @@ def released(found: Release) -> str:
 
 def plan_table(plan: Plan) -> list[str]:
     """The plan, a line per tensor."""
-    rows = [(row.name, _shape(row.shape), row.dtype, row.recipe) for row in plan.rows]
+    rows = [(row.name, shape_text(row.shape), row.dtype, row.recipe) for row in plan.rows]
     dropped = [(str(entry.operand), "", "", f"dropped: {entry.reason}") for entry in plan.dropped]
     return [*aligned(rows), *(f"{name}  {reason}" for name, _, _, reason in dropped)]
 
@@ -272,7 +273,7 @@ def catalogue_table() -> list[str]:
 
 def inspection(found: Inspection) -> list[str]:
     """What is in a file: a line per tensor, then what it all is."""
-    rows = [(name, _shape(shape), dtype) for name, (dtype, shape) in found.tensors.items()]
+    rows = [(name, shape_text(shape), dtype) for name, (dtype, shape) in found.tensors.items()]
     lines = [
         *aligned(rows),
         f"layout      {found.layout or 'unknown'}: {found.title}",
@@ -299,12 +300,6 @@ def aligned(rows: Iterable[Sequence[str]], *, numbers: bool = False) -> list[str
     return lines
 
 
-def _shape(shape: tuple[int, ...]) -> str:
+def shape_text(shape: tuple[int, ...]) -> str:
+    """A tensor's shape, such as 3x224x224; ``scalar`` where it has no axes."""
     return "x".join(map(str, shape)) or "scalar"
-
-
-def _size(count: int) -> str:
-    for unit, step in (("GB", 1e9), ("MB", 1e6)):
-        if count >= step:
-            return f"{count / step:.2f} {unit}"
-    return f"{count / 1e3:.1f} kB"

@@ -30,6 +30,7 @@ from filelock import FileLock
 from converter.errors import OutputError, UnreadableFileError
 from converter.files import read_json_object, real_path, sha256, sync, sync_tree
 from converter.locks import locked
+from converter.sizes import size_text
 from converter.version import TOOL
 
 _MARKER, _LOCK, _OUTPUT, _REPLACED, _MOVED = (
@@ -460,6 +461,6 @@ def _check_space(area: Path, place: Path, size: int) -> None:
     free = shutil.disk_usage(area).free
     if free < size:
         raise OutputError(
-            f"{place} needs {size / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB left.",
+            f"{place} needs {size_text(size, 'GB')}, its disk has {size_text(free, 'GB')} left.",
             "Free some space, or choose an output on another disk.",
         )

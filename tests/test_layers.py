@@ -31,7 +31,7 @@ FLOORS = (
     ("catalog",),
     ("class_names", "colours", "staging"),
     ("locks", "places", "zips"),
-    ("files", "outside"),
+    ("files", "outside", "sizes"),
     ("errors", "version"),
 )
 

@@ -8,18 +8,13 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from huggingface_hub.serialization._base import parse_size_to_int
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from converter.errors import UsageError
 from converter.weights.tensorfiles import WEIGHTS_INDEX, open_tensors
 from converter.weights.writing import (
     SafetensorsWriter,
     TensorSpecs,
     WeightsWriter,
-    parse_size,
     shard,
 )
 
@@ -157,30 +152,3 @@ def test_the_index_is_written_as_transformers_writes_it() -> None:
         "  }\n"
         "}\n"
     )
-
-
-@settings(max_examples=200)
-@given(
-    st.integers(1, 999),
-    st.sampled_from(["", ".5", ".25"]),
-    st.sampled_from(["KB", "mb", "GB", "Tb"]),
-)
-def test_sizes_are_parsed_as_huggingface_hub_does(number: int, rest: str, unit: str) -> None:
-    for text in (f"{number}{rest}{unit}", f" {number}{rest} {unit} "):
-        assert parse_size(text) == parse_size_to_int(text)
-
-
-def test_a_size_without_a_unit_is_one_of_bytes() -> None:
-    assert parse_size("1500000") == 1_500_000
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", "GB", "0", "0GB", "-1GB", "1e3GB", "nanGB", "infGB", "5GiB", "5 G", "1,5GB", "٣GB"),
-        *("9" * 5000 + "GB", "0.0000001KB", "1_000MB"),
-    ],
-)
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="is no size"):
-        parse_size(text)

@@ -10,7 +10,6 @@ from converter.checks.evidence import Evidence
 from converter.checks.pixels import Normalisation, read_normalisation
 from converter.checks.verdict import Level
 from converter.configs import DTYPES, read_config
-from converter.errors import UnreadableFileError
 from converter.files import read_json_object
 from converter.weights.headers import TensorInfo
 from converter.weights.merge import round_to

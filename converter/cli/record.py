@@ -88,11 +88,12 @@ def record_command(
 def _summary(recording: "Recording", output: Path) -> list[str]:
     """What was recorded and where, and what is known of the model."""
     from converter import report
+    from converter.sizes import size_text
 
     width = max(map(len, recording.tensors))
     lines = [
-        f"  {name:<{width}}  {dtype:<3}  {'x'.join(map(str, shape))}"
+        f"  {name:<{width}}  {dtype:<3}  {report.shape_text(shape)}"
         for name, (dtype, shape) in recording.tensors.items()
     ]
-    title = f"recorded  {output} ({recording.size / 1e6:.2f} MB)"
+    title = f"recorded  {output} ({size_text(recording.size, 'MB')})"
     return [title, *lines, *report.verdict(recording.verdict)]

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import re
 import struct
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from converter.errors import UsageError
 from converter.files import FileDigest
 from converter.weights.headers import ITEM_SIZES
 from converter.weights.tensorfiles import WEIGHTS, WEIGHTS_INDEX
@@ -21,24 +19,6 @@ if TYPE_CHECKING:
 
 # name -> (safetensors' name of the element type, shape), in the order of a file
 TensorSpecs: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]
-
-
-_SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-def parse_size(text: str) -> int:
-    """The bytes of a size such as ``500MB``, as huggingface_hub and transformers take it.
-
-    Units are powers of 1000; a number without a unit is one of bytes.
-
-    Raises:
-        UsageError: it is no size.
-    """
-    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) ?([KMGT]B)?", text.strip().upper())
-    size = int(float(match[1]) * _SIZE_UNITS.get(match[2], 1)) if match else 0
-    if size == 0:
-        raise UsageError(f"{text!r} is no size.", "Write 5GB, 500MB, or a number of bytes.")
-    return size
 
 
 def safetensors_header(tensors: TensorSpecs) -> bytes:
