@@ -33,6 +33,34 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+@contextmanager
+def readable(path: str | Path) -> Iterator[None]:
+    """Says of a file what the system says of it, where reading it fails in this block.
+
+    Raises:
+        UnreadableFileError: for any OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UnreadableFileError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+@contextmanager
+def writable(place: Path, remedy: str = "") -> Iterator[None]:
+    """Says of a file or folder what the system says of it, where writing fails in this block.
+
+    Raises:
+        OutputError: for any OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{place} cannot be written: {error.strerror or error}.", remedy
+        ) from error
+
+
 def open_regular(path: str | Path) -> BufferedReader:
     """Opens a regular file to be read, at once: a pipe or a device is never waited for.
 
@@ -88,10 +116,9 @@ def read_json_object(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
             something else.
     """
     try:
-        content = json.loads(read_text(path, limit))
+        with readable(path):
+            content = json.loads(read_text(path, limit))
         half = _half_character(content)
-    except OSError as error:
-        raise UnreadableFileError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
         raise UnreadableFileError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
@@ -210,11 +237,9 @@ def prepare_place(path: Path) -> None:
         OutputError: the folder cannot be made or written to, or a folder has the file's name.
     """
     remedy = "Give a file in a folder that may be written to."
-    try:
+    with writable(path, remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
         is_folder = path.is_dir()
-    except OSError as error:
-        raise OutputError(f"{path} cannot be written: {error.strerror}.", remedy) from error
     if is_folder:
         raise OutputError(f"{path} cannot be written: it is a folder.", remedy)
     if not os.access(path.parent, os.W_OK | os.X_OK):

@@ -13,7 +13,7 @@ from converter.catalog import CATALOG, Task
 from converter.checks.pixels import open_picture
 from converter.checks.verdict import BASES, Basis
 from converter.errors import UnreadableFileError
-from converter.files import PICTURE_LIMIT, read_bytes, read_json_object
+from converter.files import PICTURE_LIMIT, read_bytes, read_json_object, readable
 from converter.places import RECORDED, find_recorded
 from converter.weights.tensorfiles import TensorFile
 
@@ -295,10 +295,8 @@ def _read_image(path: Path, sha256: str) -> "Image":
     Raises:
         UnreadableFileError: it has another digest, or cannot be read.
     """
-    try:
+    with readable(path):
         content = read_bytes(path, PICTURE_LIMIT)
-    except OSError as error:
-        raise UnreadableFileError(f"{path} cannot be read: {error.strerror}.") from error
     if hashlib.sha256(content).hexdigest() != sha256:
         raise UnreadableFileError(
             f"{path} is not the recorded picture: {PROVENANCE_FILE} names another SHA-256.",

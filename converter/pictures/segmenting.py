@@ -3,7 +3,6 @@
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob, has_magic
 from io import BytesIO
@@ -22,6 +21,7 @@ from converter.files import (
     read_json_object,
     replacing,
     user_path,
+    writable,
     write_json,
 )
 from converter.hub.access import Access
@@ -190,7 +190,7 @@ def segment(
             folder, device=where, dtype=dtype, windows=task == "semantic"
         )
         categories = _categories(network, task)
-        with _os_errors(output):
+        with writable(output):
             output.mkdir(parents=True, exist_ok=True)
         for start in range(0, len(paths), batch_size):
             progress("Segmenting", start, len(paths))
@@ -476,7 +476,7 @@ def _write(
         for segment in ranked
     ]
     with (
-        _os_errors(found.overlay.parent),
+        writable(found.overlay.parent),
         replacing(found.overlay) as overlay,
         replacing(found.id_map) as ids,
     ):
@@ -491,11 +491,3 @@ def _note(segment: Segment, pixels: int) -> str:
         return f"{segment.score:.2f}"
     percent = 100 * segment.area / pixels
     return f"{percent:.0f}%" if percent >= 1 else "<1%"
-
-
-@contextmanager
-def _os_errors(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written: {error.strerror or error}.") from error

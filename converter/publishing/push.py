@@ -17,7 +17,7 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
-from converter.files import read_bytes, user_path
+from converter.files import read_bytes, readable, user_path
 from converter.history import HISTORY, REPORT
 from converter.hub.access import Access, Snapshot, explained, not_found, without_secrets
 from converter.hub.downloads import download
@@ -354,12 +354,11 @@ def _fetch_licence(source: HubSource, access: Access) -> Path:
 
 
 def _licence_text(path: Path) -> Content:
-    try:
+    with readable(path):
         content = read_bytes(path, _MAX_LICENCE)
+    try:
         if not content.decode().strip():
             raise UnreadableFileError(f"{path} is empty.")
-    except OSError as error:
-        raise UnreadableFileError(f"{path} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise UnreadableFileError(f"{path} is no text in UTF-8.") from error
     return Content.of(content)

@@ -15,7 +15,7 @@ from reprlib import repr as shortened
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from converter.errors import UnreadableFileError
-from converter.files import FileDigest, open_regular
+from converter.files import FileDigest, open_regular, readable
 from converter.places import WEIGHT_SUFFIXES
 from converter.weights.headers import MAX_DESCRIPTION, parse_json_object, read_header
 from converter.weights.unpickling import is_name
@@ -107,18 +107,14 @@ class TensorFile(AbstractContextManager["TensorFile"]):
         self.path = path
         self._file = _open(path)
         self._state = _state(self._file)
-        try:
-            header = read_header(self._file, self._state.size, path)
-        except OSError as error:
-            self._file.close()
-            raise UnreadableFileError(f"{path} cannot be read: {error.strerror}.") from error
-        except UnreadableFileError as error:
-            self._file.close()
-            error.damaged = path
-            raise
-        except BaseException:
-            self._file.close()
-            raise
+        with readable(path), ExitStack() as closing:
+            closing.callback(self._file.close)
+            try:
+                header = read_header(self._file, self._state.size, path)
+            except UnreadableFileError as error:
+                error.damaged = path
+                raise
+            closing.pop_all()
         self.format, self.tensors, self._records = header.format, header.tensors, header.records
 
     def __exit__(self, *_: object) -> None:
@@ -211,10 +207,8 @@ class TensorFile(AbstractContextManager["TensorFile"]):
         return {self.path.name: FileDigest(self._state.size, self.sha256())}
 
     def _read_at(self, buffer: memoryview, offset: int) -> int:
-        try:
+        with readable(self.path):
             count = os.preadv(self._file.fileno(), [buffer], offset)
-        except OSError as error:
-            raise UnreadableFileError(f"{self.path} cannot be read: {error.strerror}.") from error
         if count == 0 or _state(self._file) != self._state:
             raise UnreadableFileError(f"{self.path} was changed while it was read.")
         return count
@@ -282,12 +276,10 @@ class ShardedTensorFile(AbstractContextManager["ShardedTensorFile"]):
 
 
 def _open(path: Path) -> BinaryIO:
-    try:
+    if path.exists() and not path.is_file():
+        raise UnreadableFileError(f"{path} is a folder or a device, not a file.")
+    with readable(path):
         return open_regular(path)
-    except OSError as error:
-        if path.exists() and not path.is_file():
-            raise UnreadableFileError(f"{path} is a folder or a device, not a file.") from error
-        raise UnreadableFileError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 @dataclass(frozen=True)
@@ -344,11 +336,8 @@ def missing_shard(shard: Path, index: Path) -> UnreadableFileError:
 
 
 def _read_index(path: Path) -> bytes:
-    with _open(path) as file:
-        try:
-            content = file.read(MAX_DESCRIPTION + 1)
-        except OSError as error:
-            raise UnreadableFileError(f"{path} cannot be read: {error.strerror}.") from error
+    with _open(path) as file, readable(path):
+        content = file.read(MAX_DESCRIPTION + 1)
     if len(content) > MAX_DESCRIPTION:
         raise UnreadableFileError(f"{path} is larger than any model's index.")
     return content
