@@ -129,11 +129,9 @@ def load_model(
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise UnreadableFileError(f"{folder} is no usable model: {error}") from error
     trained, made = network.config.input_size, processor.image_size
-    if made != trained:
+    if mismatch := size_mismatch(trained, made, folder / "config.json"):
         raise UnreadableFileError(
-            f"image_size in {folder / 'config.json'} is {list(trained)}, {_PREPROCESSOR} makes "
-            f"pictures of {list(made)}.",
-            "Give both the height and width in pixels that the model was trained with.",
+            mismatch, "Give both the height and width in pixels that the model was trained with."
         )
     if network.config.num_channels != 3:
         raise UnreadableFileError(
@@ -141,6 +139,24 @@ def load_model(
             "have 3."
         )
     return network, processor
+
+
+def size_mismatch(
+    trained: tuple[int, int], made: tuple[int, int], config: str | Path = "config.json"
+) -> str:
+    """Says that a model and its image processor are for different sizes; empty if they are not.
+
+    Args:
+        trained: (height, width) in pixels that the network takes.
+        made: (height, width) that the image processor makes pictures fit.
+        config: what to call the file that the first is from.
+    """
+    if made == trained:
+        return ""
+    return (
+        f"image_size in {config} is {list(trained)}, {_PREPROCESSOR} makes pictures of "
+        f"{list(made)}."
+    )
 
 
 def choose_device(name: str | None) -> "torch.device":

@@ -11,8 +11,9 @@ from converter.checks.pixels import Normalisation, read_normalisation
 from converter.checks.verdict import Level
 from converter.configs import DTYPES, read_config
 from converter.files import read_json_object
+from converter.models import size_mismatch
 from converter.weights.headers import TensorInfo
-from converter.weights.merge import round_to
+from converter.weights.merge import BUFFERS, round_to
 from converter.weights.tensorfiles import find_weights, open_tensors
 
 if TYPE_CHECKING:
@@ -180,11 +181,7 @@ def check_structure(found: StoredModel, evidence: Evidence, *, allow_nonfinite: 
     problems += _disagreements(found, evidence)
     figures = {
         "tensors": len(found.tensors),
-        "parameters": sum(
-            info.size
-            for name, info in found.tensors.items()
-            if name not in ("attn_mask_probs", "criterion.empty_weight")
-        ),
+        "parameters": sum(info.size for name, info in found.tensors.items() if name not in BUFFERS),
         "dtypes": sorted({info.dtype for info in found.tensors.values()}),
         "digests": dict(found.digests),
         "problems": problems,
@@ -209,11 +206,8 @@ def _disagreements(found: StoredModel, evidence: Evidence) -> Iterator[str]:
         yield "label2id in config.json is not the inverse of its id2label."
     preprocessor = read_json_object(found.folder / "preprocessor_config.json")
     trained, made = found.config.input_size, _size_in(preprocessor)
-    if made and made != trained:
-        yield (
-            f"image_size in config.json is {list(trained)}, preprocessor_config.json makes "
-            f"pictures of {list(made)}."
-        )
+    if made and (mismatch := size_mismatch(trained, made)):
+        yield mismatch
     task = evidence.history.task if evidence.history else None
     windows = preprocessor.get("do_split_image")
     if task and windows is not None and windows != (task == "semantic"):

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # buffers they pass through stay in the processor's cache
 CHUNK = 1 << 19
 
+# tensors that do not count as parameters of a model
+BUFFERS = ("attn_mask_probs", "criterion.empty_weight")
+
 Files = Mapping[Source, TensorFile | ShardedTensorFile]
 
 
@@ -44,11 +47,10 @@ class Merged:
 
 def sharding_of(plan: Plan, max_shard_size: int | None = None) -> Sharding:
     """The files that a plan's tensors go to, none of them larger than this many bytes."""
-    buffers = ("attn_mask_probs", "criterion.empty_weight")
     return shard(
         {row.name: (row.dtype, row.shape) for row in plan.rows},
         max_shard_size,
-        parameters=sum(row.size for row in plan.rows if row.name not in buffers),
+        parameters=sum(row.size for row in plan.rows if row.name not in BUFFERS),
     )
 
 
