@@ -130,10 +130,13 @@ def is_damaged(path: Path, digest: str) -> bool:
     if is_sha256(digest):
         return sha256(path) != digest
     with open_regular(path) as file:
-        found = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
-        while piece := file.read(1 << 20):
-            found.update(piece)
-    return found.hexdigest() != digest
+        size = path.stat().st_size
+        return hashlib.file_digest(file, lambda: blob_hash(size)).hexdigest() != digest
+
+
+def blob_hash(size: int) -> "hashlib._Hash":
+    """What git calls a content of so many bytes, once it is updated with those."""
+    return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
 
 
 def arrived_damaged(repo_id: str, name: str, path: Path) -> UnreadableFileError:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from converter.errors import EomtConvertError, NotFoundError
 from converter.files import open_regular
 from converter.hub.access import Snapshot, explained
-from converter.hub.downloads import look_up
+from converter.hub.downloads import blob_hash, look_up
 from converter.weights.tensorfiles import is_model_file
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Content:
         """
         size = len(source) if isinstance(source, bytes) else source.stat().st_size
         sha256 = hashlib.sha256()
-        blob_id = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+        blob_id = blob_hash(size)
         for piece in _pieces(source):
             sha256.update(piece)
             blob_id.update(piece)
