@@ -13,13 +13,16 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO
 
 import click
 
 from converter.errors import EomtConvertError, OutputsDifferError
 from converter.hub.access import check_endpoint, without_secrets
 from converter.outside import json_text, visible
+
+if TYPE_CHECKING:
+    from converter.job import Progress
 
 # as shells report what SIGPIPE has ended: 128 + its number
 CLOSED = 141
@@ -328,29 +331,21 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def progress_bar(
     shown: bool, *, of: Literal["bytes", "pictures"] = "bytes"
-) -> Iterator[Callable[[str, int, int], None]]:
+) -> "Iterator[Progress]":
     """Shows how far every stage is, if it is shown; takes its name, what is done and the total."""
     if not shown:
         yield lambda *_: None
         return
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
 
-    count = DownloadColumn() if of == "bytes" else MofNCompleteColumn()
     columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        count,
-        TimeRemainingColumn(),
+        rich.TextColumn("{task.description}", markup=False),
+        rich.BarColumn(),
+        rich.DownloadColumn() if of == "bytes" else rich.MofNCompleteColumn(),
+        rich.TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, Any] = {}
 
         def advance(name: str, done: int, total: int) -> None:
