@@ -170,6 +170,20 @@ def explained(repo_id: str, revision: str = "main") -> Iterator[None]:
         raise explanation from error
 
 
+def check_repo_id(repo_id: str) -> None:
+    """Checks that a repository may have this name.
+
+    Raises:
+        UsageError: it breaks the Hub's rules.
+    """
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but in no __all__
+        validate_repo_id,
+    )
+
+    with explained(repo_id):
+        validate_repo_id(repo_id)
+
+
 def without_secrets(text: str, token: str | None = None) -> str:
     """A text without tokens and passwords: what is printed, logged or written passes here.
 

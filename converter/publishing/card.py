@@ -16,9 +16,10 @@ from converter.catalog import Checkpoint, Metric, Task, find_named, fixtures
 from converter.checks.recorded import known_recordings
 from converter.checks.verdict import BASES, Verdict, read_record
 from converter.configs import read_config
-from converter.errors import EomtConvertError, UnreadableFileError
+from converter.errors import EomtConvertError, UnreadableFileError, UsageError
 from converter.files import read_json_object
 from converter.history import History, PastSource, read_history
+from converter.hub.access import check_repo_id
 from converter.hub.downloads import is_sha256
 from converter.outside import Markdown, code, fenced, prose
 from converter.weights.backbones import published_repo
@@ -148,14 +149,9 @@ class ModelRecord:
 
 def _is_repo_id(text: str) -> bool:
     """Whether a repository may have this name, and not whatever a conversion.json may hold."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but in no __all__
-        validate_repo_id,
-    )
-
     try:
-        validate_repo_id(text)
-    except HFValidationError:
+        check_repo_id(text)
+    except UsageError:
         return False
     return True
 

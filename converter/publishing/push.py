@@ -19,7 +19,14 @@ from converter.errors import (
 )
 from converter.files import read_bytes, readable, user_path
 from converter.history import HISTORY, REPORT
-from converter.hub.access import Access, Snapshot, explained, not_found, without_secrets
+from converter.hub.access import (
+    Access,
+    Snapshot,
+    check_repo_id,
+    explained,
+    not_found,
+    without_secrets,
+)
 from converter.hub.downloads import download
 from converter.hub.sources import fetch_first, listed_digests
 from converter.job import Job
@@ -157,7 +164,8 @@ def publish(
             "--create-pr goes with none of --revision, --tag and --public.",
             "A pull request goes to main; tag the commit, and show it, when it is merged.",
         )
-    made, files = _read(user_path(folder), allow_unverified=allow_unverified)
+    folder = user_path(folder)
+    made, files = _read(folder, allow_unverified=allow_unverified)
     access = (access or Access.of(token, cache_dir)).online
     check_login([repo_id], access)
     if licence := _licence(made, license_file, access):
@@ -166,7 +174,7 @@ def publish(
     api, branch = HfApi(token=access.token), revision or MAIN
     remote = _read_branch(api, repo_id, branch)
     files["README.md"] = _card(repo_id, made, remote, access)
-    report = user_path(folder) / REPORT
+    report = folder / REPORT
     if report.is_file() and not is_there(files, remote):
         # its figures were measured: that they are others elsewhere is no reason for a commit
         files[REPORT] = Content.of(report)
@@ -221,18 +229,13 @@ def check_login(repo_ids: Sequence[str], access: Access) -> None:
         HubUnavailableError: the Hub is down, out of reach, or asks to wait.
         UsageError: there can be no repository of one of these names.
     """
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, but in no __all__
-        validate_repo_id,
-    )
-
     for repo_id in repo_ids:
         if "/" not in repo_id:
             raise UsageError(
                 f"{repo_id!r} does not say whose repository it is.",
                 f"Give owner/name, such as me/{repo_id}.",
             )
-        with explained(repo_id):
-            validate_repo_id(repo_id)
+        check_repo_id(repo_id)
     token = (access.login(repo_ids[0]).get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
         raise AccessError(
