@@ -11,6 +11,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any, BinaryIO
@@ -31,6 +32,8 @@ from converter.zips import open_zip
 # of this, its pickle with an optimizer's state an eighth. What is parsed takes up to a hundred
 # times as much memory.
 MAX_DESCRIPTION = 4 << 20
+
+_FETCH_AGAIN = "It may be damaged or cut off: fetch or copy it again."
 
 # safetensors' names of the element types, with the size of an element in bytes
 ITEM_SIZES = {
@@ -138,9 +141,12 @@ def read_header(file: BinaryIO, size: int, path: Path) -> Header:
             "Load it with a torch that you trust it to, and torch.save it again.",
         )
     raise UnreadableFileError(
-        f"{path} is neither a safetensors file nor a torch zip file.",
-        "It may be damaged or cut off: fetch or copy it again.",
+        f"{path} is neither a safetensors file nor a torch zip file.", _FETCH_AGAIN
     )
+
+
+def _invalid(path: Path, file_format: str, reason: str) -> UnreadableFileError:
+    return UnreadableFileError(f"{path} is not a valid {file_format} file: {reason}.", _FETCH_AGAIN)
 
 
 # safetensors ---------------------------------------------------------------------------------
@@ -148,13 +154,7 @@ def read_header(file: BinaryIO, size: int, path: Path) -> Header:
 
 def _read_safetensors_header(file: BinaryIO, size: int, path: Path) -> Mapping[str, TensorInfo]:
     """Reads a header as https://huggingface.co/docs/safetensors#format states it."""
-
-    def broken(reason: str) -> UnreadableFileError:
-        return UnreadableFileError(
-            f"{path} is not a valid safetensors file: {reason}.",
-            "It may be damaged or cut off: fetch or copy it again.",
-        )
-
+    broken = partial(_invalid, path, "safetensors")
     file.seek(0)
     start = file.read(8)
     if len(start) < 8:
@@ -240,13 +240,7 @@ _ZIP64 = 2**32 - 1  # instead of a size that is in the extra field
 
 def _read_torch_header(file: BinaryIO, path: Path) -> Header:
     """Reads where torch.save put each tensor: a bare state dict, or one under ``state_dict``."""
-
-    def broken(reason: str) -> UnreadableFileError:
-        return UnreadableFileError(
-            f"{path} is not a valid torch file: {reason}.",
-            "It may be damaged or cut off: fetch or copy it again.",
-        )
-
+    broken = partial(_invalid, path, "torch")
     records = _zip_records(file, broken)
     roots = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(roots) != 1:
