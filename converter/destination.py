@@ -8,7 +8,7 @@ from typing import Self
 from converter.checks.published import PUBLISHED
 from converter.checks.recorded import CONFIGS
 from converter.errors import NotVerifiedError, UnreadableFileError, UsageError
-from converter.files import digests_of, prepare_place, real_path, user_path
+from converter.files import digests_of, optional_path, prepare_place, real_path, user_path
 from converter.history import HISTORY, REPORT, read_history
 from converter.job import Job
 from converter.staging import check_place, put_back
@@ -54,7 +54,7 @@ class Destination:
         if not output and job.checkpoint is None:
             raise UsageError("Without --checkpoint, --output must be given.")
         place = real_path(user_path(output or (job.checkpoint.name if job.checkpoint else "")))
-        page = user_path(report) if report else None
+        page = optional_path(report)
         if page and real_path(page).is_relative_to(place):
             raise UsageError(f"{page} is in the output {place}, which gets its own {REPORT}.")
         return cls(place, page, force, exist_ok, keep_unverified, require_verified)

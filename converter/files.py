@@ -28,6 +28,11 @@ def user_path(given: str | Path) -> Path:
     return Path(os.path.expanduser(given))  # noqa: PTH111  # pathlib's raises a RuntimeError
 
 
+def optional_path(given: str | Path | None) -> Path | None:
+    """The same for an option that need not be given; None where it is not."""
+    return user_path(given) if given else None
+
+
 def real_path(path: Path) -> Path:
     """An absolute path without links, but for one that leads to itself, which stays."""
     return Path(os.path.realpath(path))

@@ -11,6 +11,7 @@ import converter
 from converter.errors import OutputError, UnreadableFileError
 from converter.files import (
     open_regular,
+    optional_path,
     prepare_place,
     read_json_object,
     replacing,
@@ -111,3 +112,9 @@ def test_a_report_that_cannot_be_written_is_known_before_anything_is_merged(
 
     with pytest.raises(OutputError, match=r"page\.html cannot be written"):
         converter.convert("tiny_panoptic_64", tmp_path / "out", report=tmp_path / "file/page.html")
+
+
+def test_an_option_that_was_not_given_names_no_path() -> None:
+    assert optional_path(None) is None
+    assert optional_path("") is None
+    assert optional_path("~/models") == Path("~/models").expanduser()

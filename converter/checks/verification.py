@@ -30,7 +30,7 @@ from converter.configs import (
     read_model_config,
 )
 from converter.errors import UsageError
-from converter.files import prepare_place, read_json_object, sha256, user_path
+from converter.files import optional_path, prepare_place, read_json_object, sha256
 from converter.history import has_weights_of, read_history
 from converter.hub.access import Access
 from converter.hub.sources import fetch_config
@@ -139,19 +139,17 @@ def verify(
     """
     if level not in range(1, len(NUMBERED) + 1):
         raise UsageError(f"There is no level {level}: {NUMBERED[0]} is 1, {NUMBERED[-1]} is 5.")
-    page = user_path(report) if report else None
+    page = optional_path(report)
     if page:
         prepare_place(page)
     access = Access.of(token, cache_dir, local_files_only)
-    options = Options(
-        level, against, user_path(image) if image else None, device, threads, access=access
-    )
+    options = Options(level, against, optional_path(image), device, threads, access=access)
     folder = fetch_model(model, access)
     with open_tensors(find_weights(folder)) as file:
         tensors = dict(file.tensors)
     history = read_history(folder)
     checkpoint = history.checkpoint if history else find_named(repository_of(model))
-    place = user_path(recorded) if recorded else checkpoint and checkpoint.recorded
+    place = optional_path(recorded) or (checkpoint.recorded if checkpoint else None)
     with ExitStack() as stack:
         sources: Provenance | str = _not_asked(options)
         if level >= _number("arithmetic"):

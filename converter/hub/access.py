@@ -20,7 +20,7 @@ from converter.errors import (
     OutputError,
     UsageError,
 )
-from converter.files import user_path
+from converter.files import optional_path, user_path
 from converter.outside import visible
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class Access:
         local_files_only: bool = False,
     ) -> "Access":
         """The access of a function's parameters."""
-        return cls(token, user_path(cache_dir) if cache_dir else None, local_files_only)
+        return cls(token, optional_path(cache_dir), local_files_only)
 
     @property
     def cache(self) -> Path:

@@ -271,7 +271,7 @@ class ShardedTensorFile(AbstractContextManager["ShardedTensorFile"]):
         """Size in bytes and SHA-256 of the index and of every shard, by file name."""
         digests = {self.path.name: self._digest}
         for shard in self._shards.values():
-            digests |= shard.digests()
+            digests.update(shard.digests())
         return digests
 
 
