@@ -144,6 +144,17 @@ def test_edits_of_the_card_on_the_hub_are_kept(hub: Hub, folder: Path) -> None:
     assert ours(hub)["README.md"].decode().endswith("## By hand\n")
 
 
+@over_lfs
+def test_a_card_on_the_hub_that_is_no_text_is_left_alone(hub: Hub, folder: Path) -> None:
+    converter.publish(folder, REPO)
+    hub.commit(REPO, {"README.md": b"\xff\xfe"})
+
+    with pytest.raises(UnreadableFileError, match=r"README\.md is no text in UTF-8"):
+        converter.publish(folder, REPO)
+
+    assert ours(hub)["README.md"] == b"\xff\xfe"
+
+
 def test_an_edit_that_is_made_during_a_push_is_not_lost(hub: Hub, folder: Path) -> None:
     converter.publish(folder, REPO)
     hub.commit(REPO, {"config.json": b"{}"})

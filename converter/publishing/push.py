@@ -17,7 +17,7 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
-from converter.files import read_bytes, readable, user_path
+from converter.files import read_text, readable, user_path
 from converter.history import HISTORY, REPORT
 from converter.hub.access import (
     Access,
@@ -60,7 +60,7 @@ _LICENCE_NAMES = ("LICENSE.md", "LICENSE", "LICENSE.txt")
 _LICENCE_NEEDED = "The weights are derived from DINOv3, whose licence must go with them"
 _GIVE_IT = "Give its text with --license-file."
 
-_MAX_LICENCE = 1 << 20  # bytes
+_MAX_TEXT = 1 << 20  # bytes of a licence or a card
 
 
 @dataclass(frozen=True)
@@ -357,21 +357,30 @@ def _fetch_licence(source: HubSource, access: Access) -> Path:
 
 
 def _licence_text(path: Path) -> Content:
-    with readable(path):
-        content = read_bytes(path, _MAX_LICENCE)
+    text = _read_text(path)
+    if not text.strip():
+        raise UnreadableFileError(f"{path} is empty.")
+    return Content.of(text.encode())
+
+
+def _read_text(path: Path) -> str:
+    """A licence or a card.
+
+    Raises:
+        UnreadableFileError: it cannot be read, is larger than any, or is not in UTF-8.
+    """
     try:
-        if not content.decode().strip():
-            raise UnreadableFileError(f"{path} is empty.")
+        with readable(path):
+            return read_text(path, _MAX_TEXT)
     except UnicodeDecodeError as error:
         raise UnreadableFileError(f"{path} is no text in UTF-8.") from error
-    return Content.of(content)
 
 
 def _card(repo_id: str, made: ModelRecord, remote: Snapshot | None, access: Access) -> Content:
     card = model_card(repo_id, made)
     if remote is None or "README.md" not in remote.digests:
         return Content.of(str(card).encode())
-    theirs = _read_fresh(remote, "README.md", access, lambda path: path.read_bytes().decode())
+    theirs = _read_fresh(remote, "README.md", access, _read_text)
     return Content.of(updated(theirs, card).encode())
 
 
