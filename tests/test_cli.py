@@ -341,19 +341,26 @@ main()
 """
 
 
+def merging(folder: Path, program: str, **options: Any) -> "subprocess.Popen[str]":
+    """A run in a folder, which has come to where it is held."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, "--checkpoint", "tiny_panoptic_64"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "merging\n"
+    return process
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
 def test_an_interrupted_run_tells_by_what_and_leaves_nothing(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, "--checkpoint", "tiny_panoptic_64"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "merging\n"
+    process = merging(tmp_path, SLOW)
     assert [name.rpartition("-")[0] for name in names(tmp_path)] == [
         ".tiny_panoptic_64.eomt-convert"
     ]
@@ -369,15 +376,11 @@ def test_an_interrupted_run_tells_by_what_and_leaves_nothing(
 def test_a_signal_that_was_ignored_at_the_start_stops_nothing(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW.replace("3600", "1"), "--checkpoint", "tiny_panoptic_64"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        text=True,
+    process = merging(
+        tmp_path,
+        SLOW.replace("3600", "1"),
         preexec_fn=lambda: signal.signal(number, signal.SIG_IGN),
     )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "merging\n"
     process.send_signal(number)
     process.communicate(timeout=HANGS)
 
@@ -389,21 +392,8 @@ def test_a_second_signal_does_not_interrupt_the_cleaning_up(tmp_path: Path) -> N
     slow = "import shutil\nremove = shutil.rmtree\n"
     slow += "def rmtree(path, **options):\n    print('cleaning', flush=True)\n    time.sleep(1)\n"
     slow += "    remove(path, **options)\nshutil.rmtree = rmtree\n"
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            SLOW.replace("main()\n", slow + "main()\n"),
-            "--checkpoint",
-            "tiny_panoptic_64",
-        ],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = merging(tmp_path, SLOW.replace("main()\n", slow + "main()\n"))
     assert process.stdout is not None
-    assert process.stdout.readline() == "merging\n"
     process.send_signal(signal.SIGHUP)
     assert process.stdout.readline() == "cleaning\n"
     process.send_signal(signal.SIGTERM)

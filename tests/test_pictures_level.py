@@ -1,12 +1,12 @@
 """Preprocessing, labels and post-processing, held against what was recorded of pictures."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import digests
 import pytest
 import torch
 from click.testing import Result
@@ -42,10 +42,6 @@ def change_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(read_json(path) | changes))
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def pictures_of(verdict: Verdict) -> Level:
     return verdict.levels[LEVELS.index("pictures")]
 
@@ -77,7 +73,7 @@ def recording(tmp_path: Path) -> Callable[..., Path]:
         edit(tensors)
         save_file(tensors, folder / "recorded.safetensors")
         content = read_json(FIXTURES / name / "recorded.json")
-        content["sha256"]["recorded.safetensors"] = sha256(folder / "recorded.safetensors")
+        content["sha256"]["recorded.safetensors"] = digests.of_file(folder / "recorded.safetensors")
         (folder / "recorded.json").write_text(json.dumps(content))
         return folder
 
@@ -667,7 +663,7 @@ def test_a_recorded_picture_that_cannot_be_read_is_refused(
     folder = recording(SEMANTIC)
     (folder / "images/1.png").write_bytes(b"no picture")
     content = read_json(folder / "recorded.json")
-    content["sha256"]["images/1.png"] = sha256(folder / "images/1.png")
+    content["sha256"]["images/1.png"] = digests.of_file(folder / "images/1.png")
     (folder / "recorded.json").write_text(json.dumps(content))
 
     with pytest.raises(UnreadableFileError, match=r"1\.png is no picture"):

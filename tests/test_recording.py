@@ -1,12 +1,12 @@
 """Recording what a model computes, and holding models against the recording."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import digests
 import pytest
 import torch
 from click.testing import Result
@@ -42,13 +42,9 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return content
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def tensor_digests(model: Path) -> dict[str, str]:
     tensors = load_file(model / "model.safetensors")
-    return {n: hashlib.sha256(t.numpy().tobytes()).hexdigest() for n, t in tensors.items()}
+    return digests.of_tensors(tensors)
 
 
 def change(file: Path, name: str, edit: Callable[[torch.Tensor], object]) -> None:
@@ -300,11 +296,11 @@ def test_recorded_json_tells_of_what_and_how_it_was_made(model: Path, tmp_path: 
 
     found = read_provenance(tmp_path / "recorded")
     assert found["sha256"] == {
-        name: sha256(tmp_path / "recorded" / name)
+        name: digests.of_file(tmp_path / "recorded" / name)
         for name in ("recorded.safetensors", "images/0.png")
     }
     assert (found["task"], found["stuff_classes"]) == ("panoptic", [4, 5, 6])
-    assert found["input"] == {"images": [{"name": "1.png", "sha256": sha256(picture)}]}
+    assert found["input"] == {"images": [{"name": "1.png", "sha256": digests.of_file(picture)}]}
     assert found["model"] == {
         "repo": None,
         "checkpoint": "tiny_panoptic_64",
@@ -319,7 +315,7 @@ def test_recorded_json_tells_of_what_and_how_it_was_made(model: Path, tmp_path: 
         "basis": "original",
         "tensors": tensor_digests(model),
         "files": [
-            {"name": name, "sha256": sha256(model / name)}
+            {"name": name, "sha256": digests.of_file(model / name)}
             for name in ("config.json", "preprocessor_config.json", "model.safetensors")
         ],
     }

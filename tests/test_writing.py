@@ -1,9 +1,9 @@
 """Weights written as a stream, in one file or several."""
 
-import hashlib
 import json
 from pathlib import Path
 
+import digests
 import huggingface_hub
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def test_a_written_file_is_the_one_that_the_safetensors_library_writes(
             writer.write(bytes_of({"": tensor}))
         digest = writer.sha256()
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
-    assert digest == hashlib.sha256((tmp_path / "theirs").read_bytes()).hexdigest()
+    assert digest == digests.of_file(tmp_path / "theirs")
     assert writer.size == (tmp_path / "theirs").stat().st_size
 
 
@@ -121,10 +121,7 @@ def test_shards_are_those_of_huggingface_hub(limit: int | None, tmp_path: Path) 
             assert set(file.tensors) == set(STATE_TO_SHARD)
             for name, tensor in STATE_TO_SHARD.items():
                 assert np.array_equal(file.read(name), tensor.float().numpy()), name
-    assert files == {
-        path.name: (path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest())
-        for path in ours.iterdir()
-    }
+    assert files == digests.of_files(ours)
     assert sharding.size == sum(size for size, _ in files.values())
 
 
