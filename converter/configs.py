@@ -16,6 +16,10 @@ DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
+# what decides, with its tensors, what a model computes
+PREPROCESSOR = "preprocessor_config.json"
+CONFIGS = ("config.json", PREPROCESSOR)
+
 # ImageNet's statistics, as github.com/tue-mps/eomt models/vit.py has them
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)

@@ -10,11 +10,10 @@ from typing import Any, Unpack
 from converter.checks.bare_backbone import check_outputs
 from converter.checks.evidence import Evidence
 from converter.checks.provenance import Provenance
-from converter.checks.recorded import CONFIGS
 from converter.checks.verdict import Verdict, unverified
 from converter.checks.verification import Findings, Options, check, write_page
 from converter.class_names import ClassNames
-from converter.configs import DTYPES, model_config, preprocessor_config
+from converter.configs import CONFIGS, DTYPES, model_config, preprocessor_config
 from converter.destination import Destination, made_files
 from converter.errors import (
     EomtConvertError,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Self
 
 from converter.checks.published import PUBLISHED
-from converter.checks.recorded import CONFIGS
+from converter.configs import CONFIGS
 from converter.errors import NotVerifiedError, UnreadableFileError, UsageError
 from converter.files import digests_of, optional_path, prepare_place, real_path, user_path
 from converter.history import HISTORY, REPORT, read_history

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converter.catalog import find_named
-from converter.configs import read_config
+from converter.configs import PREPROCESSOR, read_config
 from converter.errors import UnreadableFileError, UsageError
 from converter.files import read_json_object, user_path
 from converter.history import HISTORY, read_history
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     import torch
 
     from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor
-
-_PREPROCESSOR = "preprocessor_config.json"
 
 
 def fetch_model(model: str | Path, access: Access) -> Path:
@@ -39,23 +37,23 @@ def fetch_model(model: str | Path, access: Access) -> Path:
     if isinstance(source, LocalSource):
         if not source.path.is_dir():
             raise UnreadableFileError(f"There is no folder {source.path}.")
-        is_model = (source.path / _PREPROCESSOR).is_file()
+        is_model = (source.path / PREPROCESSOR).is_file()
     else:  # asked before gigabytes are fetched
-        is_model = fetch_first(source, (_PREPROCESSOR,), access) is not None
+        is_model = fetch_first(source, (PREPROCESSOR,), access) is not None
         if access.offline and not is_model:
-            reason = f"{_PREPROCESSOR} is missing"
+            reason = f"{PREPROCESSOR} is missing"
             raise not_in_cache(source.repo_id, source.revision, reason)
     if not is_model:
         raise UnreadableFileError(
-            f"{model} has no {_PREPROCESSOR}: it is not a converted model.",
+            f"{model} has no {PREPROCESSOR}: it is not a converted model.",
             "eomt-convert makes one of a delta and a backbone.",
         )
     if isinstance(source, LocalSource):
         folder = source.path
     else:
-        folder = fetch(source, access, beside=(_PREPROCESSOR, HISTORY)).weights.parent
+        folder = fetch(source, access, beside=(PREPROCESSOR, HISTORY)).weights.parent
     read_config(folder / "config.json")
-    read_json_object(folder / _PREPROCESSOR)
+    read_json_object(folder / PREPROCESSOR)
     return folder
 
 
@@ -90,7 +88,7 @@ def find_task(model: str | Path, folder: Path) -> str:
         return history.task
     if checkpoint := find_named(str(model).partition("@")[0]):
         return checkpoint.task
-    if read_json_object(folder / _PREPROCESSOR).get("do_split_image"):
+    if read_json_object(folder / PREPROCESSOR).get("do_split_image"):
         return "semantic"
     if read_json_object(folder / "config.json").get("stuff_classes"):
         return "panoptic"
@@ -154,8 +152,7 @@ def size_mismatch(
     if made == trained:
         return ""
     return (
-        f"image_size in {config} is {list(trained)}, {_PREPROCESSOR} makes pictures of "
-        f"{list(made)}."
+        f"image_size in {config} is {list(trained)}, {PREPROCESSOR} makes pictures of {list(made)}."
     )
 
 

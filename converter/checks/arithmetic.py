@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 from converter.checks.evidence import Evidence
 from converter.checks.provenance import Provenance
-from converter.checks.recorded import CONFIGS
 from converter.checks.structure import StoredModel
 from converter.checks.verdict import Level
+from converter.configs import CONFIGS
 from converter.files import sha256
 from converter.history import History
 

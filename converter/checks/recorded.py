@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from converter.catalog import CATALOG, Task
 from converter.checks.pixels import open_picture
 from converter.checks.verdict import BASES, Basis
+from converter.configs import CONFIGS
 from converter.errors import UnreadableFileError
 from converter.files import PICTURE_LIMIT, read_bytes, read_json_object, readable
 from converter.places import RECORDED, find_recorded
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PROVENANCE_FILE = "recorded.json"
-
-# what decides, with its tensors, what a model computes
-CONFIGS = ("config.json", "preprocessor_config.json")
 
 # number of dimensions by name, without the numbers in it; README describes them
 _RANKS = {

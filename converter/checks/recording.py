@@ -10,6 +10,7 @@ from converter.checks.pixels import open_picture, read_normalisation
 from converter.checks.recorded import IMAGES, PROVENANCE_FILE
 from converter.checks.verdict import LEVELS, NUMBERED, Verdict
 from converter.checks.verification import verify
+from converter.configs import CONFIGS
 from converter.errors import (
     EomtConvertError,
     OutputsDifferError,
@@ -365,7 +366,7 @@ def _provenance(device: str) -> dict[str, Any]:
 def _describe(folder: Path, repo_id: str | None, verdict: Verdict) -> dict[str, Any]:
     """Which model was recorded, and what was known of it."""
     history = read_history(folder)
-    configs = [folder / "config.json", folder / "preprocessor_config.json"]
+    configs = [folder / name for name in CONFIGS]
     weights = sorted(path for path in folder.iterdir() if is_model_file(path.name))
     return {
         "repo": repo_id,

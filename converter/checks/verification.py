@@ -16,7 +16,7 @@ from converter.checks.provenance import (
     open_sources,
 )
 from converter.checks.published import PUBLISHED, Slices, check_published
-from converter.checks.recorded import CONFIGS, Recorded, read_recorded
+from converter.checks.recorded import Recorded, read_recorded
 from converter.checks.structure import (
     StoredModel,
     check_structure,
@@ -25,10 +25,7 @@ from converter.checks.structure import (
     read_weights,
 )
 from converter.checks.verdict import LEVELS, NOT_ASKED, NUMBERED, Cause, Level, Verdict
-from converter.configs import (
-    find_backbone_config,
-    read_model_config,
-)
+from converter.configs import CONFIGS, find_backbone_config, read_model_config
 from converter.errors import UsageError
 from converter.files import optional_path, prepare_place, read_json_object, sha256
 from converter.history import has_weights_of, read_history
