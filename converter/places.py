@@ -35,16 +35,16 @@ class HubSource:
 
 
 def find_recorded(path: Path) -> Path:
-    """The recorded.safetensors of a folder, or the file itself.
+    """The recorded.safetensors in a folder, or the file itself.
 
     Raises:
-        UnreadableFileError: there is none.
+        UnreadableFileError: there is no such file.
     """
     file = path / RECORDED if path.is_dir() else path
     if not file.is_file():
         raise UnreadableFileError(
             f"There are no recorded outputs at {path}.",
-            f"Give a folder that has a {RECORDED}, or the file.",
+            f"Give a folder with a {RECORDED}, or that file.",
         )
     return file
 

@@ -1,4 +1,4 @@
-"""Why a model is not right: faults planted in right models, and what the verdict says of them."""
+"""Diagnosis: faults planted in correct models, and the causes that the verdict gives."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ Change = Callable[[State, str], Iterable[str]]
 
 
 class Planted:
-    """A right model of one's own, to plant faults in."""
+    """A separate copy of a correct model, to plant faults in."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder = folder
@@ -421,7 +421,7 @@ def test_without_the_sources_no_cause_is_made_up(plant: Callable[[str], Planted]
     assert found.verdict == "failed"
     assert found.cause is None
     tried = {trial.name: (trial.status, trial.reason) for trial in found.tried}
-    no_sources = "The sources are not at hand: --delta and --backbone."
+    no_sources = "The sources are missing: give --delta and --backbone."
     for name in ("delta-added-twice", "delta-not-added", "delta-subtracted", "other-backbone"):
         assert tried[name] == ("not tried", no_sources)
 
@@ -523,7 +523,7 @@ def test_a_backbone_that_was_trained_further_is_not_called_another_one(
     assert found.verdict == "failed"
     assert found.cause is None
     tried = {trial.name: trial.reason for trial in found.tried}
-    assert "another training has none" in tried["other-backbone"]
+    assert "another training would have none" in tried["other-backbone"]
 
 
 def test_a_right_model_is_not_diagnosed(
@@ -607,7 +607,7 @@ def test_what_has_no_name_is_given_none(
     assert {trial.status for trial in found.tried} == {"explains nothing", "not tried"}
     if sources:
         tried = {trial.name: trial.reason for trial in found.tried}
-        assert "but not as another training and the delta would" in tried["other-backbone"]
+        assert "but not as a backbone from another training would" in tried["other-backbone"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -615,7 +615,7 @@ def test_what_has_no_name_is_given_none(
 def test_a_scaled_patch_embedding_is_not_blamed_on_the_preprocessor(
     name: str, dtype: torch.dtype, plant: Callable[[str], Planted]
 ) -> None:
-    """Another factor would do the same; but it is none that is in use."""
+    """Another factor would have the same effect, but no published model uses it."""
     planted = plant(name)
     planted.without_history()
 
@@ -637,7 +637,7 @@ def test_a_scaled_patch_embedding_is_not_blamed_on_the_preprocessor(
 def test_rounding_is_not_blamed_for_what_was_trained_besides(
     name: str, plant: Callable[[str], Planted]
 ) -> None:
-    """With the sources values tell the difference, which is far below that of rounding."""
+    """With the sources, tensor values show the difference, which is far below that of rounding."""
     planted = plant(name)
     planted.without_history()
     planted.weights(further_and_rounded)

@@ -83,7 +83,7 @@ def outputs_of(folder: Path, recorded: Recorded) -> dict[str, Tensor]:
 
 
 def data_of(folder: Path, name: str) -> ReportData:
-    """What the report shows of a model that is held against a fixture's recording."""
+    """What the report shows of a model that is compared with a fixture's recording."""
     recorded = read_recorded(FIXTURES / name)
     verdict = converter.verify(folder, recorded=FIXTURES / name)
     return gather(name, folder, verdict, recorded, outputs_of(folder, recorded))
@@ -145,7 +145,7 @@ def test_recorded_pictures_stand_beside_our_segments(right: ReportData) -> None:
         "sky",
         "circle",
     }
-    assert render(right).count("All 1,024 pixels go to the recorded query") == 4
+    assert render(right).count("All 1,024 pixels are assigned to the recorded query") == 4
 
 
 def test_pixels_that_go_to_another_query_are_red(converted: Converted) -> None:
@@ -217,7 +217,7 @@ def test_a_tensor_that_conversion_json_has_and_the_file_lacks_is_shown_as_missin
 def test_rounded_weights_in_shards_have_a_tolerance_for_each_tensor(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     converter.convert("tiny_panoptic_64", folder, dtype="bfloat16", max_shard_size=200_000)
-    (folder / "conversion.json").unlink()  # which tells where its sources are
+    (folder / "conversion.json").unlink()  # it says where the sources are
     data = data_of(folder, "tiny_panoptic_64")
     recorded = read_recorded(FIXTURES / "tiny_panoptic_64").tensors
     (chart,) = data.charts
@@ -226,7 +226,7 @@ def test_rounded_weights_in_shards_have_a_tolerance_for_each_tensor(tmp_path: Pa
         assert point.tolerance == allowed.of(recorded[point.name])
     assert {row.dtype for row in data.tensors} == {"BF16"}
     page = render(data)
-    assert "or, of the range" in page
+    assert "or, as a share of the range" in page
     assert "0.04" in page
 
 
@@ -260,8 +260,8 @@ def test_differences_beyond_the_tolerance_and_no_numbers_are_told_apart(right: R
     assert [point.within for point in chart.points] == [True, False, False]
     text = render(replace(right, charts=(chart,)))
     assert "The largest is 0.002 in b." in text
-    assert "2 are beyond the tolerance" in text
-    assert ">no number</text>" in text
+    assert "2 exceed the tolerance" in text
+    assert ">not a number</text>" in text
 
 
 def test_a_chart_has_a_name_and_a_description_for_those_who_do_not_see_it(

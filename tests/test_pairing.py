@@ -210,7 +210,7 @@ def test_a_meta_file_trained_on_other_data_is_refused_by_its_name(
 
 
 def meta_vitl16(folder: Path, *, local_norm: bool) -> Path:
-    """A file with the names and sizes that tell Meta's ViT-L, and hardly any numbers."""
+    """A file with the tensor names and sizes of Meta's ViT-L, but hardly any values."""
     layout = "meta_sat493m" if local_norm else "meta"
     shapes = LAYOUTS["backbones"]["vitl16"]["layouts"][layout]
     # of every layer one tensor is enough to count it
@@ -247,7 +247,7 @@ def test_local_cls_norm_tells_what_a_vit_l_was_trained_on(
 
 @pytest.fixture
 def damaged(hub: Hub) -> Path:
-    """A backbone's weights in the cache, one bit of which is wrong."""
+    """A backbone's weights in the cache, with one wrong bit."""
     hub.create_repo("meta/backbone", {p.name: p for p in (TINY / "backbone").iterdir()})
     path = Path(huggingface_hub.hf_hub_download("meta/backbone", "model.safetensors"))
     path.resolve().chmod(0o644)  # files of the store that repositories share are read-only
@@ -328,7 +328,7 @@ def test_a_download_whose_header_is_wrong_is_fetched_once_more(
 
 @pytest.fixture
 def digested(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the weights that are held against the Hub's digests after an error."""
+    """Names of the weights that are checked against the Hub's digests after an error."""
     names: list[str] = []
 
     def is_damaged(path: Path, digest: str) -> bool:

@@ -1,4 +1,4 @@
-"""Preprocessing, labels and post-processing, held against what was recorded of pictures."""
+"""Preprocessing, labels and post-processing, compared with recorded pictures."""
 
 import json
 import shutil
@@ -52,7 +52,7 @@ def checked(model: Path, recorded: Path) -> Level:
 
 @pytest.fixture
 def own(converted: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
-    """A converted model of one's own, to change; without conversion.json, which has digests."""
+    """A separate copy of a converted model, to change; without conversion.json and its digests."""
 
     def copy(name: str) -> Path:
         folder = Path(shutil.copytree(converted(name), tmp_path / name))
@@ -64,7 +64,7 @@ def own(converted: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Pat
 
 @pytest.fixture
 def recording(tmp_path: Path) -> Callable[..., Path]:
-    """A recording of one's own, with changed tensors and a recorded.json that is of them."""
+    """A copy of a recording with changed tensors, and a recorded.json that fits them."""
 
     def copy(name: str, edit: Callable[[dict[str, Tensor]], object] = lambda _: None) -> Path:
         folder = tmp_path / "recorded"
@@ -106,7 +106,7 @@ def test_a_right_model_passes_with_figures(name: str, converted: Callable[[str],
 def test_rounded_weights_pass_within_their_own_tolerance(
     name: str, dtype: Any, tmp_path: Path
 ) -> None:
-    """Without the sources, with which the sums are held against what was recorded."""
+    """Without the sources: with them, the float32 sums would be compared with the recording."""
     converter.convert(name, tmp_path / "out", dtype=dtype, verify=False)
     (tmp_path / "out/conversion.json").unlink()
 
@@ -204,7 +204,7 @@ def test_doubled_sizes_that_agree_fail_by_both_keys(name: str, own: Callable[[st
     assert fail(model, name) == (
         f"size in preprocessor_config.json is {json.dumps(twice)}, the recorded pictures were "
         f"prepared with {json.dumps(size)}. image_size in config.json is "
-        f"[{2 * height}, {2 * width}], that of the recorded pictures is [{height}, {width}]."
+        f"[{2 * height}, {2 * width}], expected [{height}, {width}] as recorded."
     )
 
 
@@ -442,7 +442,7 @@ def test_a_task_that_the_recorded_pictures_are_not_for_is_refused(
     folder = recording(SEMANTIC, lambda t: t["mask_logits"].view(-1)[:1].add_(1e-6))
     change_json(folder / "recorded.json", task="instance")
 
-    with pytest.raises(UnreadableFileError, match="no pictures as for instance"):
+    with pytest.raises(UnreadableFileError, match="the wrong inputs for instance segmentation"):
         checked(converted(SEMANTIC), folder)
 
 
@@ -462,7 +462,7 @@ def test_what_recorded_json_does_not_say_is_not_checked(
     assert ("results" in level.figures) == (key != "task")
 
 
-# what is held against the recording -------------------------------------------------------------
+# what is compared with the recording -------------------------------------------------------------
 
 
 def change_first(name: str, by: float) -> Callable[[dict[str, Tensor]], object]:
@@ -478,7 +478,7 @@ def change_first(name: str, by: float) -> Callable[[dict[str, Tensor]], object]:
     [
         ("tiny_panoptic_64", "pipeline.pixels", 1, "1 of 8,192 pixels differ"),
         (SEMANTIC, "pipeline.crops", 1, "1 of 11,520 pixels differ"),
-        (SEMANTIC, "pipeline.origins", 1, "windows are cut elsewhere"),
+        (SEMANTIC, "pipeline.origins", 1, "windows are at other positions"),
         (SEMANTIC, "pipeline.mask_logits", 0.01, "pipeline.mask_logits differs by up to 0.01"),
         ("tiny_panoptic_64", "pipeline.class_logits", 0.01, "pipeline.class_logits differs by"),
     ],
@@ -522,7 +522,7 @@ def test_results_that_differ_in_a_twentieth_of_a_picture_fail(
 
     assert level.status == "failed"
     what = result if result.endswith("areas") else f"the pixels of {result}"
-    assert f"% of {what} are as recorded, less than 99.5%" in level.reason
+    assert f"% of {what} match the recording, less than 99.5%" in level.reason
     assert 0.9 < level.figures["equal_pixels"] < 0.99
 
 
@@ -615,7 +615,7 @@ def test_a_recording_without_pictures_is_not_checked(
     verdict = converter.verify(converted(name), recorded=recording(name, without))
 
     level = pictures_of(verdict)
-    assert (level.status, level.reason) == ("not checked", "Nothing is recorded of pictures.")
+    assert (level.status, level.reason) == ("not checked", "The recording has no pictures.")
     assert verdict.verdict == "passed"
 
 
@@ -666,7 +666,7 @@ def test_a_recorded_picture_that_cannot_be_read_is_refused(
     content["sha256"]["images/1.png"] = digests.of_file(folder / "images/1.png")
     (folder / "recorded.json").write_text(json.dumps(content))
 
-    with pytest.raises(UnreadableFileError, match=r"1\.png is no picture"):
+    with pytest.raises(UnreadableFileError, match=r"1\.png is not a readable picture"):
         converter.verify(converted(SEMANTIC), recorded=folder)
 
 
@@ -678,12 +678,12 @@ def test_a_recorded_picture_that_cannot_be_read_is_refused(
         (
             SEMANTIC,
             lambda t: t.update({"pipeline.crops": t["pipeline.crops"][:-1].clone()}),
-            "is not as long as",
+            r"has the length \d+, expected \d+ like pipeline\.\w+",
         ),
         (
             "tiny_panoptic_64",
             lambda t: t.update({"pipeline.pixels": t["pipeline.pixels"].float()}),
-            "is not uint8",
+            r"has dtype torch\.float32, expected torch\.uint8",
         ),
         (
             "tiny_panoptic_64",
@@ -693,22 +693,22 @@ def test_a_recorded_picture_that_cannot_be_read_is_refused(
         (
             SEMANTIC,
             lambda t: t.update({"pipeline.0.semantic": t["pipeline.0.semantic"].bool()}),
-            "pipeline.0.semantic in .* holds no whole numbers",
+            "pipeline.0.semantic in .* has dtype torch.bool, expected whole numbers",
         ),
         (
             SEMANTIC,
             lambda t: t.update({"pipeline.0.semantic": torch.tensor(1)}),
-            r"pipeline.0.semantic in .* has the shape \[\], not one of 2 dimensions",
+            r"pipeline.0.semantic in .* has the shape \[\], expected 2 dimensions",
         ),
         (
             "tiny_panoptic_64",
             lambda t: t.update({"pipeline.0.panoptic@0.8": torch.zeros(4, dtype=torch.int64)}),
-            "pipeline.0.panoptic@0.8 in .* not one of 3 dimensions",
+            "pipeline.0.panoptic@0.8 in .* expected 3 dimensions",
         ),
         (
             "tiny_instance_64_gated",
             lambda t: t.pop("pipeline.1.instance_queries"),
-            "not a query and a label each",
+            "lacks a query or a label for an area",
         ),
     ],
 )

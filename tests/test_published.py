@@ -1,4 +1,4 @@
-"""Corners of published outputs, and models held against them."""
+"""Corners of published outputs, and models compared with them."""
 
 import json
 from collections.abc import Callable
@@ -151,7 +151,7 @@ def test_rounded_weights_are_not_held_against_float32(
     converter.convert(NAME, tmp_path / "out", dtype="bfloat16", verify=False)
     history = json.loads((tmp_path / "out/conversion.json").read_text())
     for file in history["sources"]["delta"]["files"].values():
-        file["sha256"] = "0" * 64  # of sources that are not at hand
+        file["sha256"] = "0" * 64  # so that the sources are not found
     (tmp_path / "out/conversion.json").write_text(json.dumps(history))
 
     level = published(converter.verify(tmp_path / "out", image=picture))

@@ -99,7 +99,7 @@ def rope_theta(value: float) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": value}}
 
 
-# of configuration files, none of which moves outputs by as much as a rounded model may be off
+# wrong values in configuration files; each moves outputs by less than rounding may
 SMALL_FAULTS: list[tuple[str, dict[str, Any], str]] = [
     (PREPROCESSOR, {"image_mean": [0.48, 0.456, 0.406]}, "image-normalisation"),
     (PREPROCESSOR, {"rescale_factor": 1 / 256}, "image-normalisation"),
@@ -311,7 +311,7 @@ def test_drawn_weights_round_to_the_same_and_zeros_stay(dtype: str) -> None:
 def test_classes_that_change_fail_where_logits_hardly_do(
     converted: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """Two classes that are as good as each other, of which another one wins."""
+    """Two classes with nearly equal scores, so that another one is the best."""
     model = Path(shutil.copytree(converted("tiny_panoptic_64"), tmp_path / "model"))
     (model / "conversion.json").unlink()
 
@@ -375,7 +375,7 @@ def test_logits_alone_show_less_and_that_is_said(name: str, plant: Plant, tmp_pa
     assert "cannot show a fault that moves the parts that were recorded" in numbers_of(found).reason
 
 
-# what else they may be held against --------------------------------------------------------------
+# other evidence --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sources", [True, False])
@@ -407,7 +407,7 @@ def test_what_was_recorded_of_rounded_weights_they_give_exactly(
 def test_a_model_that_rounding_breaks_fails_although_its_sums_are_right(
     name: str, rounded: Callable[[str, Any], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever it is that makes a rounded model put out something else."""
+    """Any fault that changes only the outputs of the rounded model."""
     model = rounded(name, "float16")
     run = numbers.run
 
@@ -422,7 +422,7 @@ def test_a_model_that_rounding_breaks_fails_although_its_sums_are_right(
     found = verify(model, name, level=3)
 
     assert found.verdict == "failed"
-    assert found.reason.startswith("The model is right before it is rounded to float16, and not")
+    assert found.reason.startswith("The model is right before rounding to float16, but not")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -501,7 +501,7 @@ def test_sources_that_were_given_are_not_asked_for(name: str, plant: Plant) -> N
     without = numbers_of(verify(model, name))
     given = numbers_of(verify(model, name, sources=True))
 
-    assert without.reason.endswith("With --delta and --backbone it would show.")
+    assert without.reason.endswith("Give --delta and --backbone to find it.")
     assert "--delta" not in given.reason
 
 
@@ -573,7 +573,7 @@ def test_a_record_cannot_claim_sums_that_nothing_proves(
     content = json.loads((rounded("tiny_semantic_48", "float16") / "conversion.json").read_text())
     content["verdict"]["levels"][1]["figures"]["against"] = "conversion.json"
 
-    with pytest.raises(ValueError, match="nothing shows to be the weights"):
+    with pytest.raises(ValueError, match="weights are not proven from their sources"):
         read_record(content["verdict"], {})
 
 
@@ -596,7 +596,7 @@ def test_a_record_has_no_other_words(
     if found["rounded_to"] is None:  # and yet sums
         del found["rounded_to"]
 
-    with pytest.raises(ValueError, match=r"bfloat16|sums|figures"):
+    with pytest.raises(ValueError, match=r"rounded_to is unknown|needs rounded_to|figures"):
         read_record(content["verdict"], {})
 
 

@@ -183,7 +183,7 @@ def test_another_number_of_classes_fails_with_both_shapes(
     )
 
     assert verdict.verdict == "failed"
-    assert "the shape [2, 21, 64], recorded is the shape [2, 33, 64]" in verdict.reason
+    assert "the shape [2, 21, 64], expected [2, 33, 64] as recorded" in verdict.reason
     assert verdict.cause is None
     assert {trial.status for trial in verdict.tried} == {"not tried"}
 
@@ -208,10 +208,10 @@ def test_pictures_that_patches_do_not_fill_fail(
     verdict = converter.verify(model, recorded=tmp_path / "recorded.safetensors")
 
     assert verdict.verdict == "failed"
-    assert "does not suit the model" in verdict.reason
+    assert "The model cannot run on the recorded input" in verdict.reason
     result = command("verify", model, "--recorded", tmp_path / "recorded.safetensors")
     assert result.exit_code == 3
-    assert "The recorded input does not suit the model" in result.stdout
+    assert "The model cannot run on the recorded input" in result.stdout
 
 
 @pytest.mark.parametrize("name", ["layers.2.norm1.bias", "attn_mask_probs"])
@@ -296,19 +296,19 @@ def problems(model: Path, **options: Any) -> list[str]:
         (lambda state: state.pop("query.weight"), "query.weight is missing."),
         (
             lambda state: state.update(spare=torch.zeros(3)),
-            "spare is unknown: the model of config.json has no place for it.",
+            "spare is unexpected: the model in config.json has no such tensor.",
         ),
         (
             lambda state: state.update({"layernorm.bias": torch.zeros(63)}),
-            "layernorm.bias has the shape [63], config.json asks for [64].",
+            "layernorm.bias has the shape [63], expected [64] by config.json.",
         ),
         (
             lambda state: state.update({"layernorm.bias": torch.zeros(64, dtype=torch.int64)}),
-            "layernorm.bias holds I64, not floating point numbers.",
+            "layernorm.bias has dtype I64, expected floating point numbers.",
         ),
         (
             lambda state: state.update({"layernorm.bias": torch.zeros(64).half()}),
-            "layernorm.bias is F16, config.json says float32.",
+            "layernorm.bias has dtype F16, config.json says float32.",
         ),
         (
             lambda state: state["query.weight"].view(-1)[3].fill_(float("inf")),
@@ -328,11 +328,11 @@ def test_a_tensor_that_does_not_belong_is_named(
     ("file", "changes", "problem"),
     [
         ("config.json", {"num_blocks": 3}, "attn_mask_probs has the shape [2]"),
-        ("config.json", {"num_hidden_layers": 3}, "layers.3.attention.k_proj.weight is unknown"),
+        ("config.json", {"num_hidden_layers": 3}, "layers.3.attention.k_proj.weight is unexpected"),
         ("config.json", {"id2label": {"0": "a"}, "stuff_classes": []}, "class_predictor.weight"),
         ("config.json", {"label2id": {"LABEL_0": 1}}, "label2id in config.json"),
         ("config.json", {"image_size": 128}, "image_size in config.json is [128, 128]"),
-        ("preprocessor_config.json", {"do_split_image": True}, "is not for panoptic"),
+        ("preprocessor_config.json", {"do_split_image": True}, "expected False for panoptic"),
     ],
 )
 def test_files_that_contradict_each_other_fail(

@@ -1,4 +1,4 @@
-"""Whether every tensor of a model is what its recipe makes of its sources."""
+"""Checks that every tensor of a model has the value that its recipe gives."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 
 def check_arithmetic(found: StoredModel, evidence: Evidence) -> Level:
+    """Compares the digests of a model's tensors with its sources and its conversion.json."""
     history, recipes = evidence.history, evidence.recipes
     if recipes is None and history is None:
         return Level("arithmetic", "not checked", str(evidence.sources))
@@ -43,11 +44,11 @@ def check_arithmetic(found: StoredModel, evidence: Evidence) -> Level:
         expected = "what conversion.json says"
         if recipes is not None and found.digests.get(different[0]) != recipes.get(different[0]):
             expected = f"what its sources give: {_recipe(different[0], evidence)}"
-        more = f", and {len(different) - 1} more are not" if len(different) > 1 else ""
-        reason = f"{different[0]} is not {expected}{more}."
+        more = f" {len(different) - 1} more tensors are wrong." if len(different) > 1 else ""
+        reason = f"{different[0]} is not {expected}.{more}"
         return Level("arithmetic", "failed", reason, figures)
     if files:
-        reason = f"{files[0]} is not as it was written, by conversion.json."
+        reason = f"{files[0]} was changed: its SHA-256 is not the one in conversion.json."
         return Level("arithmetic", "failed", reason, figures)
     return Level("arithmetic", "passed", " ".join(evidence.damage), figures)
 
@@ -58,7 +59,7 @@ def _recipe(name: str, evidence: Evidence) -> str:
 
 
 def changed_files(folder: Path, history: History) -> list[str]:
-    """The configuration files that are not as the conversion wrote them."""
+    """Names of the configuration files that were changed since the conversion."""
     return [
         name
         for name in CONFIGS
@@ -69,7 +70,7 @@ def changed_files(folder: Path, history: History) -> list[str]:
 def sums_before_rounding(
     found: StoredModel, evidence: Evidence, arithmetic: Level
 ) -> "Mapping[str, Tensor] | None":
-    """The weights before they were rounded, if it is proven that these are them, rounded."""
+    """The weights before rounding, if the model's weights are proven to be these, rounded."""
     import torch
 
     figures, sources = arithmetic.figures, evidence.sources

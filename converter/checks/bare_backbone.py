@@ -1,4 +1,4 @@
-"""The backbone alone, without a delta: does it put out what was recorded of Meta's weights?"""
+"""Compares the outputs of the backbone alone, without a delta, with those of Meta's weights."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,16 +15,16 @@ from converter.weights.plan import Plan
 if TYPE_CHECKING:
     import torch
 
-# Largest difference to the recorded outputs of a backbone, as where they were recorded
+# largest difference from the recorded outputs; the test they were taken from allows the same
 _OUTPUT_TOLERANCE = 1e-4
 
 
 def check_outputs(files: Files, plan: Plan, image: Path | None, access: Access) -> PairCheck:
-    """Runs the bare backbone and compares with the outputs that Meta's weights were recorded with.
+    """Runs the bare backbone and compares its outputs with those recorded from Meta's weights.
 
     Raises:
-        AccessError: the picture was not given and cannot be had.
-        UnreadableFileError: it cannot be read.
+        AccessError: the picture was not given and cannot be downloaded.
+        UnreadableFileError: the picture cannot be read.
     """
     name = "backbone-outputs"
     known = find_backbone(size_in(plan.config))
@@ -59,7 +59,7 @@ def _run_backbone(files: Files, plan: Plan, picture: Path) -> "torch.Tensor":
     from converter.checks.pixels import read_picture
     from converter.checks.precision import full_float32
 
-    # resized as where the outputs were recorded: on float pixels, antialiased
+    # resized in the same way as for the recorded outputs: on float pixels, antialiased
     resized = torch.nn.functional.interpolate(
         read_picture(picture).float() / 255,
         size=(224, 224),

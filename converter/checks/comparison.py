@@ -1,4 +1,4 @@
-"""Tensors held against recorded ones: how far apart they are, and what a user would notice."""
+"""Compares tensors with recorded ones: how far apart they are, and what a user would notice."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -7,15 +7,16 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-# Largest difference in float32 between two right computations of a model whose logits reach 60:
-# other kernels and another order of summation move them by up to 1.1e-4 (benchmarks/tolerances.py).
+# Largest allowed difference in float32. Two correct computations of a model whose logits reach 60
+# differ by up to 1.1e-4, because kernels and the order of summation differ
+# (benchmarks/tolerances.py).
 TOLERANCE = 2e-4
 
-# Where values are larger, so are their rounding errors: up to 4e-6 of the range.
+# Rounding errors grow with the values: up to 4e-6 of the range was measured.
 FLOAT32_TOLERANCE = 1e-5
 
-# Of a tolerance, right models were seen to need up to 0.6 (benchmarks/tolerances.py). Whoever says
-# that a model is right again once something is undone asks for little more.
+# Correct models were measured to use up to 0.6 of a tolerance (benchmarks/tolerances.py). A model
+# only counts as repaired if it uses hardly more than that.
 RIGHT = 2 / 3
 
 
@@ -23,16 +24,16 @@ RIGHT = 2 / 3
 class Tolerance:
     """How far a model may be from what was recorded.
 
-    The largest difference of two tensors may be the larger of two figures. What a user would notice
-    is held against the other three.
+    Two tensors may differ by ``absolute`` or by ``relative`` times the range, whichever is larger.
+    The other three limit what a user would notice.
 
     Attributes:
-        absolute: the difference that is allowed whatever the range.
-        relative: the other, as a share of the recorded range.
-        equal_pixels: the least share of a picture's pixels that has the recorded result.
-        best_class: the least share of queries whose best class is the recorded one, but for one
-            query; 0 where differences alone decide.
-        mask_iou: the least mean over queries of the masks' intersection over union; likewise.
+        absolute: the difference that is always allowed.
+        relative: the allowed difference as a share of the recorded range.
+        equal_pixels: the smallest share of a picture's pixels that must have the recorded result.
+        best_class: the smallest share of queries whose best class must be the recorded one, where
+            one query may always differ; 0 to check only the differences.
+        mask_iou: the smallest allowed mask IoU, as the mean over queries; 0 likewise.
     """
 
     absolute: float = TOLERANCE
@@ -42,12 +43,12 @@ class Tolerance:
     mask_iou: float = 0.0
 
     def of(self, recorded: Tensor) -> float:
-        """The largest difference from this tensor that is none."""
+        """The largest difference from this tensor that is allowed."""
         values = recorded.double()  # in 16 bits, and near the largest of 32, a range overflows
         return max(self.absolute, self.relative * float(values.max() - values.min()))
 
     def widened(self, factor: float) -> "Tolerance":
-        """The tolerance with differences allowed that are so many times as large."""
+        """The tolerance with its two differences multiplied by a factor."""
         return replace(self, absolute=factor * self.absolute, relative=factor * self.relative)
 
 
@@ -55,8 +56,8 @@ FLOAT32 = Tolerance()
 
 # Rounding to bfloat16 and float16 moves outputs by up to 1.6% and 0.2% of their range; it changes
 # 1.7% and 0.24% of a result's pixels, 4.5% and 0.5% of the best classes, and leaves masks an IoU of
-# 0.981 and 0.996 (benchmarks/tolerances.py). The room is for smaller pictures and fewer queries, of
-# which one counts for more.
+# 0.981 and 0.996 (benchmarks/tolerances.py). The margin is for smaller pictures and fewer queries,
+# where a single one counts for more.
 ROUNDED = {
     "bfloat16": Tolerance(relative=0.04, equal_pixels=0.9, best_class=0.9, mask_iou=0.97),
     "float16": Tolerance(relative=0.005, equal_pixels=0.98, best_class=0.95, mask_iou=0.99),
@@ -65,15 +66,15 @@ ROUNDED = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """A tensor beside the recorded one.
+    """How a tensor compares with the recorded one.
 
     Attributes:
         max_abs, mean_abs: largest and mean absolute difference.
-        spread: standard deviation of the recorded values, to judge the others by.
-        relative: largest difference in spreads.
-        cosine: similarity of the two as vectors, 1 where they have one direction.
-        same_shape: whether they can be compared at all.
-        failure: what is wrong, in a sentence; empty if nothing is.
+        spread: standard deviation of the recorded values.
+        relative: largest difference divided by ``spread``.
+        cosine: cosine similarity of the two as vectors.
+        same_shape: whether both have the same shape, so that they can be compared.
+        failure: a sentence that says what is wrong; empty if nothing is.
     """
 
     max_abs: float
@@ -85,7 +86,7 @@ class Comparison:
     failure: str
 
     def to_dict(self) -> dict[str, float | None]:
-        """The figures as JSON shows them; null for what is no number."""
+        """The figures as JSON shows them; null for NaN and infinity."""
         figures = asdict(self)
         del figures["same_shape"], figures["failure"]
         return {key: value if math.isfinite(value) else None for key, value in figures.items()}
@@ -95,7 +96,7 @@ def compare(name: str, ours: Tensor, theirs: Tensor, tolerance: Tolerance) -> Co
     """Compares a tensor with the recorded one.
 
     Args:
-        name: what a failure calls it.
+        name: the tensor's name in the failure message.
         ours: what was computed.
         theirs: what was recorded.
         tolerance: how far apart they may be.
@@ -103,7 +104,7 @@ def compare(name: str, ours: Tensor, theirs: Tensor, tolerance: Tolerance) -> Co
     spread = float(theirs.float().std(correction=0))
     if ours.shape != theirs.shape:
         failure = (
-            f"{name} has the shape {list(ours.shape)}, recorded is the shape {list(theirs.shape)}."
+            f"{name} has the shape {list(ours.shape)}, expected {list(theirs.shape)} as recorded."
         )
         return Comparison(math.nan, math.nan, spread, math.nan, math.nan, False, failure)
     a, b = ours.double().flatten(), theirs.double().flatten()
@@ -124,19 +125,19 @@ def compare(name: str, ours: Tensor, theirs: Tensor, tolerance: Tolerance) -> Co
 
 
 def largest_difference(compared: Mapping[str, Comparison]) -> float | None:
-    """The largest of the differences; None where one is no number."""
+    """The largest of the differences; None if one of them is NaN or infinite."""
     largest = [comparison.max_abs for comparison in compared.values()]
     return max(largest) if largest and all(map(math.isfinite, largest)) else None
 
 
-# what `agreement` tells
+# the keys of what `agreement` returns
 AGREEMENT = ("best_class", "mask_iou", "same_segment")
 
 
 def agreement(
     ours: Mapping[str, Tensor], recorded: Mapping[str, Tensor]
 ) -> dict[str, float | None]:
-    """What a user would notice of a difference, as shares of all from 0 to 1.
+    """How far two results agree in what a user would notice, as shares from 0 to 1.
 
     Args:
         ours: ``mask_logits`` (batch, queries, height, width) and ``class_logits``
@@ -144,10 +145,10 @@ def agreement(
         recorded: the same, as recorded.
 
     Returns:
-        ``best_class``: queries whose best class is the recorded one. ``mask_iou``: intersection
-        over union of the masks, which are where logits are above 0, as the mean over queries; 1
-        where both are empty. ``same_segment``: pixels of the masks that go to the recorded query.
-        None where shapes differ.
+        ``best_class``: share of queries whose best class is the recorded one. ``mask_iou``:
+        intersection over union of the masks (logits above 0), as the mean over queries; 1 if both
+        masks are empty. ``same_segment``: share of mask pixels assigned to the recorded query. All
+        are None if the shapes differ.
     """
     names = ("mask_logits", "class_logits")
     if any(ours[name].shape != recorded[name].shape for name in names):
@@ -171,13 +172,13 @@ def agreement(
 def disagreement(
     found: Mapping[str, float | None], queries: int, tolerance: Tolerance
 ) -> Iterator[str]:
-    """What of `agreement` is less than it must be, in sentences.
+    """Says, in sentences, which figures of `agreement` are too low.
 
     Args:
-        found: what `agreement` gave.
-        queries: of all pictures, how many.
-        tolerance: how much must agree. One query is always allowed to have another class: its two
-            best ones may be as good as each other.
+        found: what `agreement` returned.
+        queries: number of queries in all pictures together.
+        tolerance: how much must agree. One query may always have another class, because its two
+            best classes may have the same probability.
     """
     best_class, mask_iou = found["best_class"], found["mask_iou"]
     if best_class is not None and 1 - best_class > max(1 - tolerance.best_class, 1.01 / queries):
@@ -190,7 +191,7 @@ def disagreement(
 
 
 def segments(masks: Tensor, classes: Tensor) -> Tensor:
-    """The query that each pixel goes to, (batch, height, width) int64.
+    """The query that each pixel is assigned to, (batch, height, width) int64.
 
     It is the one with the highest product of class probability, "no object" left out, and mask
     probability, as in github.com/tue-mps/eomt training/mask_classification_panoptic.py, before
@@ -205,14 +206,14 @@ def segments(masks: Tensor, classes: Tensor) -> Tensor:
 
 
 def equal_pixels(ours: Tensor, theirs: Tensor) -> float:
-    """The share of pixels with the recorded class, and segment where there is one, from 0 to 1.
+    """The share of pixels with the recorded class and, if there are segments, the same segment.
 
-    Segments are numbered in an order that one segment more or less moves. So they are matched by
-    their pixels: two are the same if neither shares more pixels with another.
+    Segment ids change when one segment is added or missing. So segments are matched by their
+    pixels: two are the same if neither shares more pixels with a third one.
 
     Args:
         ours: class ids (height, width), or class and segment ids (height, width, 2), int64.
-        theirs: the same, as recorded; where shapes differ, nothing is equal.
+        theirs: the same, as recorded; if the shapes differ, the share is 0.
     """
     if ours.shape != theirs.shape:
         return 0.0
@@ -222,7 +223,7 @@ def equal_pixels(ours: Tensor, theirs: Tensor) -> float:
     (_, mine), (their_ids, recorded) = (
         side[..., 1][same_class].unique(return_inverse=True) for side in (ours, theirs)
     )
-    # pairs as numbers: to sort them as rows takes twenty times as long
+    # each pair as one number: sorting pairs as rows takes twenty times as long
     pairs, times = (mine * len(their_ids) + recorded).unique(return_counts=True)
     found = [divmod(pair, len(their_ids)) for pair in pairs.tolist()]
     counts: list[int] = times.tolist()
@@ -239,11 +240,12 @@ def equal_pixels(ours: Tensor, theirs: Tensor) -> float:
 
 
 def equal_areas(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
-    """The share of the instances' areas that is as recorded, from 0 to 1.
+    """The share of the instances' area that matches the recording, from 0 to 1.
 
     Args:
         ours: ``labels``, ``queries`` and ``areas`` in pixels, each (instances,), in any order.
-        theirs: the same, as recorded. An instance that only one has is of no area in the other.
+        theirs: the same, as recorded. An instance that only one side has counts with area 0 on the
+            other.
     """
     mine, recorded = (
         {
@@ -260,9 +262,9 @@ def equal_areas(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> flo
 
 
 def equal_results(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, float]:
-    """The share of every result that both have and that is equal, by the names of recordings.
+    """How much of each result matches the recording, from 0 to 1, by the names of results.
 
-    It is of pixels; of instances, which overlap, it is of the areas of their masks.
+    For instances, which overlap, it is a share of the area of their masks; else of the pixels.
     """
     shares = {}
     for name in sorted(ours.keys() & theirs.keys()):

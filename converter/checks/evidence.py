@@ -1,4 +1,4 @@
-"""What a model is held against."""
+"""The evidence that a model is checked against."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,19 +12,20 @@ from reference_model.config import Dinov3Config
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a model is held against.
+    """The evidence that a model is checked against.
 
     Attributes:
-        recorded: its recorded.safetensors, if there is one.
-        published: the catalogue's entry whose weights it has, if any.
-        task: what it was converted to segment, where that is known.
-        history: what its conversion.json says, if there is one.
-        sources: the files it was made from; or, in a sentence, why they are not at hand.
-        size_is_meant: whether the model is known to be meant for the size in its configuration.
-        of_published: whether the sources are the published delta, as its repository's main branch
-            has it, and a backbone.
-        recipes: SHA-256 of every tensor as its recipe makes it; None without the sources.
-        damage: in sentences, what speaks for damage to the sources without proving it.
+        recorded: the recorded.safetensors of the model, if there is one.
+        published: the catalogue's entry that has the same weights, if any.
+        task: the task that the model was converted for, if known.
+        history: the content of the model's conversion.json, if there is one.
+        sources: the files that the model was made from; or a sentence that says why they are
+            missing.
+        size_is_meant: whether the image size in the model's configuration is known to be intended.
+        of_published: whether the sources are a backbone and the published delta, as it is on the
+            main branch of its repository.
+        recipes: SHA-256 of every tensor, computed from the sources; None without the sources.
+        damage: sentences about signs of damage to the sources that do not prove it.
         backbone_config: the backbone's config.json, if a backbone was given.
         run_backbone: whether the bare backbone is run too.
     """
@@ -34,7 +35,7 @@ class Evidence:
     task: str | None = None
     history: History | None = None
     size_is_meant: bool = False
-    sources: Provenance | str = "The sources are not at hand."
+    sources: Provenance | str = "The sources are missing."
     of_published: bool = False
     recipes: Mapping[str, str] | None = None
     damage: tuple[str, ...] = ()

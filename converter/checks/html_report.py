@@ -1,4 +1,4 @@
-"""A verdict as one HTML file that asks no network for anything, to attach to a release."""
+"""Writes a verdict as one HTML file that loads nothing from the network."""
 
 import base64
 import hashlib
@@ -33,20 +33,21 @@ from reference_model import EomtDinov3Config
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
-# Of a recording's pictures and of a picture's segments, as many are shown.
+# the largest number of pictures shown, and of segments listed for each
 _PICTURES = 4
 _SEGMENTS = 12
 
-# Pictures are made to fit this many pixels: twice what they are shown at.
+# the longer side of pictures in pixels: twice the size at which they are shown
 _PICTURE_SIDE = 512
 
-# The plot's width in percent: where zero is, which has no logarithm, and where the axis lies.
+# Positions in percent of the plot's width: of zero, which a logarithmic axis does not have, and of
+# the axis.
 _ZERO, _AXIS_START, _AXIS_END = 2.5, 14.0, 96.0
 
-# What may come of undoing a fault, the most telling first.
+# the possible results of undoing a fault, the most important first
 _OUTCOMES = ("explains all", "explains part", "explains nothing")
 
-# Height of a chart's row in pixels; verdict.css has it too.
+# height of a chart's row in pixels; must be the same in verdict.css
 _ROW_HEIGHT = 20
 
 
@@ -55,10 +56,10 @@ class Point:
     """The difference of one tensor.
 
     Attributes:
-        name: of the tensor.
+        name: name of the tensor.
         max_abs, mean_abs, relative, cosine: as in `converter.checks.comparison.Comparison`; None
-            for what is no number.
-        tolerance: the largest difference that is none.
+            for NaN and infinity.
+        tolerance: the largest difference that is allowed.
     """
 
     name: str
@@ -70,7 +71,7 @@ class Point:
 
     @property
     def within(self) -> bool:
-        """Whether the difference is tolerated."""
+        """Whether the difference is within the tolerance."""
         return self.max_abs is not None and self.max_abs <= self.tolerance
 
 
@@ -79,8 +80,8 @@ class Chart:
     """Differences by tensor, in the network's order.
 
     Attributes:
-        level: at which they were taken.
-        beside: what the model was compared with.
+        level: the level that they belong to.
+        beside: what the model was compared with, in words.
         points: one for each tensor.
     """
 
@@ -90,7 +91,7 @@ class Chart:
 
     @property
     def decades(self) -> range:
-        """The powers of ten that the axis goes through."""
+        """The powers of ten (their exponents) on the axis."""
         sizes = [
             size
             for point in self.points
@@ -101,7 +102,7 @@ class Chart:
         return range(low, max(math.ceil(math.log10(max(sizes))), low + 1) + 1)
 
     def x(self, size: float) -> float:
-        """Where a difference lies, in percent of the width."""
+        """The position of a difference, in percent of the width."""
         if size == 0:
             return _ZERO
         low, high = self.decades[0], self.decades[-1]
@@ -110,24 +111,24 @@ class Chart:
 
     @property
     def main_decades(self) -> range:
-        """Those of the decades whose labels find room on a phone."""
+        """The decades whose labels have enough room on a phone."""
         return self.decades[:: math.ceil(len(self.decades) / 4)]
 
     @property
     def worst(self) -> Point | None:
-        """The tensor of the largest difference; None if none is a number."""
+        """The tensor with the largest difference; None if all are NaN or infinite."""
         known = [point for point in self.points if point.max_abs is not None]
         return max(known, key=lambda point: point.max_abs or 0.0, default=None)
 
 
 @dataclass(frozen=True)
 class ShownSegment:
-    """The pixels that go to one query, as recorded and as the model has them.
+    """The pixels assigned to one query, in the recording and by the model.
 
     Attributes:
-        colour: that it is drawn in, as in ``#1f77b4``.
+        colour: its colour, such as ``#1f77b4``.
         labels: its best class, recorded and ours.
-        shares: of the picture's pixels, recorded and ours, from 0 to 1.
+        shares: its share of the picture's pixels, recorded and ours, from 0 to 1.
     """
 
     colour: str
@@ -140,11 +141,11 @@ class Picture:
     """A recorded picture and its segments.
 
     Attributes:
-        images: data: URIs by what they show: ``input``, ``recorded``, ``ours``, ``difference``.
-        height, width: of the input in pixels.
-        differing: how many of the masks' pixels go to another query than the recorded one.
-        size: how many pixels the masks have.
-        segments: the largest, the recorded ones first.
+        images: data URIs of ``input``, ``recorded``, ``ours`` and ``difference``.
+        height, width: size of the input in pixels.
+        differing: number of mask pixels that are not assigned to the recorded query.
+        size: number of mask pixels.
+        segments: the largest segments, the recorded ones first.
     """
 
     images: Mapping[str, Markup]
@@ -163,11 +164,10 @@ class TensorRow:
     """A tensor of the model.
 
     Attributes:
-        name, shape, dtype: as in its file; of one that is missing there, as conversion.json has
-            them.
-        recipe: how it came about, by conversion.json; empty where that is not known.
-        sha256: of its little-endian bytes; None where it is missing or was not read.
-        status: what came of holding it against its recipe, or against conversion.json.
+        name, shape, dtype: as in its file, or as in conversion.json if the tensor is missing.
+        recipe: how it was made, by conversion.json; empty if unknown.
+        sha256: digest of its little-endian bytes; None if it is missing or was not read.
+        status: result of comparing it with its recipe or with conversion.json.
     """
 
     name: str
@@ -185,7 +185,7 @@ class SourceFile:
     Attributes:
         role: ``backbone``, ``delta`` or ``weights``.
         repo_id, revision: where it came from; None for a local file.
-        name: of the file.
+        name: name of the file.
         sha256: its digest.
     """
 
@@ -198,16 +198,16 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class ReportData:
-    """All that a report shows.
+    """The content of a report.
 
     Attributes:
-        title: what the model is called.
-        verdict: what is known of it.
-        charts: its differences from what was recorded, and from a peer.
-        pictures: the first ones that were recorded.
-        tensors: every tensor of the model, and those that it should have.
-        sources: what it was made from; empty if that is not known.
-        versions: of the software that checked it, and of the tool that converted it, by name.
+        title: the model's name.
+        verdict: the verdict on it.
+        charts: its differences from the recording, and from a peer.
+        pictures: the first recorded pictures.
+        tensors: every tensor that the model has or should have.
+        sources: the files it was made from; empty if unknown.
+        versions: versions of the software that checked and that converted it, by name.
     """
 
     title: str
@@ -219,7 +219,7 @@ class ReportData:
     versions: Mapping[str, str]
 
 
-# what stands for an open file, which is written to and must not be replaced
+# paths of open files, which are written to and must not be replaced
 _STREAMS = ("/dev/std", "/dev/fd/", "/proc/")
 
 
@@ -237,7 +237,7 @@ def write_report(
 
     Raises:
         OutputError: a file cannot be written.
-        UnreadableFileError: the model's conversion.json is not as a conversion writes it.
+        UnreadableFileError: the model's conversion.json is malformed.
     """
     content = render(gather(title, folder, verdict, recorded, outputs)).encode()
     for path in paths:
@@ -267,15 +267,15 @@ def gather(
     """Collects what a report shows.
 
     Args:
-        title: what the model is called.
-        folder: of the model; it has been read before, so that its files are sound.
-        verdict: on this model.
-        recorded: what its numbers were held against, if they were.
-        outputs: what it put out for the recorded input, by the names of recorded tensors; empty if
-            it was not run.
+        title: the model's name.
+        folder: the model's folder; its files have been read, and checked, before.
+        verdict: the verdict on this model.
+        recorded: the recording that its numbers were compared with, if any.
+        outputs: its outputs for the recorded input, by the names of recorded tensors; empty if it
+            was not run.
 
     Raises:
-        UnreadableFileError: the model's conversion.json is not as a conversion writes it.
+        UnreadableFileError: the model's conversion.json is malformed.
     """
     history = read_history(folder)
     return ReportData(
@@ -301,7 +301,7 @@ def _charts(verdict: Verdict, recorded: Recorded | None) -> Iterator[Chart]:
         if level.level not in ("numbers", "peers") or not level.figures.get("compared"):
             continue
         figures = level.figures
-        beside = "what was recorded" + (", before rounding" if figures.get("unrounded") else "")
+        beside = "the recording" + (", before rounding" if figures.get("unrounded") else "")
         if level.level == "peers":
             beside = f"{figures['peer']} {figures['version']}"
         tolerance = Tolerance(figures["tolerance"], figures["relative_tolerance"])
@@ -326,13 +326,13 @@ def _tensor_rows(folder: Path, history: History | None, verdict: Verdict) -> tup
     digests = figures.get("structure", {}).get("digests", {})
     different = figures.get("arithmetic", {}).get("different")
     unknown: tuple[tuple[int, ...], str, str] = ((), "", "")
-    told = {
+    planned = {
         name: (row.shape, row.dtype, row.recipe)
         for name, row in (history.rows if history else {}).items()
     }
     with open_tensors(find_weights(folder)) as file:
         found = {
-            name: (info.shape, info.dtype, told.get(name, unknown)[2])
+            name: (info.shape, info.dtype, planned.get(name, unknown)[2])
             for name, info in file.tensors.items()
         }
 
@@ -345,7 +345,7 @@ def _tensor_rows(folder: Path, history: History | None, verdict: Verdict) -> tup
 
     return tuple(
         TensorRow(name, shape, dtype, recipe, digests.get(name), status(name))
-        for name, (shape, dtype, recipe) in ({**told, **found}).items()
+        for name, (shape, dtype, recipe) in ({**planned, **found}).items()
     )
 
 
@@ -355,7 +355,7 @@ def _tensor_rows(folder: Path, history: History | None, verdict: Verdict) -> tup
 def _pictures(
     recorded: Recorded, outputs: Mapping[str, Tensor], folder: Path
 ) -> tuple[Picture, ...]:
-    """The first recorded pictures; none where outputs have other shapes, or no three channels."""
+    """The first recorded pictures; none if shapes differ, or if they do not have three channels."""
     names = ("mask_logits", "class_logits")
     theirs = [recorded.tensors[name] for name in names]
     ours = [outputs[name] for name in names]
@@ -375,10 +375,10 @@ def _pictures(
 
 @dataclass(frozen=True)
 class _Prediction:
-    """What a model makes of a picture.
+    """A model's prediction for a picture.
 
     Attributes:
-        queries: the query that each pixel of the masks goes to, (height, width).
+        queries: the query that each mask pixel is assigned to, (height, width).
         classes, labels: the best class of every query, and its name.
     """
 
@@ -395,7 +395,7 @@ class _Prediction:
 
     @property
     def areas(self) -> NDArray[np.int64]:
-        """How many pixels go to every query."""
+        """The number of pixels assigned to every query."""
         return np.bincount(self.queries.flatten(), minlength=len(self.labels))
 
 
@@ -431,7 +431,7 @@ def _picture(pixels: NDArray[np.uint8], theirs: _Prediction, ours: _Prediction) 
 
 
 def _colours(ranked: list[int], classes: list[int]) -> dict[int, Colour]:
-    """A colour for each of these queries: its class's, or a variation of it."""
+    """A colour for each of these queries: that of its class, or a variation of it."""
     instances: Counter[int] = Counter()
     colours = {}
     for query in ranked:
@@ -483,14 +483,14 @@ def _template() -> Template:
 
 
 def _shown(value: Any) -> Any:
-    """What an expression of the template writes; all text but our own markup is made visible."""
+    """Makes control characters visible in text that the template writes, except our markup."""
     return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def render(data: ReportData) -> str:
-    """The page, the same for the same data.
+    """The page; the same data gives the same page.
 
-    Whatever stands in the data is text, never markup, and every character of it shows.
+    All data is shown as text, never as markup, with every character visible.
     """
     not_tried: dict[str, list[str]] = {}
     for trial in data.verdict.tried:
@@ -516,12 +516,12 @@ def render(data: ReportData) -> str:
 
 
 def _number(level: Level) -> int | None:
-    """What `--level` calls a level; None of pictures, which have no number."""
+    """The level's number for `--level`; None for pictures, which have none."""
     return NUMBERED.index(level.level) + 1 if level.level in NUMBERED else None
 
 
 def _csp_digest(text: str) -> str:
-    """What a Content-Security-Policy calls an inline style or script that it allows."""
+    """The digest that allows an inline style or script in a Content-Security-Policy."""
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     return f"sha256-{digest}"
 
@@ -533,16 +533,16 @@ def _figures(level: Level) -> list[tuple[str, str]]:
         "tensors": ("tensors", "{:,}".format),
         "parameters": ("parameters", "{:,}".format),
         "dtypes": ("element types", ", ".join),
-        "against": ("held against", _against),
-        "different": ("other than expected", _count),
+        "against": ("compared with", _against),
+        "different": ("different from expected", _count),
         "different_files": ("files changed since", _count),
         "pictures": ("pictures", "{:,}".format),
         "task": ("task", str),
         "max_abs": ("largest difference", _figure),
         "tolerance": ("tolerance", "{:g}".format),
-        "relative_tolerance": ("or, of the range", "{:g}".format),
+        "relative_tolerance": ("or, as a share of the range", "{:g}".format),
         "rounded_to": ("weights rounded to", str),
-        "rounding_excess": ("largest error, of what rounding makes", "{:.2f} times".format),
+        "rounding_excess": ("largest error, relative to rounding", "{:.2f} times".format),
         "best_class": ("same best class", _share),
         "mask_iou": ("mask IoU", "{:.4f}".format),
         "same_segment": ("pixels in the same segment", _share),
@@ -573,11 +573,11 @@ def _count(names: list[str]) -> str:
 
 
 def _figure(size: float | None) -> str:
-    return "no number" if size is None else f"{size:.2g}"
+    return "not a number" if size is None else f"{size:.2g}"
 
 
 def _share(share: float) -> str:
-    """A share in percent; 0 where it is none and 100 where it is all, and nowhere else."""
+    """A share in percent; 0% and 100% only for exactly none and all."""
     if share in (0, 1):
         return f"{share:.0%}"
     return "<0.1%" if share < 0.001 else f"{math.floor(share * 1000) / 10:.1f}%"

@@ -1,4 +1,4 @@
-"""The reference model run on a recorded input, beside what was recorded."""
+"""Runs the reference model on a recorded input and compares the outputs with the recorded ones."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -23,29 +23,30 @@ from converter.checks.recorded import Recorded
 from converter.checks.verdict import FirstDifference, Level, Status
 from reference_model import Dinov3Backbone, EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 
-# what a model puts out, in this order
+# a model's outputs, in this order
 LOGITS = ("mask_logits", "class_logits")
 
-# what the backbone puts out by itself, without the delta
+# the output of the bare backbone, without the delta
 _BARE = "backbone.last_hidden_state"
 
-# A difference of up to so many tolerances may be rounding alone, where a network magnifies it.
-_NEAR = 10.0
+# A difference of up to this many tolerances may be caused by rounding alone, in a network that
+# magnifies rounding errors.
+_NEAR_TOLERANCES = 10.0
 
-# Of the errors of float32 that are measured in a network, a recording may have as many, if not more
-# than so many tolerances.
-_OWN_ERRORS = 2.0
-_WIDEST = 5.0
+# The recording was made in float32 too, so it may be off by this many times the float32 error
+# measured in this network, up to this many tolerances.
+_RECORDING_ERRORS = 2.0
+_MAX_WIDENING = 5.0
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """What came of running a model on a recorded input.
+    """The result of running a model on a recorded input.
 
     Attributes:
         level: the level's line in the verdict.
-        compared: every recorded tensor beside the model's own, in the network's order.
-        outputs: what the model put out, by the names of recorded tensors.
+        compared: the comparison of each recorded tensor with the model's, in the network's order.
+        outputs: the model's outputs, by the names of recorded tensors.
     """
 
     level: Level
@@ -65,14 +66,14 @@ def check_numbers(
     tolerance: Tolerance,
     backbone: Dinov3Backbone | None,
 ) -> Numbers:
-    """Runs a model on the recorded pixels, and once more where masked attention was recorded.
+    """Runs a model on the recorded pixels, and again with masked attention if that was recorded.
 
     Args:
         model: on the device where it is to run.
-        normalisation: of its preprocessor_config.json.
-        recorded: what to hold it against.
+        normalisation: from its preprocessor_config.json.
+        recorded: the recording to compare it with.
         tolerance: how far apart they may be.
-        backbone: the bare backbone, if it is at hand, on the same device.
+        backbone: the bare backbone, if available, on the same device.
     """
     if recorded.pixels.shape[1] != model.config.num_channels:
         return _no_numbers(f"it has {recorded.pixels.shape[1]} channels")
@@ -89,7 +90,7 @@ def check_numbers(
 
 
 def judge_again(numbers: Numbers, recorded: Recorded, tolerance: Tolerance) -> Numbers:
-    """The same outputs held against the same recording, with another tolerance."""
+    """Compares the same outputs with the same recording again, with another tolerance."""
     theirs = {name: recorded.tensors[name] for name in numbers.compared}
     compared = _compare(numbers.outputs, theirs, tolerance)
     return _judge(Compared(dict(numbers.outputs), compared), recorded, tolerance)
@@ -101,12 +102,12 @@ def compute_outputs(
     recorded: Recorded,
     backbone: Dinov3Backbone | None = None,
 ) -> dict[str, Tensor]:
-    """All that a recording has of a model's outputs, by the names of recorded tensors, on the CPU.
+    """Computes every output that a recording has, by the names of recorded tensors, on the CPU.
 
     Args:
         model: on any device.
         inputs: (batch, channels, height, width), rescaled and normalised.
-        recorded: whose masks each block is masked by, if it has any.
+        recorded: the recording; its masks, if any, are the ones that mask each block's attention.
         backbone: the bare backbone, on the same device; None to leave its output out.
 
     Raises:
@@ -123,7 +124,7 @@ def compute_outputs(
 
 def _judge(found: "Compared", recorded: Recorded, tolerance: Tolerance) -> Numbers:
     agreed = agreement(found.outputs, recorded.tensors)
-    # another shape says more than another number
+    # a wrong shape says more than a wrong number, so it is reported first
     by_shape = sorted(found.compared.values(), key=lambda comparison: comparison.same_shape)
     failures = [comparison.failure for comparison in by_shape if comparison.failure]
     failures += disagreement(agreed, recorded.tensors["class_logits"][..., 0].numel(), tolerance)
@@ -142,11 +143,11 @@ def _judge(found: "Compared", recorded: Recorded, tolerance: Tolerance) -> Numbe
 
 
 def _comparable(recorded: Recorded, *, bare: bool) -> dict[str, Tensor]:
-    """The recorded tensors that a model is held against.
+    """The recorded tensors that a model is compared with.
 
     Args:
         recorded: the recording.
-        bare: whether those of the bare backbone are among them.
+        bare: whether to include the output of the bare backbone.
     """
     blocks = range(len(_masks(recorded)))
     names = {
@@ -159,25 +160,26 @@ def _comparable(recorded: Recorded, *, bare: bool) -> dict[str, Tensor]:
 
 
 def _masks(recorded: Recorded) -> list[Tensor]:
-    """Mask logits before every block and at the end; empty if nothing is recorded with masks."""
+    """Recorded mask logits before every block and at the end; empty if there are none."""
     masks = recorded.numbered("masked.mask_logits")
     return masks if len(masks) == len(recorded.numbered("masked.class_logits")) else []
 
 
 def _no_numbers(reason: str) -> Numbers:
-    reason = f"The recorded input does not suit the model: {reason}."
+    reason = f"The model cannot run on the recorded input: {reason}."
     return Numbers(Level("numbers", "failed", reason.replace("..", ".")), {}, {})
 
 
 @dataclass(frozen=True)
 class Compared:
-    """Outputs beside recorded ones.
+    """Outputs and how they compare with recorded ones.
 
     Attributes:
         outputs: in float32.
-        compared: every recorded tensor beside the one that was computed, in the network's order.
-        widened: how many times the tolerance a tensor was allowed, where it is more than once.
-        note: in a sentence, how they were computed, if not in float32.
+        compared: the comparison of each recorded tensor with the computed one, in the network's
+            order.
+        widened: factor of the tolerance by tensor name, only where it is larger than 1.
+        note: a sentence that says how the outputs were computed, if not in float32.
     """
 
     outputs: dict[str, Tensor]
@@ -192,17 +194,17 @@ def compare_outputs(
     recorded: Mapping[str, Tensor],
     tolerance: Tolerance,
 ) -> Compared:
-    """Computes outputs in float32 and compares them; in float64 too where they nearly agree.
+    """Computes outputs in float32 and compares them; also in float64 if they nearly agree.
 
-    Some networks magnify the rounding of float32 beyond any fixed tolerance, and how far depends on
-    the machine. So where float32's outputs nearly agree, those in float64 are compared, which are
-    the same everywhere. What float32 was seen to do to a tensor, the recording may have as well,
-    within bounds.
+    Some networks magnify the rounding errors of float32 beyond any fixed tolerance, by an amount
+    that depends on the machine. So if the float32 outputs nearly agree, float64 outputs, which are
+    the same on every machine, are compared instead. The recording was made in float32, so it may
+    have an error as large as the one measured here, within limits.
 
     Args:
-        compute: runs the modules, in the type that they are in.
+        compute: runs the modules in their current dtype.
         modules: in float32.
-        recorded: what was recorded, all of it to be compared.
+        recorded: the recorded tensors; all of them are compared.
         tolerance: how far apart they may be.
 
     Raises:
@@ -211,7 +213,9 @@ def compare_outputs(
     outputs = compute()
     found = Compared(outputs, _compare(outputs, recorded, tolerance))
     failed = {name: c.max_abs for name, c in found.compared.items() if c.failure}
-    near = all(largest <= _NEAR * tolerance.of(recorded[n]) for n, largest in failed.items())
+    near = all(
+        largest <= _NEAR_TOLERANCES * tolerance.of(recorded[n]) for n, largest in failed.items()
+    )
     if not failed or not near or tolerance.relative > FLOAT32.relative or not _has_float64(modules):
         return found
     try:
@@ -225,7 +229,7 @@ def compare_outputs(
         / tolerance.of(theirs)
         for name, theirs in recorded.items()
     }
-    factors = {n: min(max(1.0, _OWN_ERRORS * e), _WIDEST) for n, e in errors.items()}
+    factors = {n: min(max(1.0, _RECORDING_ERRORS * e), _MAX_WIDENING) for n, e in errors.items()}
     compared = _compare(exact, recorded, tolerance, factors)
     if any(comparison.failure for comparison in compared.values()):
         return found
@@ -237,7 +241,7 @@ def compare_outputs(
 
 
 def _has_float64(modules: Sequence[nn.Module]) -> bool:
-    """Whether the device can; Apple's GPUs cannot."""
+    """Whether the device supports float64; Apple's GPUs do not."""
     return all(p.device.type != "mps" for module in modules for p in module.parameters())
 
 
@@ -259,19 +263,19 @@ def _compare(
     tolerance: Tolerance,
     factors: Mapping[str, float] | None = None,
 ) -> dict[str, Comparison]:
-    """Compares every recorded tensor with the one computed, in the network's order.
+    """Compares every recorded tensor with the computed one, in the network's order.
 
     Args:
         outputs: what was computed.
         recorded: what was recorded.
         tolerance: how far apart they may be.
-        factors: how many times that, by name; by default once.
+        factors: factor of the tolerance, by tensor name; 1 by default.
     """
     names = [name for name in outputs if name in recorded]
     # a recording may have more layers than the model: that is a difference too
     names += [name for name in recorded if name not in names]
     return {
-        # hidden states may be those of the first pictures only
+        # hidden states may be recorded for the first pictures only
         name: compare(
             name,
             outputs.get(name, torch.empty(0))[: len(recorded[name])],
@@ -303,24 +307,24 @@ def _masked_as_recorded(
     recorded: Recorded,
     shape: torch.Size,
 ) -> dict[str, Tensor]:
-    """The predictions of every block with masked attention on, if those were recorded.
+    """Every block's predictions with masked attention on, if those were recorded.
 
-    A mask ends where a logit is 0, and there rounding decides: two right computations can differ by
-    hundreds of tolerances two blocks later. So each block is masked by the recorded logits, and the
-    model's own are compared with them. Resizing makes means of four recorded logits, which torch
-    adds up in one order whatever the CPU.
+    The edge of a mask is where a logit is 0, and there rounding decides: two correct computations
+    can differ by hundreds of tolerances two blocks later. So each block is masked by the recorded
+    logits, and the model's own logits are compared with them. Resizing the masks averages four
+    recorded logits, which torch adds up in the same order on every CPU.
 
     Args:
         model: on any device.
         inputs: (batch, channels, height, width), rescaled and normalised.
-        recorded: what to hold it against.
-        shape: of the model's mask logits.
+        recorded: the recording to compare it with.
+        shape: shape of the model's mask logits.
     """
     masks = _masks(recorded)
     if not masks:
         return {}
     fit = len(masks) == model.config.num_blocks + 1 and all(m.shape == shape for m in masks)
-    # masks that do not fit mask nothing: the comparison fails, and says which shapes differ
+    # masks of a wrong shape are not used: the comparison then fails and names the shapes
     return masked_predictions(model, inputs, masks[:-1] if fit else None)
 
 
@@ -334,7 +338,7 @@ def masked_predictions(
     Args:
         model: on any device.
         inputs: (batch, channels, height, width), rescaled and normalised.
-        masks: for each block the mask logits (batch, queries, height, width) that mask its
+        masks: mask logits (batch, queries, height, width) for each block, used to mask its
             attention; by default the model's own.
     """
     if masks is not None:
@@ -355,7 +359,7 @@ def masked_predictions(
 def first_difference(
     compared: Mapping[str, Comparison], config: EomtDinov3Config
 ) -> FirstDifference | None:
-    """Where in the network a model first departs from the recording."""
+    """The first place in the network where a model differs from the recording."""
     for name, comparison in compared.items():
         if comparison.failure:
             max_abs = comparison.to_dict()["max_abs"]
@@ -364,11 +368,11 @@ def first_difference(
 
 
 def _layer_of(name: str, config: EomtDinov3Config) -> str:
-    """The part of the network that puts out a recorded tensor."""
+    """The part of the network that computes a recorded tensor."""
     kind, _, number = name.rpartition(".")
     if kind == "hidden_states":
         return f"layers.{number}"
-    if kind.startswith("masked."):  # read from what enters this block
+    if kind.startswith("masked."):  # computed from the output of the layer before this block
         return f"layers.{first_block(config) + int(number) - 1}"
     return {
         "patch_embeddings": "embeddings",

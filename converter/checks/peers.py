@@ -36,7 +36,7 @@ def check_transformers(
         model: the reference model, on any device.
         normalisation: of its preprocessor_config.json.
         pixels: the recorded input, (batch, channels, height, width) uint8; None for random ones.
-        numbers: what came of the reference model on the recorded input, if it was run on it.
+        numbers: the reference model's result on the recorded input, if it was run on it.
 
     Raises:
         UsageError: transformers is not installed, or lacks SciPy.
@@ -134,7 +134,7 @@ def _compare(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, Co
 
 @contextmanager
 def _gelu_in_the_heads(peer: Any) -> Iterator[None]:
-    """Transformers' model with the original's activation in mask head and upscaling."""
+    """Gives transformers' model GELU, the original's activation, in mask head and upscaling."""
     modules = [peer.mask_head, *peer.upscale_block.block]
     before = [module.activation for module in modules]
     for module in modules:

@@ -1,4 +1,4 @@
-"""Recorded pictures taken through a model's preprocessing, network and post-processing."""
+"""Takes recorded pictures through a model's preprocessing, network and post-processing."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ from reference_model import (
     EomtImageProcessor,
 )
 
-# what may be wrong in a model whose recorded pictures all come out right
+# what may be wrong in a model although the results for all recorded pictures are right
 NOT_SHOWN = (
     "names of classes, and their order, in id2label",
     "scores of instances and classes",
@@ -31,7 +31,7 @@ NOT_SHOWN = (
 
 _PREPROCESSOR = "preprocessor_config.json"
 
-# what decides how a picture becomes pixels; what becomes of them then shows in the logits
+# the settings that decide which pixels a picture becomes; errors in the others show in the logits
 _PREPARATION = ("do_split_image", "do_resize", "size", "do_pad", "resample")
 
 
@@ -50,20 +50,21 @@ def check_pictures(
 
     Args:
         model: on the device where it is to run.
-        folder: with its config.json and preprocessor_config.json.
-        task: what it was converted to segment, where that is known.
-        recorded: what to hold it against.
-        tolerance: how far apart logits, and how many pixels of the results, may be.
-        size_is_meant: whether the model is known to be meant for the size in its configuration.
-        rounded: where ``model`` has the sums that weights were rounded from, the one with these
-            weights, whose results are looked at too.
-        rounded_to: ``bfloat16`` or ``float16``, the type of these weights.
+        folder: the folder with its config.json and preprocessor_config.json.
+        task: the task that the model was converted for, if known.
+        recorded: the recording to compare it with.
+        tolerance: how far apart logits may be, and how many pixels of the results may differ.
+        size_is_meant: whether the image size in the model's configuration is known to be intended.
+        rounded: the model with rounded weights, if ``model`` has the weights before rounding; its
+            results are checked too.
+        rounded_to: ``bfloat16`` or ``float16``, the dtype of the rounded weights.
 
     Raises:
-        UnreadableFileError: the pictures of the recording are not those that it was made from.
+        UnreadableFileError: a picture file is not the one that the recording was made from.
     """
     if model.config.num_channels != 3:
-        return Level("pictures", "not checked", "Pictures have three channels, not the model's.")
+        reason = f"Pictures have 3 channels, the model takes {model.config.num_channels}."
+        return Level("pictures", "not checked", reason)
     pictures = read_pictures(recorded)
     if isinstance(pictures, str):
         return Level("pictures", "not checked", pictures)
@@ -104,16 +105,17 @@ def check_pictures(
     return Level("pictures", "passed", " ".join(notes), figures)
 
 
-# what the model is for --------------------------------------------------------------------------
+# task and classes -------------------------------------------------------------------------------
 
 
 def _check_labels(
     config: EomtDinov3Config, folder: Path, task: str | None, pictures: RecordedPictures
 ) -> tuple[list[str], list[str], tuple[int, ...] | None]:
-    """What is wrong with task and stuff classes, and what of them cannot be told.
+    """Compares the model's task and stuff classes with the recorded ones.
 
     Returns:
-        Both in sentences; and the stuff classes to use in place of the processor's, if it has none.
+        What is wrong, in sentences; what could not be checked; and the stuff classes to use
+        if the processor has none.
     """
     problems: list[str] = []
     unchecked: list[str] = []
@@ -128,7 +130,7 @@ def _check_labels(
         )
     if pictures.stuff_classes is None:
         return problems, [*unchecked, "stuff_classes, which recorded.json does not say"], None
-    # transformers has no such key there, but the reference model's processor prefers it
+    # transformers does not know this key, but the reference model's processor uses it if present
     theirs = read_json_object(folder / _PREPROCESSOR).get("stuff_classes")
     names = config.id2label.values()
     placeholders = set(names) == set(unnamed(len(names)).names)
@@ -151,8 +153,7 @@ def _differing_stuff(file: str, found: Any, pictures: RecordedPictures) -> Itera
     if any(type(each) is not int for each in ids) or set(ids) != set(recorded):
         yield (
             f"stuff_classes in {file} is {json.dumps(found)}, recorded.json says {recorded}. "
-            "Categories with isthing, given with --labels, tell a conversion which classes are "
-            "stuff."
+            "Convert again, with --labels naming a JSON file of categories with isthing."
         )
 
 
@@ -162,35 +163,35 @@ def _differing_stuff(file: str, found: Any, pictures: RecordedPictures) -> Itera
 def _prepare(
     folder: Path, settings: Mapping[str, Any], pictures: RecordedPictures
 ) -> Prepared | str:
-    """The recorded pictures as a model's processor makes them fit, or why it cannot.
+    """The recorded pictures, prepared by the model's processor; or the reason why it cannot.
 
     Args:
-        folder: of the model.
-        settings: to be other than in its preprocessor_config.json.
-        pictures: to make fit.
+        folder: the model's folder.
+        settings: values that replace those in its preprocessor_config.json.
+        pictures: the pictures to prepare.
     """
     recorded = tuple(pictures.pixels.shape[-2:])
     try:
         processor = EomtImageProcessor.from_pretrained(folder, **settings)
         makes_fit = processor.do_resize or processor.do_pad
-        if makes_fit and processor.image_size != recorded:  # however large it may be
-            return f"its size is {list(processor.image_size)}, that of the recording {[*recorded]}"
+        if makes_fit and processor.image_size != recorded:  # checked first, as it may be huge
+            return f"its size is {list(processor.image_size)}, expected {[*recorded]} as recorded"
         return prepare(processor, pictures.images)
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         return f"it cannot be used ({error})"
 
 
 def _difference(inputs: Prepared, pictures: RecordedPictures) -> str:
-    """How inputs differ from the recorded ones; empty if they are equal."""
+    """How the inputs differ from the recorded ones; empty if they are equal."""
     ours, theirs = inputs.pixels, pictures.pixels
     if ours.shape != theirs.shape:
-        return f"they have the shape {list(ours.shape)}, recorded is the shape {list(theirs.shape)}"
+        return f"the shape is {list(ours.shape)}, expected {list(theirs.shape)} as recorded"
     if different := int((ours != theirs).any(1).sum()):
         return f"{different:,} of {theirs[:, 0].numel():,} pixels differ"
     windows, recorded = inputs.origins, pictures.tensors.get("pipeline.origins")
     if windows is None or recorded is None:
         return "" if windows is recorded else "only one of the two is cut into windows"
-    return "" if torch.equal(windows, recorded) else "windows are cut elsewhere"
+    return "" if torch.equal(windows, recorded) else "the windows are at other positions"
 
 
 def _blame_preparation(
@@ -199,16 +200,15 @@ def _blame_preparation(
     inputs: Prepared | str,
     pictures: RecordedPictures,
 ) -> list[str]:
-    """What in the model's files keeps the pictures from becoming the recorded pixels.
+    """Says which settings in the model's files keep the pictures from becoming the recorded pixels.
 
-    It is the value of preprocessor_config.json without which they would, or else all values
-    together that are not those of the recording's conversion.
+    Tries the expected value for each setting that differs, one at a time and then all together.
 
     Args:
-        folder: of the model.
-        input_size: (height, width) by its config.json.
-        inputs: what `_prepare` makes of the pictures, which are not the recorded pixels.
-        pictures: that they were to be made of.
+        folder: the model's folder.
+        input_size: (height, width) in its config.json.
+        inputs: what `_prepare` returned for the pictures: not the recorded pixels.
+        pictures: the recorded pictures.
     """
     found = read_json_object(folder / _PREPROCESSOR)
     height, width = pictures.pixels.shape[-2:]
@@ -229,14 +229,16 @@ def _blame_preparation(
             break
     else:
         if isinstance(inputs, str):
-            problems = [f"By {_PREPROCESSOR} the recorded pictures have no pixels: {inputs}."]
+            problems = [f"{_PREPROCESSOR} does not fit the recorded pictures: {inputs}."]
         else:
             reason = _difference(inputs, pictures)
-            problems = [f"By {_PREPROCESSOR} the recorded pictures become other pixels: {reason}."]
+            problems = [
+                f"{_PREPROCESSOR} does not turn the pictures into the recorded pixels: {reason}."
+            ]
     if input_size != (height, width):
         problems.append(
-            f"image_size in config.json is {list(input_size)}, that of the recorded pictures is "
-            f"{[height, width]}."
+            f"image_size in config.json is {list(input_size)}, expected {[height, width]} as "
+            "recorded."
         )
     return problems
 
@@ -252,12 +254,12 @@ def _check_outputs(
     tolerance: Tolerance,
     stuff: tuple[int, ...] | None,
 ) -> tuple[list[str], dict[str, Any]]:
-    """What is wrong with logits and results, and the figures."""
+    """Compares logits and results; returns what is wrong, in sentences, and the figures."""
     recorded = {f"pipeline.{name}": pictures.tensors[f"pipeline.{name}"] for name in LOGITS}
     try:
         found = compare_outputs(lambda: compute_logits(model, inputs), [model], recorded, tolerance)
     except ValueError as error:
-        return [f"The recorded pictures do not suit the model: {error}."], {}
+        return [f"The model cannot run on the recorded pictures: {error}."], {}
     logits, compared = found.outputs, found.compared
     problems = [comparison.failure for comparison in compared.values() if comparison.failure]
     figures: dict[str, Any] = {
@@ -281,11 +283,13 @@ def _check_outputs(
 
 
 def _differing_results(shares: Mapping[str, float], least: float, how: str = "") -> Iterator[str]:
-    """The result that is least as recorded, in a sentence, if that is less than it must be."""
+    """Says, in a sentence, which result agrees least, if it agrees less than it must."""
     worst = min(shares, key=lambda name: shares[name])
     if shares[worst] < least:
         what = "" if worst.endswith("_areas") else "the pixels of "
-        yield f"{shares[worst]:.2%} of {what}{worst} are as recorded{how}, less than {least:.1%}."
+        yield (
+            f"{shares[worst]:.2%} of {what}{worst} match the recording{how}, less than {least:.1%}."
+        )
 
 
 def _equal_results(
@@ -295,11 +299,11 @@ def _equal_results(
     pictures: RecordedPictures,
     stuff: tuple[int, ...] | None,
 ) -> dict[str, float]:
-    """The share of every recorded result that comes out again, by the result's name."""
+    """The share of each recorded result that the model reproduces, by the result's name."""
     if pictures.task is None:
         return {}
-    # Which queries become segments is decided at a threshold, to either side of which a right
-    # model's rounding may fall: on class logits as recorded; the model's own are compared before.
+    # A threshold decides which queries become segments, and rounding may put a correct model on
+    # either side of it. So the recorded class logits decide; the model's were compared above.
     logits = {**logits, "pipeline.class_logits": pictures.tensors["pipeline.class_logits"]}
     areas = (t for name, t in pictures.tensors.items() if name.endswith(".instance_areas"))
     found = segment(
@@ -314,7 +318,7 @@ def _equal_results(
 
 
 def _unchecked_results(pictures: RecordedPictures, shares: Mapping[str, float]) -> list[str]:
-    """What was recorded of the results and held against nothing."""
+    """The recorded results that nothing was compared with, in words."""
     if not shares:
         return ["results, of which the recording has none for its task"]
     maps = (n for n in pictures.tensors if n.endswith(".semantic") or ".panoptic@" in n)

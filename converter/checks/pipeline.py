@@ -1,4 +1,4 @@
-"""Pictures on their whole way: through the image processor, the network and the post-processing."""
+"""Takes pictures through the image processor, the network and the post-processing."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,25 +14,26 @@ from reference_model import (
     EomtImageProcessor,
 )
 
-# Score and overlap threshold of the recorded panoptic maps: the original's own
-# (github.com/tue-mps/eomt training/mask_classification_panoptic.py), and a pair that keeps more
+# Score and overlap thresholds of the recorded panoptic maps: the original's
+# (github.com/tue-mps/eomt training/mask_classification_panoptic.py), and lower ones that keep more
 # segments.
 PANOPTIC_THRESHOLDS = ((0.8, 0.8), (0.3, 0.1))
 
-# (query, class) pairs of an instance result, as the original evaluates them
+# number of (query, class) pairs in an instance result, as in the original's evaluation
 # (training/mask_classification_instance.py)
 TOP_K = 100
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Pictures as the network takes them.
+    """Pictures, prepared as inputs of the network.
 
     Attributes:
         pixels: (inputs, 3, height, width) uint8, before rescaling and normalisation.
-        values: the same after it, float32.
-        origins: where windows were cut: (inputs, 3) int64 of picture, start and end, in pixels of
-            the resized picture's longer side; None without windows.
+        values: the same after rescaling and normalisation, float32.
+        origins: where windows were cut: (inputs, 3) int64 with the picture's index, and the
+            window's start and end in pixels along the resized picture's longer side; None without
+            windows.
         sizes: (height, width) of every picture.
     """
 
@@ -49,10 +50,10 @@ class Prepared:
 
 
 def prepare(processor: EomtImageProcessor, images: Sequence[Image.Image]) -> Prepared:
-    """Makes the network's inputs of pictures in RGB.
+    """Prepares pictures in RGB as inputs of the network.
 
     Raises:
-        ValueError: the processor cannot make them of these pictures.
+        ValueError: the processor cannot prepare these pictures.
     """
     found = processor(images, do_rescale=False, do_normalize=False)
     offsets = found.get("patch_offsets")
@@ -67,7 +68,7 @@ def prepare(processor: EomtImageProcessor, images: Sequence[Image.Image]) -> Pre
 def compute_logits(
     model: EomtDinov3ForUniversalSegmentation, inputs: Prepared
 ) -> dict[str, Tensor]:
-    """What a model puts out for pictures, by the names of recorded tensors, on the CPU.
+    """A model's logits for pictures, by the names of recorded tensors, on the CPU.
 
     Raises:
         ValueError: height or width is not a multiple of the patch size.
@@ -88,11 +89,11 @@ def segment(
     """The results for pictures, by the names of recorded tensors.
 
     Args:
-        processor: whose post-processing is run.
+        processor: its post-processing is run.
         task: panoptic, instance or semantic.
-        logits: as `compute_logits` gives them.
-        inputs: that they were computed from.
-        stuff_classes: whose segments are merged; by default those that the processor knows.
+        logits: as `compute_logits` returns them.
+        inputs: the inputs that the logits were computed from.
+        stuff_classes: ids of the classes whose segments are merged; by default the processor's.
         top_k: how many (query, class) pairs an instance result has.
     """
     masks, classes = (logits[f"pipeline.{name}"] for name in LOGITS)
@@ -124,7 +125,7 @@ def segment(
             outputs, inputs.sizes, top_k=top_k, return_binary_maps=True
         )
         for index, result in enumerate(found):
-            # in the order in which post-processing ranks them
+            # in the same order as the post-processing
             probabilities = classes[index].float().softmax(-1)[:, :-1]
             ranked = probabilities.flatten().sort(descending=True, stable=True).indices[:top_k]
             instances = {

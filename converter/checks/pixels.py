@@ -1,4 +1,4 @@
-"""Pictures, and the numbers that a model sees of them."""
+"""Reads pictures, and turns their pixels into the values that a model takes."""
 
 from dataclasses import dataclass
 from io import BytesIO
@@ -19,7 +19,7 @@ class Normalisation:
 
     Attributes:
         scale: factor for pixels from 0 to 255.
-        mean, std: by channel, of rescaled pixels.
+        mean, std: mean and standard deviation of rescaled pixels, per channel.
     """
 
     scale: float
@@ -27,9 +27,10 @@ class Normalisation:
     std: tuple[float, ...]
 
     def __call__(self, pixels: "Tensor") -> "Tensor":
-        """What the model sees.
+        """Rescales and normalises pixels.
 
-        With the usual values it is, bit for bit, the original's (pixels / 255 - mean) / std.
+        With the usual values the result is, bit for bit, the original's (pixels / 255 - mean) /
+        std.
 
         Args:
             pixels: (batch, channels, height, width) uint8.
@@ -49,10 +50,10 @@ class Normalisation:
 
 
 def read_normalisation(preprocessor: Path, channels: int) -> Normalisation:
-    """What a preprocessor_config.json says of rescaling and normalising.
+    """Reads how a preprocessor_config.json rescales and normalises.
 
     Raises:
-        UnreadableFileError: it does not say it, or not for this number of channels.
+        UnreadableFileError: the values are missing, or do not fit this number of channels.
     """
     values = read_json_object(preprocessor)
     try:
@@ -74,14 +75,14 @@ def _per_channel(values: Any, channels: int) -> tuple[float, ...]:
 
 
 def open_picture(path: Path, file: BinaryIO | None = None) -> "Image":
-    """A picture in RGB, upright, and nothing that its file says besides.
+    """Reads a picture in RGB, upright, without its metadata.
 
     Args:
-        path: of its file.
-        file: with the content, if that was read already.
+        path: the picture's file.
+        file: the content, if it was read already.
 
     Raises:
-        UnreadableFileError: it is none that can be read.
+        UnreadableFileError: it is not a readable picture.
     """
     import numpy as np
     from PIL import Image
@@ -90,7 +91,7 @@ def open_picture(path: Path, file: BinaryIO | None = None) -> "Image":
 
     try:
         return Image.fromarray(np.asarray(read_picture(file or _content(path))))
-    except Exception as error:  # on hostile files, decoders raise whatever comes up
+    except Exception as error:  # on hostile files, decoders may raise anything
         raise _unreadable(path, error) from error
 
 
@@ -120,18 +121,18 @@ def _content(path: Path) -> BytesIO:
 
 def _unreadable(path: Path, error: Exception) -> UnreadableFileError:
     reason = (isinstance(error, OSError) and error.strerror) or error
-    return UnreadableFileError(f"{path} is no picture that can be read: {reason}.")
+    return UnreadableFileError(f"{path} is not a readable picture: {reason}.")
 
 
 def fit(pixels: "Tensor", side: int) -> "Tensor":
     """Resizes a picture so that it fits a square, and pads it at the bottom and right with zeros.
 
-    It is resized as uint8, bilinear and antialiased, which is what transformers' processor does
-    through torchvision; PIL's rounds some pixels otherwise.
+    It is resized as uint8, bilinear and antialiased, as transformers' processor does through
+    torchvision; PIL rounds some pixels differently.
 
     Args:
         pixels: (1, channels, height, width) uint8.
-        side: of the square, in pixels.
+        side: side of the square, in pixels.
     """
     from torch.nn import functional
 

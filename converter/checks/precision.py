@@ -1,4 +1,4 @@
-"""How torch multiplies while a model is held against a recording."""
+"""How torch multiplies while a model is compared with a recording."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,13 +9,13 @@ import torch
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Has float32 multiplied as float32 in this block, whatever the process has set.
+    """Multiplies float32 in full precision in this block, whatever the process has set.
 
-    Matrix products and convolutions may round what they multiply, to TF32 on CUDA and to bfloat16
-    on some CPUs; cuDNN's convolutions do so unless they are told not to
+    Matrix products and convolutions may round their inputs, to TF32 on CUDA and to bfloat16 on some
+    CPUs; cuDNN's convolutions do so by default
     (https://docs.pytorch.org/docs/stable/notes/cuda.html#tf32-on-ampere).
     """
-    backends: Any = torch.backends  # whose stubs lack half of these
+    backends: Any = torch.backends  # its stubs lack half of these settings
     if not hasattr(backends, "fp32_precision"):  # before torch 2.9
         precision, tf32 = torch.get_float32_matmul_precision(), backends.cudnn.allow_tf32
         torch.set_float32_matmul_precision("highest")
@@ -26,9 +26,9 @@ def full_float32() -> Iterator[None]:
             torch.set_float32_matmul_precision(precision)
             backends.cudnn.allow_tf32 = tf32
         return
-    # From the general setting to the special ones, which inherit it unless they have been set: one
-    # that inherits is left to do so. The settings of before torch 2.9 can neither be read in every
-    # state of these nor be put back to it.
+    # The general setting comes first: the special ones inherit it unless they were set, and one
+    # that inherits is left alone. The older settings (before torch 2.9) are not used: they cannot
+    # be read, or restored, in every state of the new ones.
     settings = (
         backends,
         backends.cudnn,

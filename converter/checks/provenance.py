@@ -1,4 +1,4 @@
-"""The files that a converted model was made from, found again, and what its tensors should be."""
+"""Finds the files that a model was made from, and computes what its tensors should be."""
 
 import hashlib
 from contextlib import ExitStack
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Provenance:
-    """The sources of a model, at hand.
+    """The source files of a model.
 
     Attributes:
         files: the sources, open.
-        plan: how each tensor comes from them.
+        plan: how each tensor is made from them.
     """
 
     files: Files
@@ -38,11 +38,11 @@ class Provenance:
 
     @property
     def rows(self) -> dict[str, Row]:
-        """How each tensor comes about, by its name."""
+        """The row of the plan for each tensor, by its name."""
         return {row.name: row for row in self.plan.rows}
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of every tensor's little-endian bytes, as its recipe makes it."""
+        """SHA-256 of every tensor's little-endian bytes, computed from the sources."""
         import numpy as np
 
         buffer, addend = np.empty((2, CHUNK), np.float32)
@@ -58,16 +58,16 @@ class Provenance:
         return digests
 
     def damage(self) -> tuple[str, ...]:
-        """A sentence on each file with records that have another CRC-32 than it names."""
+        """A sentence for each file that has records with a wrong CRC-32."""
         wrong = {file.path: file.wrong_checksums() for file in self.files.values()}
         return tuple(damage(path, names) for path, names in wrong.items() if names)
 
     def tensor(self, name: str, *, rounded: bool = True) -> "Array":
-        """A tensor as its recipe makes it, as float32.
+        """A tensor computed from the sources, as float32.
 
         Args:
-            name: of the tensor.
-            rounded: whether it is rounded to the model's type.
+            name: the tensor's name.
+            rounded: whether to round it to the model's dtype.
         """
         import numpy as np
 
@@ -81,7 +81,7 @@ class Provenance:
         return values.astype(np.float32, copy=False).reshape(row.shape)
 
     def operand(self, name: str, source: Source) -> "Array | None":
-        """What one of the sources gives to a tensor, float32; None if it gives nothing."""
+        """The values that one source gives for a tensor, float32; None if it gives none."""
         row = self.rows[name]
         for operand in row.operands:
             if operand.source == source:
@@ -90,15 +90,15 @@ class Provenance:
 
 
 def is_published(checkpoint: Checkpoint | None, history: History | None, access: Access) -> bool:
-    """Whether conversion.json names a checkpoint's published delta, at the commit of its main.
+    """Whether conversion.json names a checkpoint's published delta, at the commit of ``main``.
 
-    Anybody can propose other weights in the same repository. Which commit main is at is taken from
-    the cache, as the Hub told it when it was last asked.
+    Anybody can propose other weights in the same repository, so the commit matters. The commit of
+    ``main`` is read from the cache, where the Hub's last answer is kept.
     """
     past = history.sources.get("delta") if history else None
     if checkpoint is None or past is None:
         return False
-    if checkpoint.offline:  # whose files come with the package, and are known by their digests
+    if checkpoint.offline:  # its files come with the package, and are known by their digests
         return past.repo_id is None
     try:
         main = resolve(checkpoint.delta, "main", replace(access, local_files_only=True))
@@ -109,7 +109,7 @@ def is_published(checkpoint: Checkpoint | None, history: History | None, access:
 
 @dataclass(frozen=True)
 class Given:
-    """Sources as they were named: files, folders or repositories; None where nothing was."""
+    """The sources that the user named: files, folders or repositories; None if not given."""
 
     delta: str | None = None
     backbone: str | None = None
@@ -123,24 +123,25 @@ def open_sources(
     access: Access,
     stack: ExitStack,
 ) -> Provenance | str:
-    """Finds the sources of a model, and how it comes from them.
+    """Finds the sources of a model, and plans how it is made from them.
 
-    Those that were not given are taken from the cache at the revisions of conversion.json; those
+    Sources that were not given are taken from the cache, at the revisions in conversion.json; those
     of an offline checkpoint come with the package.
 
     Args:
-        given: sources that were named.
+        given: the sources that the user named.
         history: the model's conversion.json, if there is one.
-        config: what the model's config.json says of the backbone; the backbone's own counts more.
-        dtype: element type of the model, as safetensors names it.
-        access: how the Hub is reached for what was given.
+        config: the backbone's configuration in the model's config.json; used only if the backbone
+            has no config.json of its own.
+        dtype: dtype of the model, as safetensors names it.
+        access: how the Hub is reached for the given sources.
         stack: closes the files.
 
     Returns:
-        The sources; or, in a sentence, why they are not at hand.
+        The sources; or a sentence that says why they are missing.
 
     Raises:
-        EomtConvertError: what was given cannot be fetched or read, or does not add up to a model.
+        EomtConvertError: a given source cannot be fetched or read, or does not add up to a model.
     """
     try:
         eomt = _fetch(given.delta, "delta", history, access)
@@ -155,12 +156,12 @@ def open_sources(
         beside = find_backbone_config(backbone.config)
         plan = make_plan(file.tensors, base.tensors, beside or config, dtype=dtype)
         return Provenance({"backbone": base, "delta": file}, plan)
-    except _NotAtHandError as reason:
+    except _SourceMissingError as reason:
         return str(reason)
 
 
-class _NotAtHandError(Exception):
-    """Why a source that nobody gave cannot be found again."""
+class _SourceMissingError(Exception):
+    """Says why a source that was not given cannot be found."""
 
 
 def _fetch(
@@ -172,21 +173,21 @@ def _fetch(
     if given:
         return fetch(parse_source(given), access)
     if history is None:
-        raise _NotAtHandError(f"There is no conversion.json, and no --{role} was given.")
+        raise _SourceMissingError(f"There is no conversion.json, and no --{role} was given.")
     past = history.sources.get("weights" if history.weights == "absolute" else role)
     if past and past.repo_id and past.revision:
         try:
             source = HubSource(past.repo_id, past.revision)
             return fetch(source, replace(access, local_files_only=True))
         except (AccessError, UnreadableFileError) as error:
-            raise _NotAtHandError(f"{error.message} Fetch it again with --{role}.") from error
+            raise _SourceMissingError(f"{error.message} Fetch it again with --{role}.") from error
     if past and history.checkpoint and history.checkpoint.offline:
         found = fetch(history.checkpoint.source(role), access)
         with open_tensors(found.weights) as file:
             if file.digests().items() <= past.files.items():
                 return found
-    raise _NotAtHandError(
-        f"conversion.json does not tell where the {role} is: it was a local file. Give --{role}."
+    raise _SourceMissingError(
+        f"conversion.json does not say where the {role} is: it was a local file. Give --{role}."
     )
 
 

@@ -1,4 +1,4 @@
-"""What is recorded of the published checkpoints: corners of their outputs on one picture.
+"""Published outputs of the published checkpoints: a few values for one picture.
 
 Data from huggingface/transformers tests/models/eomt_dinov3/test_modeling_eomt_dinov3.py.
 """
@@ -17,7 +17,7 @@ from converter.hub.recorded_picture import recorded_picture
 if TYPE_CHECKING:
     from reference_model import EomtDinov3ForUniversalSegmentation
 
-# absolute, and as a share of the recorded value, as in the test that the values are from
+# absolute, plus the same share of the recorded value, as in the test that the values are from
 TOLERANCE = 1e-3
 
 Corner = tuple[tuple[float, float, float], ...]
@@ -27,12 +27,12 @@ Corner = tuple[tuple[float, float, float], ...]
 class Slices:
     """Corners of a checkpoint's outputs, in float32, on `converter.hub.recorded_picture`.
 
-    The picture was made to fit ``side``, as `converter.checks.pixels.fit` does.
+    The picture was resized and padded to ``side`` by `converter.checks.pixels.fit`.
 
     Attributes:
-        side: of the square input, in pixels.
-        class_logits: of the first picture, the first three queries and classes.
-        mask_logits: of its first query, the first three rows and columns.
+        side: side of the square input, in pixels.
+        class_logits: logits of the first three queries and classes.
+        mask_logits: first three rows and columns of the first query's mask.
     """
 
     side: int
@@ -94,10 +94,10 @@ def check_published(
 
     Args:
         model: on any device, float32.
-        normalisation: of its preprocessor_config.json.
-        slices: what was recorded.
+        normalisation: from its preprocessor_config.json.
+        slices: the published values.
         image: the picture; None to take it from the cache, or download it.
-        access: whether it may be downloaded.
+        access: how the Hub is reached.
 
     Raises:
         UnreadableFileError: the picture cannot be read.

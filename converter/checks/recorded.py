@@ -1,4 +1,4 @@
-"""Recorded outputs: what the original implementation computed, to hold a model against."""
+"""Reads recorded outputs: what the original implementation computed, to compare a model with."""
 
 import hashlib
 import re
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 PROVENANCE_FILE = "recorded.json"
 
-# number of dimensions by name, without the numbers in it; README describes them
+# number of dimensions of each tensor, by its name without numbers; README describes the tensors
 _RANKS = {
     "pixels": 4,
     "mask_logits": 4,
@@ -44,30 +44,30 @@ _RANKS = {
     "pipeline.instance_queries": 1,
 }
 
-# what recorded.json calls the original implementation
+# the original implementation's name in recorded.json
 ORIGINAL = "github.com/tue-mps/eomt"
 
-# where the pictures of a recording lie beside it, as 0.png, 1.png and so on
+# the folder with a recording's pictures, 0.png, 1.png and so on, beside its files
 IMAGES = "images"
 
-# Bytes of a recorded.safetensors. All layers of ViT-7B at 1280 px, for the one input of which they
-# are kept, have 5 GB.
+# Bytes of a recorded.safetensors. All layers of ViT-7B at 1280 px have 5 GB; they are kept for one
+# input only.
 _MAX_BYTES = 2**34
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Who computed recorded outputs, by the recorded.json beside them.
+    """Who computed recorded outputs, according to the recorded.json beside them.
 
     Attributes:
-        recorded_by: the original implementation, our reference model, or nobody knows whom.
+        recorded_by: the original implementation, our reference model, or unknown.
         known: whether it is a recording that comes with the package.
-        basis: what the verdict on the recorded model rested on when it was recorded; None where it
-            rested on nothing, or nothing tells.
-        model: SHA-256 of the recorded model's tensors and configuration files, by name; empty where
-            nothing tells.
-        rounded: whether the recorded model's weights had been rounded to 16 bits, so that what was
-            recorded of it is as exact as of any other.
+        basis: basis of the verdict on the recorded model at that time; None if it had none, or if
+            it is unknown.
+        model: SHA-256 of the recorded model's tensors and configuration files, by name; empty if
+            unknown.
+        rounded: whether the recorded model's weights were already rounded to 16 bits, so that no
+            tolerance for rounding is needed.
     """
 
     recorded_by: Literal["original", "reference", "unknown"] = "unknown"
@@ -77,10 +77,10 @@ class Origin:
     rounded: bool = False
 
     def figures(self, model: Mapping[str, str]) -> dict[str, Any]:
-        """What a verdict rests on for which a model was held against these outputs.
+        """The basis of a verdict on a model that was compared with these outputs.
 
         Args:
-            model: SHA-256 of its tensors and configuration files, by name.
+            model: SHA-256 of the model's tensors and configuration files, by name.
         """
         basis: Basis = "reference"
         if self.recorded_by == "original":
@@ -98,7 +98,7 @@ class Recorded:
         path: its recorded.safetensors.
         sha256: digest of that file.
         origin: who computed it.
-        tensors: everything in it, by name; README describes them.
+        tensors: its tensors by name, without those of pictures; README describes them.
     """
 
     path: Path
@@ -121,12 +121,12 @@ class Recorded:
 
 @dataclass(frozen=True)
 class RecordedPictures:
-    """The pictures of a recording, and what was made of them.
+    """The pictures of a recording, and what was computed from them.
 
     Attributes:
         images: in RGB.
-        task: panoptic, instance or semantic; None where recorded.json does not say.
-        stuff_classes: ids of classes without instances; None where recorded.json does not say.
+        task: panoptic, instance or semantic; None if recorded.json does not say.
+        stuff_classes: ids of classes without instances; None if recorded.json does not say.
         tensors: the tensors ``pipeline.*`` without scores, by name.
     """
 
@@ -137,7 +137,7 @@ class RecordedPictures:
 
     @property
     def pixels(self) -> "Tensor":
-        """What the network takes of the pictures, (inputs, 3, height, width) uint8."""
+        """The network's inputs for the pictures, (inputs, 3, height, width) uint8."""
         windows = self.tensors.get("pipeline.crops")
         return self.tensors["pipeline.pixels"] if windows is None else windows
 
@@ -146,9 +146,9 @@ def read_recorded(path: Path) -> Recorded:
     """Reads recorded outputs: the input and everything computed from it, not the pictures.
 
     Raises:
-        UnreadableFileError: the file cannot be read, lacks the input or the logits, or holds NaN,
-            infinity or other things than numbers; or the recorded.json beside it cannot be read, or
-            is of another file.
+        UnreadableFileError: the file cannot be read, lacks the input or the logits, or holds NaN or
+            infinity or a wrong dtype; or the recorded.json beside it cannot be read, or belongs to
+            another file.
     """
     import torch
 
@@ -164,23 +164,27 @@ def read_recorded(path: Path) -> Recorded:
         }
     for name, rank in (("pixels", 4), ("mask_logits", 4), ("class_logits", 3)):
         if name not in tensors or tensors[name].ndim != rank:
-            raise UnreadableFileError(f"{file} has no {name} of {rank} dimensions.")
+            raise UnreadableFileError(f"{file} has no {name} with {rank} dimensions.")
     if tensors["pixels"].dtype != torch.uint8:
-        raise UnreadableFileError(f"The pixels in {file} are not uint8.")
+        raise UnreadableFileError(
+            f"pixels in {file} has dtype {tensors['pixels'].dtype}, expected torch.uint8."
+        )
     for name, tensor in tensors.items():
         if tensor.numel() == 0 or tensor.ndim == 0:
             raise UnreadableFileError(f"{name} in {file} is empty, or a single number.")
         if name != "pixels" and not tensor.is_floating_point():
-            raise UnreadableFileError(f"{name} in {file} holds no floating point numbers.")
+            raise UnreadableFileError(
+                f"{name} in {file} has dtype {tensor.dtype}, expected floating point numbers."
+            )
         _check_rank(name, tensor, file)
         if not torch.isfinite(tensor).all():
             raise UnreadableFileError(
-                f"{name} in {file} holds NaN or infinity, beside which anything would pass.",
-                "Take the recording as it was published, or record a model that is right.",
+                f"{name} in {file} holds NaN or infinity, which no output can be compared with.",
+                "Use the recording as published, or record a model that passes verification.",
             )
     rope = [tensors[name].shape for name in ("rope.cos", "rope.sin") if name in tensors]
     if len(set(rope)) > 1:
-        raise UnreadableFileError(f"rope.cos and rope.sin in {file} are not of one shape.")
+        raise UnreadableFileError(f"rope.cos and rope.sin in {file} have different shapes.")
     return Recorded(file, digest, _read_origin(file, digest), tensors)
 
 
@@ -188,19 +192,19 @@ def _check_rank(name: str, tensor: "Tensor", file: Path) -> None:
     rank = _RANKS.get(re.sub(r"\.\d+(?=\.|$)|@.*", "", name), tensor.ndim)
     if tensor.ndim != rank:
         raise UnreadableFileError(
-            f"{name} in {file} has the shape {list(tensor.shape)}, not one of {rank} dimensions."
+            f"{name} in {file} has the shape {list(tensor.shape)}, expected {rank} dimensions."
         )
 
 
 def read_pictures(recorded: Recorded) -> RecordedPictures | str:
-    """Reads the pictures of a recording and what was made of them.
+    """Reads the pictures of a recording and what was computed from them.
 
     Returns:
-        A sentence, where the recording has none, or not all that is needed to use them.
+        The pictures; or a sentence, if there are none or something is missing to use them.
 
     Raises:
-        UnreadableFileError: a picture is not the one that recorded.json tells of, or cannot be
-            read; or tensors do not go together, or hold NaN or infinity.
+        UnreadableFileError: a picture does not have the SHA-256 in recorded.json, or cannot be
+            read; or tensors do not fit together, or hold NaN or infinity.
     """
     import torch
 
@@ -208,18 +212,18 @@ def read_pictures(recorded: Recorded) -> RecordedPictures | str:
         tensors = {
             name: torch.from_numpy(stored.read(name))
             for name in stored.tensors
-            # scores are held against nothing, and those of a semantic picture are large
+            # scores are not compared, and those of a semantic picture are large
             if name.startswith("pipeline.") and not name.endswith("_scores")
         }
     if not tensors:
-        return "Nothing is recorded of pictures."
+        return "The recording has no pictures."
     _check_pipeline(recorded.path, tensors)
     path = known_recordings().get(recorded.sha256, recorded.path.with_name(PROVENANCE_FILE))
     if not path.is_file():
-        return f"There is no {PROVENANCE_FILE}, which tells of the recorded pictures."
+        return f"There is no {PROVENANCE_FILE}, which lists the recorded pictures."
     content = read_json_object(path)
     if recorded.sha256 not in _member(content, "sha256").values():
-        return f"{PROVENANCE_FILE} does not tell of this recording."
+        return f"{PROVENANCE_FILE} does not list the SHA-256 of this recording."
     count = len(tensors.get("pipeline.pixels", ()))
     if "pipeline.origins" in tensors:
         count = 1 + int(tensors["pipeline.origins"][:, 0].max())
@@ -228,13 +232,16 @@ def read_pictures(recorded: Recorded) -> RecordedPictures | str:
         name = f"{IMAGES}/{index}.png"
         digest = _member(content, "sha256").get(name)
         if digest is None:
-            return f"{PROVENANCE_FILE} of the recording does not tell of {name}."
+            return f"{PROVENANCE_FILE} of the recording does not list {name}."
         if not (recorded.path.parent / name).is_file():
             return f"{name} of the recording is missing."
         images.append(_read_image(recorded.path.parent / name, digest))
     task, stuff = content.get("task"), content.get("stuff_classes")
     if task in get_args(Task) and (task == "semantic") != ("pipeline.crops" in tensors):
-        raise UnreadableFileError(f"{recorded.path} has no pictures as for {task} segmentation.")
+        expected = "windows" if task == "semantic" else "whole pictures"
+        raise UnreadableFileError(
+            f"{recorded.path} has the wrong inputs for {task} segmentation: expected {expected}."
+        )
     classes = range(recorded.tensors["class_logits"].shape[-1] - 1)
     if not isinstance(stuff, list) or not all(type(i) is int and i in classes for i in stuff):
         stuff = None
@@ -247,10 +254,10 @@ def read_pictures(recorded: Recorded) -> RecordedPictures | str:
 
 
 def _check_pipeline(file: Path, tensors: "Mapping[str, Tensor]") -> None:
-    """Checks that what was recorded of pictures goes together.
+    """Checks that the tensors that were recorded of pictures fit together.
 
     Raises:
-        UnreadableFileError: it does not.
+        UnreadableFileError: they do not.
     """
     import torch
 
@@ -260,23 +267,36 @@ def _check_pipeline(file: Path, tensors: "Mapping[str, Tensor]") -> None:
         ranks["pipeline.origins"] = 2
     for name, rank in ranks.items():
         if name not in tensors or tensors[name].ndim != rank or not tensors[name].numel():
-            raise UnreadableFileError(f"{file} has no {name} of {rank} dimensions.")
+            raise UnreadableFileError(f"{file} has no {name} with {rank} dimensions.")
         if len(tensors[name]) != len(tensors[inputs]):
-            raise UnreadableFileError(f"{name} in {file} is not as long as {inputs}.")
+            raise UnreadableFileError(
+                f"{name} in {file} has the length {len(tensors[name])}, expected "
+                f"{len(tensors[inputs])} like {inputs}."
+            )
     if tensors[inputs].dtype != torch.uint8:
-        raise UnreadableFileError(f"{inputs} in {file} is not uint8.")
+        raise UnreadableFileError(
+            f"{inputs} in {file} has dtype {tensors[inputs].dtype}, expected torch.uint8."
+        )
     for name in ("pipeline.mask_logits", "pipeline.class_logits"):
         if not tensors[name].is_floating_point():
-            raise UnreadableFileError(f"{name} in {file} holds no floating point numbers.")
+            raise UnreadableFileError(
+                f"{name} in {file} has dtype {tensors[name].dtype}, expected floating point "
+                "numbers."
+            )
     for name, tensor in tensors.items():
         _check_rank(name, tensor, file)
         if name not in (inputs, "pipeline.mask_logits", "pipeline.class_logits") and (
             tensor.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
         ):
-            raise UnreadableFileError(f"{name} in {file} holds no whole numbers.")
+            raise UnreadableFileError(
+                f"{name} in {file} has dtype {tensor.dtype}, expected whole numbers."
+            )
     origins = tensors.get("pipeline.origins")
     if origins is not None and (origins.shape[1] != 3 or int(origins.min()) < 0):
-        raise UnreadableFileError(f"pipeline.origins in {file} are not of pictures and pixels.")
+        raise UnreadableFileError(
+            f"pipeline.origins in {file} must have 3 columns (picture, start, end) and no negative "
+            "numbers."
+        )
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise UnreadableFileError(f"{name} in {file} holds NaN or infinity.")
@@ -284,30 +304,30 @@ def _check_pipeline(file: Path, tensors: "Mapping[str, Tensor]") -> None:
         if kind == "areas":
             parts = [tensors.get(f"{stem}_{part}") for part in ("queries", "labels")]
             if tensor.ndim != 1 or any(p is None or p.shape != tensor.shape for p in parts):
-                raise UnreadableFileError(f"{name} in {file} has not a query and a label each.")
+                raise UnreadableFileError(f"{name} in {file} lacks a query or a label for an area.")
 
 
 def _read_image(path: Path, sha256: str) -> "Image":
     """A recorded picture in RGB.
 
     Raises:
-        UnreadableFileError: it has another digest, or cannot be read.
+        UnreadableFileError: its digest is wrong, or it cannot be read.
     """
     with readable(path):
         content = read_bytes(path, PICTURE_LIMIT)
     if hashlib.sha256(content).hexdigest() != sha256:
         raise UnreadableFileError(
-            f"{path} is not the recorded picture: {PROVENANCE_FILE} names another SHA-256.",
+            f"{path} is not the recorded picture: its SHA-256 is not the one in {PROVENANCE_FILE}.",
             "Keep the files of a recording together.",
         )
     return open_picture(path, BytesIO(content))
 
 
 def _read_origin(file: Path, sha256: str) -> Origin:
-    """What the recorded.json beside a recording says of who computed it.
+    """Reads from the recorded.json beside a recording who computed it.
 
     Raises:
-        UnreadableFileError: it cannot be read, or is of another file of this name.
+        UnreadableFileError: it cannot be read, or belongs to another file of this name.
     """
     if sha256 in known_recordings():
         return Origin("original", known=True)
@@ -320,7 +340,7 @@ def _read_origin(file: Path, sha256: str) -> Origin:
         return Origin()
     if listed != sha256:
         raise UnreadableFileError(
-            f"{path} is not of the {file.name} beside it: it names another SHA-256.",
+            f"{path} does not belong to the {file.name} beside it: the SHA-256 does not match.",
             "Keep the two files of a recording together.",
         )
     model = _member(content, "model")
@@ -351,9 +371,9 @@ def _member(content: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 @cache
 def known_recordings() -> Mapping[str, Path]:
-    """The recorded.json of the recordings that come with the package, all of the original.
+    """The recorded.json files that come with the package, all recorded from the original.
 
-    They are by the SHA-256 of the recorded.safetensors beside them.
+    The keys are the SHA-256 of the recorded.safetensors beside them.
     """
     files = [entry.recorded / PROVENANCE_FILE for entry in CATALOG if entry.recorded]
     return {read_json_object(file)["sha256"][RECORDED]: file for file in files}

@@ -1,4 +1,4 @@
-"""Records what a model computes today, so that tomorrow's can be held against it."""
+"""Records what a model computes, so that a later version can be compared with it."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
     from converter.checks.pipeline import Prepared
     from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor
 
-# what a model must not fail for its outputs to be worth recording
+# the levels that a model must not fail for its outputs to be worth recording
 _CHECKED = LEVELS[: LEVELS.index("pictures") + 1]
 
 _LOGITS = ("mask_logits", "class_logits")
 
-# numpy's names of what is recorded, as safetensors has them
+# safetensors' names of the recorded dtypes, by numpy's
 _DTYPES = {"float32": "F32", "uint8": "U8", "int16": "I16", "int64": "I64"}
 
 
@@ -49,10 +49,10 @@ class Recording:
 
     Attributes:
         folder: where it is.
-        tensors: what was recorded: by name safetensors' type and the shape.
-        size: of its recorded.safetensors in bytes.
+        tensors: dtype (as safetensors names it) and shape of every recorded tensor, by name.
+        size: size of its recorded.safetensors in bytes.
         sha256: digest of that file.
-        verdict: what was known of the model.
+        verdict: the verdict on the model when it was recorded.
     """
 
     folder: Path
@@ -93,42 +93,44 @@ def record(
 ) -> Recording:
     """Writes a folder with an input and what a model computes from it in float32.
 
-    The same model, input, machine and number of threads give the same bytes. All of the input goes
-    through the model as one batch, as it does when a model is held against the recording.
+    The same model, input, machine and number of threads give the same bytes. The whole input goes
+    through the model as one batch, as it does when a model is compared with the recording.
 
     Args:
         model: its folder, or a Hub repository as owner/name or owner/name@revision.
-        output: the folder to write: recorded.safetensors; recorded.json, which tells of what and
+        output: the folder to write: recorded.safetensors; recorded.json, which says from what and
             how it was made; and the pictures.
         images: pictures, resized and padded or cut into windows by the model's image processor.
-            They are kept, as PNG without what else their files hold, and so are their segments
-            where it is known which task the model is for.
-        random: instead of pictures, so many inputs of random pixels.
-        seed: of the random pixels.
-        layers: also record what every layer puts out for the first input, and every block's
-            predictions with masked attention.
-        image_size: of the input, (height, width) in pixels; by default the model's own. A smaller
-            one makes a smaller recording, without segments.
-        force: replace a recording that exists: the files that its recorded.json names, and nothing
+            They are kept as PNG without metadata; so are their segments, if the model's task is
+            known.
+        random: number of inputs with random pixels, instead of pictures.
+        seed: seed of the random pixels.
+        layers: also record every layer's output for the first input, and every block's predictions
+            with masked attention.
+        image_size: (height, width) of the input in pixels; by default the model's. A smaller one
+            makes a smaller recording, without segments.
+        force: replace an existing recording: the files that its recorded.json names, and nothing
             else.
         device: where the model runs, such as ``cuda``.
-        threads: of torch on the CPU; by default as many as it takes.
+        threads: number of torch's CPU threads; by default torch's choice.
         token: for the Hub, as everywhere in huggingface_hub; by default HF_TOKEN or the login.
         cache_dir: where downloads are kept; by default the Hub's cache.
         local_files_only: whether only that cache is used.
 
     Raises:
-        OutputsDifferError: the model is not right as it is.
-        EomtConvertError: its masked attention is on, or it puts out NaN or infinity.
+        OutputsDifferError: the model fails verification.
+        EomtConvertError: its masked attention is on, or an output is NaN or infinite.
         UnreadableFileError: the model or a picture cannot be read.
         OutputError: the output exists or cannot be written.
         AccessError: the repository is missing, gated, or not in the cache.
         HubUnavailableError: the Hub is down, out of reach, or asks to wait.
-        UsageError: there are neither pictures nor random inputs or both, the image size does not
-            suit the model, or there is no such device.
+        UsageError: neither or both of pictures and random inputs were given, the image size does
+            not fit the model, or there is no such device.
     """
     if bool(images) == bool(random):
-        raise UsageError("A recording is of pictures (--image) or of random pixels (--random).")
+        raise UsageError(
+            "A recording needs either pictures or random pixels.", "Give --image or --random."
+        )
     place = real_path(user_path(output))
     check_place(place, force=force, made=made_files)
     access = Access.of(token, cache_dir, local_files_only)
@@ -144,7 +146,7 @@ def record(
     )
     if verdict.verdict == "failed":
         raise OutputsDifferError(
-            f"{model} is not right, and a recording of it would say that it is.",
+            f"{model} fails verification, so its outputs are not recorded.",
             "Convert it again, or record another model.",
             verdict,
         )
@@ -164,7 +166,7 @@ def record(
         values = read_normalisation(folder / "preprocessor_config.json", pixels.shape[1])(pixels)
         tensors = {**_compute(network, values, layers=layers), "pixels": pixels}
         if random or image_size not in (None, processor.image_size):
-            pictures = []  # of other inputs than pictures become
+            pictures = []  # the recorded inputs are not what these pictures become by default
         else:
             tensors |= _segment(processor, task, tensors, inputs)
         description = {
@@ -187,7 +189,7 @@ def made_files(folder: Path) -> Mapping[str, str | None]:
     if not (isinstance(provenance, dict) and isinstance(digests, dict)):
         return {}
     if not str(provenance.get("implementation")).startswith(f"{TOOL} "):
-        return {}  # of the original implementation, which is not recorded again so easily
+        return {}  # made with the original implementation, which is hard to record again
     pictures = re.compile(rf"{IMAGES}/\d+\.png")
     ours = {n: digest for n, digest in digests.items() if n == RECORDED or pictures.fullmatch(n)}
     return {**ours, PROVENANCE_FILE: None}
@@ -210,7 +212,7 @@ def _load(folder: Path, device: str) -> "EomtDinov3ForUniversalSegmentation":
         raise EomtConvertError(
             f"Masked attention is on in {folder}: attn_mask_probs is "
             f"{model.attn_mask_probs.tolist()}.",
-            "It belongs to training. A converted model has zeros there.",
+            "Masked attention is for training; a converted model has zeros there. Convert again.",
         )
     return model
 
@@ -232,7 +234,7 @@ def _prepare(
     pictures: "Sequence[Image]",
     image_size: tuple[int, int] | None,
 ) -> "Prepared":
-    """Pictures as a model's image processor makes them fit."""
+    """Pictures, prepared by a model's image processor."""
     from converter.checks.pipeline import prepare
 
     if image_size:
@@ -245,7 +247,7 @@ def _prepare(
 
 
 def _task_of(model: str | Path, folder: Path) -> str | None:
-    """What a model segments; None where nothing tells."""
+    """The task that a model was converted for; None if unknown."""
     try:
         return find_task(model, folder)
     except UsageError:
@@ -273,7 +275,7 @@ def _random_pixels(
 def _compute(
     model: "EomtDinov3ForUniversalSegmentation", inputs: "Tensor", *, layers: bool
 ) -> "dict[str, Tensor]":
-    """What is recorded of a model's outputs, in the network's order.
+    """Computes the outputs to record, in the network's order.
 
     Raises:
         UsageError: height or width of the inputs is not a multiple of the patch size.
@@ -286,7 +288,7 @@ def _compute(
     try:
         outputs = run(model, inputs)
     except ValueError as error:
-        raise UsageError(f"Inputs of this size do not suit the model: {error}.") from error
+        raise UsageError(f"The model cannot run on inputs of this size: {error}.") from error
     if layers:
         # hidden states are large, and those of one picture show where a difference begins
         outputs = {
@@ -297,7 +299,7 @@ def _compute(
         outputs = {name: outputs[name] for name in _LOGITS}
     for name, output in outputs.items():
         if not torch.isfinite(output).all():
-            raise EomtConvertError(f"The model puts out NaN or infinity: {name}.")
+            raise EomtConvertError(f"The model's output {name} holds NaN or infinity.")
     return outputs
 
 
@@ -307,7 +309,7 @@ def _segment(
     outputs: "Mapping[str, Tensor]",
     inputs: "Prepared",
 ) -> "dict[str, Tensor]":
-    """What is recorded of pictures: inputs, logits, and results where it is known of which task."""
+    """What is recorded of pictures: inputs, logits and, if the task is known, results."""
     import torch
 
     from converter.checks.pipeline import segment
@@ -317,7 +319,7 @@ def _segment(
     return {
         **inputs.named(),
         **logits,
-        # ids are small, and maps as large as the pictures
+        # ids are small numbers, and the maps are as large as the pictures
         **{n: r.to(torch.int16) if r.ndim > 1 else r for n, r in results.items()},
     }
 
@@ -335,7 +337,7 @@ def _rope(model: "EomtDinov3ForUniversalSegmentation", inputs: "Tensor") -> "dic
 
 
 def _provenance(device: str) -> dict[str, Any]:
-    """What outputs depend on besides model and input, to the last bit."""
+    """Versions, device and settings that the last bits of the outputs depend on."""
     import numpy as np
     import PIL
     import torch
@@ -364,7 +366,7 @@ def _provenance(device: str) -> dict[str, Any]:
 
 
 def _describe(folder: Path, repo_id: str | None, verdict: Verdict) -> dict[str, Any]:
-    """Which model was recorded, and what was known of it."""
+    """Which model was recorded, and the result of its verification."""
     history = read_history(folder)
     configs = [folder / name for name in CONFIGS]
     weights = sorted(path for path in folder.iterdir() if is_model_file(path.name))

@@ -1,4 +1,4 @@
-"""A model's files, read once, and whether they are a model's: complete, and of one mind."""
+"""Reads a model's files, and checks that they are complete and agree with each other."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from converter.weights.tensorfiles import Array
     from reference_model import EomtDinov3Config
 
-# torch's names of the types that weights are rounded to, by safetensors'
+# torch's names of the dtypes that weights may be rounded to, by safetensors' names
 ROUNDED_DTYPES = {stored: name for name, stored in DTYPES.items() if name != "float32"}
 
-# What a backbone's config.json and a model's must have in common; the rest is for training.
+# keys that must be the same in a backbone's config.json and a model's; the others are for training
 _SHARED = (
     "hidden_size",
     "intermediate_size",
@@ -51,16 +51,16 @@ class StoredModel:
     """The files of a model, read once.
 
     Attributes:
-        folder: where they are.
-        config: its config.json.
-        values: the same, as it stands there.
-        normalisation: what its preprocessor_config.json does to pixels.
-        tensors: shapes and types of its tensors, by name.
-        weights: their values in float32; empty unless the network is run.
-        digests: their SHA-256.
-        nonfinite: names of those that hold NaN or infinity.
-        misfits: in sentences, why no model can be built of them.
-        drawn: in a sentence, why its outputs are random; empty if they are not.
+        folder: where the files are.
+        config: the model's config.json.
+        values: the content of config.json, unparsed.
+        normalisation: how its preprocessor_config.json rescales and normalises pixels.
+        tensors: shapes and dtypes of its tensors, by name.
+        weights: the values of its tensors in float32; empty unless the network is run.
+        digests: SHA-256 of its tensors.
+        nonfinite: names of the tensors that hold NaN or infinity.
+        misfits: sentences that say why no model can be built from the tensors.
+        drawn: a sentence that says why its outputs are random; empty if they are not.
     """
 
     folder: Path
@@ -76,7 +76,7 @@ class StoredModel:
 
     @property
     def rounded(self) -> dict[str, str]:
-        """The type of every tensor that was rounded, ``bfloat16`` or ``float16``."""
+        """The dtype of every tensor that was rounded, ``bfloat16`` or ``float16``."""
         return {
             name: ROUNDED_DTYPES[info.dtype]
             for name, info in self.tensors.items()
@@ -85,12 +85,17 @@ class StoredModel:
 
     @property
     def rounded_to(self) -> str | None:
-        """The coarsest of these types; None if nothing was rounded."""
+        """The coarsest of these dtypes; None if nothing was rounded."""
         types = set(self.rounded.values())
         return "bfloat16" if "bfloat16" in types else next(iter(types), None)
 
 
 def read_model(folder: Path, *, keep: bool) -> StoredModel:
+    """Reads the files of a model; its weights are kept in memory only if ``keep`` is set.
+
+    Raises:
+        UnreadableFileError: a file is missing or cannot be read.
+    """
     import numpy as np
     import torch
 
@@ -106,13 +111,13 @@ def read_model(folder: Path, *, keep: bool) -> StoredModel:
         tensors = dict(file.tensors)
         for name, info in tensors.items():
             stored = file.read(name)
-            # bfloat16 comes widened: back to the bits that are stored
+            # bfloat16 is read as float32: back to the stored bits
             bits = round_to(stored, "BF16") if info.dtype == "BF16" else stored
             digests[name] = hashlib.sha256(np.ascontiguousarray(bits).data).hexdigest()
             if stored.dtype.kind == "f" and not np.isfinite(stored).all():
                 nonfinite.append(name)
             if name == "attn_mask_probs":
-                drawn = _chance(stored)
+                drawn = _why_random(stored)
             if keep:
                 weights[name] = torch.from_numpy(stored).float()
     with torch.device("meta"):
@@ -133,14 +138,14 @@ def read_model(folder: Path, *, keep: bool) -> StoredModel:
 
 
 def read_weights(folder: Path) -> "Mapping[str, Tensor]":
-    """The weights in float32, of a model whose network is not run."""
+    """The weights of a model in float32, for a model that was read without keeping them."""
     import torch
 
     with open_tensors(find_weights(folder)) as file:
         return {name: torch.from_numpy(file.read(name)).float() for name in file.tensors}
 
 
-def _chance(probabilities: "Array") -> str:
+def _why_random(probabilities: "Array") -> str:
     """Why outputs are random with these probabilities of masked attention; empty if they are not.
 
     A mask is applied where a number drawn from 0 to 1 is below them (reference_model/model.py).
@@ -149,31 +154,32 @@ def _chance(probabilities: "Array") -> str:
     if not between.size:
         return ""
     return (
-        f"attn_mask_probs holds {between[0]:g}: between 0 and 1 it is drawn at random whether "
-        "masks are applied, and so are the outputs."
+        f"attn_mask_probs holds {between[0]:g}, expected 0 or 1: in between, masks are applied at "
+        "random, so the outputs are random too."
     )
 
 
 def _misfits(
     tensors: Mapping[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[str]:
-    """What keeps tensors from being the model of these shapes, a sentence each."""
+    """Names the tensors that are missing, unexpected or of a wrong shape or dtype, in sentences."""
     for name, shape in shapes.items():
         if name not in tensors:
             yield f"{name} is missing."
         elif tensors[name].shape != shape:
             yield (
-                f"{name} has the shape {list(tensors[name].shape)}, config.json asks for "
-                f"{list(shape)}."
+                f"{name} has the shape {list(tensors[name].shape)}, expected {list(shape)} by "
+                "config.json."
             )
         elif not tensors[name].dtype.startswith(("F", "BF")):
-            yield f"{name} holds {tensors[name].dtype}, not floating point numbers."
+            yield f"{name} has dtype {tensors[name].dtype}, expected floating point numbers."
     for name in tensors:
         if name not in shapes:
-            yield f"{name} is unknown: the model of config.json has no place for it."
+            yield f"{name} is unexpected: the model in config.json has no such tensor."
 
 
 def check_structure(found: StoredModel, evidence: Evidence, *, allow_nonfinite: bool) -> Level:
+    """Checks that a model's files are complete, finite and consistent."""
     problems = list(found.misfits)
     if not allow_nonfinite:
         problems += [f"{name} holds NaN or infinity." for name in found.nonfinite]
@@ -187,19 +193,19 @@ def check_structure(found: StoredModel, evidence: Evidence, *, allow_nonfinite: 
         "problems": problems,
     }
     if problems:
-        more = f" {len(problems) - 1} more are like that." if len(problems) > 1 else ""
+        more = f" {len(problems) - 1} more problems were found." if len(problems) > 1 else ""
         return Level("structure", "failed", problems[0] + more, figures)
     return Level("structure", "passed", figures=figures)
 
 
 def _disagreements(found: StoredModel, evidence: Evidence) -> Iterator[str]:
-    """Where the model's files contradict each other, or the backbone's config.json."""
+    """Says where the model's files contradict each other, or the backbone's config.json."""
     declared = _dtype_in(found.values)
     if declared not in (*DTYPES, "None"):
         yield f"dtype in config.json is {declared!r}, expected one of {', '.join(DTYPES)}."
     for name, info in found.tensors.items():
         if DTYPES.get(declared, info.dtype) != info.dtype:
-            yield f"{name} is {info.dtype}, config.json says {declared}."
+            yield f"{name} has dtype {info.dtype}, config.json says {declared}."
             break
     labels, ids = found.config.label2id, found.values.get("label2id")
     if ids is not None and ids != labels and len(labels) == len(found.config.id2label):
@@ -212,8 +218,8 @@ def _disagreements(found: StoredModel, evidence: Evidence) -> Iterator[str]:
     windows = preprocessor.get("do_split_image")
     if task and windows is not None and windows != (task == "semantic"):
         yield (
-            f"do_split_image in preprocessor_config.json is {windows}, which is not for {task} "
-            "segmentation."
+            f"do_split_image in preprocessor_config.json is {windows}, expected {not windows} for "
+            f"{task} segmentation."
         )
     if evidence.backbone_config:
         for key in _SHARED:
@@ -227,7 +233,7 @@ def _dtype_in(values: Mapping[str, Any]) -> str:
 
 
 def dtype_of(values: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
-    """The type that a config.json declares, or else the one that all tensors have."""
+    """The dtype that a config.json declares, or else the one that all tensors have."""
     if declared := DTYPES.get(_dtype_in(values)):
         return declared
     types = {info.dtype for info in tensors.values()}
@@ -235,7 +241,7 @@ def dtype_of(values: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> st
 
 
 def _size_in(preprocessor: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(height, width) that pictures are made to fit, as far as a preprocessor_config.json says."""
+    """The (height, width) that a preprocessor_config.json resizes to; None if it does not say."""
     size = preprocessor.get("size")
     if not isinstance(size, dict):
         return None

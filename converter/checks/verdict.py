@@ -1,4 +1,4 @@
-"""What is known of a model: the levels it was checked at, and what is wrong where one failed."""
+"""The verdict on a model: the result of each check, and what is wrong if one failed."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
@@ -6,28 +6,28 @@ from typing import Any, Literal, get_args
 
 LEVELS = ("structure", "arithmetic", "numbers", "pictures", "peers", "published")
 
-# The levels that `--level` counts, from 1. Pictures have no number: they are checked where a later
-# level than numbers is asked for.
+# The levels that `--level` counts, from 1. Pictures have no number: they are checked if a level
+# after numbers is asked for.
 NUMBERED = ("structure", "arithmetic", "numbers", "peers", "published")
 
-# how the reason of a level begins that was left out
+# how the reason begins for a level that was left out
 NOT_ASKED = "Only levels up to"
 
 Status = Literal["passed", "failed", "not checked"]
 
-# What a passed verdict rests on, the strongest first: outputs recorded from the original
+# The evidence for a passed verdict, the strongest first: outputs recorded from the original
 # implementation; published numbers, with every tensor proven from its sources; outputs recorded
-# with our own reference model, which show that nothing has changed since.
+# with our reference model, which only show that nothing has changed since.
 Basis = Literal["original", "published", "reference"]
 BASES: tuple[Basis, ...] = ("original", "published", "reference")
 
-# a larger share of the range is only allowed to weights that were rounded
+# only weights that were rounded are allowed a larger share of the range
 _OF_FLOAT32 = 1e-4
 
-# what weights may have been rounded to; the last, where a conversion.json does not say more
+# what weights may have been rounded to; the last one is for a conversion.json of version 0.1
 _ROUNDED = ("bfloat16", "float16", "16 bits")
 
-# figures that are the same wherever and whenever they are taken
+# figures that are the same on every machine
 _KEPT = (
     "tensors",
     "parameters",
@@ -54,8 +54,8 @@ class Level:
 
     Attributes:
         level: one of `LEVELS`.
-        status: what came of it.
-        reason: in a sentence, why it failed or was not checked, or what else is to be known.
+        status: the result.
+        reason: why it failed or was not checked, or a remark, in a sentence.
         figures: what was measured.
     """
 
@@ -76,12 +76,12 @@ class Level:
 
 @dataclass(frozen=True)
 class FirstDifference:
-    """Where a model first departs from what was recorded.
+    """The first place where a model differs from the recording.
 
     Attributes:
         layer: the part of the network, by the canonical name of its tensors: ``layers.2``.
         tensor: the recorded tensor: ``hidden_states.2``.
-        max_abs: largest absolute difference there; None where it is no number.
+        max_abs: largest absolute difference there; None if it is NaN or infinite.
     """
 
     layer: str
@@ -94,13 +94,13 @@ class Cause:
     """The fault that explains a difference.
 
     Attributes:
-        name: of the fault; README lists them.
-        tensors: the model's tensors that it is in; empty for a value of a configuration file.
-        residual: largest difference from the recording that is left once it is undone; None where
-            it is known from digests alone.
-        explanation: what was tried and how well that does, in a sentence.
-        explained: how much it explains, from 0 to 1: of the parts of the network that are off or,
-            if none is, of the tensors that are not what they should be; None where neither is.
+        name: name of the fault; README lists them.
+        tensors: the faulty tensors; empty if the fault is in a configuration file.
+        residual: largest difference from the recording after undoing the fault; None if the fault
+            is known from digests alone.
+        explanation: what was tried and with what result, in a sentence.
+        explained: share that it explains, from 0 to 1: of the parts of the network that are off or,
+            if none is off, of the tensors with wrong values; None if there are neither.
     """
 
     name: str
@@ -124,13 +124,13 @@ class Trial:
     """A fault that was looked for.
 
     Attributes:
-        name: of the fault.
-        status: whether undoing it accounts for all of the difference, for some of it, or not. What
-            cannot be undone never accounts for all of it.
-        residual: largest difference that is left in the parts of the network that were wrong, each
-            run on what was recorded before it, or root mean square where weights were rounded; None
-            where nothing was run.
-        reason: in a sentence, what was tried, or why nothing was.
+        name: name of the fault.
+        status: whether undoing it removes all of the difference, some of it, or none. A fault that
+            cannot be undone never explains all of it.
+        residual: largest difference (root mean square if weights were rounded) that is left in the
+            parts of the network that were wrong, each run on its recorded input; None if nothing
+            was run.
+        reason: what was tried, or why nothing was, in a sentence.
         explained: as in `Cause`.
     """
 
@@ -143,13 +143,13 @@ class Trial:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known of a model.
+    """The result of checking a model.
 
     Attributes:
-        levels: every check, also those that were not made.
+        levels: every check, including those that were not made.
         first_difference: where its numbers first differ, if they do.
-        cause: what explains that, if something does.
-        tried: what was looked for; empty where nothing differs.
+        cause: the fault that explains the difference, if one was found.
+        tried: the faults that were looked for; empty if nothing differs.
     """
 
     levels: tuple[Level, ...]
@@ -159,36 +159,39 @@ class Verdict:
 
     @property
     def verdict(self) -> Literal["passed", "failed", "unverified"]:
-        """Failed if any level failed; passed if there is a basis for it."""
+        """Failed if any level failed; passed if there is a basis; otherwise unverified."""
         if any(level.status == "failed" for level in self.levels):
             return "failed"
         return "passed" if self._bases else "unverified"
 
     @property
     def basis(self) -> Basis | None:
-        """The strongest of what a passed verdict rests on; None where it is not passed."""
+        """The strongest evidence for a passed verdict; None if it is not passed."""
         return min(self._bases, key=BASES.index) if self.verdict == "passed" else None
 
     @property
     def proven(self) -> bool:
-        """Whether the model was shown to be right, and not only to be as it was before."""
+        """Whether the model was shown to be right, not only to be unchanged."""
         return self.basis in ("original", "published")
 
     @property
     def _bases(self) -> list[Basis]:
-        """What levels that passed rest on, whatever became of the others."""
+        """The evidence for the levels that passed, whatever the result of the others."""
         passed = {level.level: level.figures for level in self.levels if level.status == "passed"}
         bases: list[Basis] = []
         if "numbers" in passed:
             bases.append(passed["numbers"].get("basis", "reference"))
-        # a few numbers show little of a model; with sums of the published files they do
+        # a few numbers prove little by themselves; with tensors made of the published files, enough
         if "published" in passed and passed.get("arithmetic", {}).get("of_published"):
             bases.append("published")
         return bases
 
     @property
     def held_against(self) -> str:
-        """What a passed verdict rests on, to go on with "it was held against"."""
+        """What the model was checked against, as the end of a sentence.
+
+        The model cards on the Hub hold this text: another wording would make a push change them.
+        """
         if self.basis == "published":
             return (
                 "its published sources, from which every tensor was proven, and a spot check of "
@@ -198,7 +201,7 @@ class Verdict:
 
     @property
     def _rounded(self) -> str:
-        """What was compared of weights that were rounded, to go on with."""
+        """How rounded weights limit the check, as the end of a sentence."""
         numbers = self._figures_of("numbers")
         dtype = numbers.get("rounded_to")
         if dtype is None:
@@ -228,7 +231,7 @@ class Verdict:
     def shortfall(self) -> str:
         """Why a model that did not fail is not proven, in a sentence."""
         if self.basis:
-            return f"The model was only held against {self.held_against}."
+            return f"The model was only checked against {self.held_against}."
         return f"The model is unverified. {self.reason}".strip()
 
     def _figures_of(self, name: str) -> Mapping[str, Any]:
@@ -236,7 +239,7 @@ class Verdict:
 
     @property
     def reason(self) -> str:
-        """Why it is not passed, in a sentence; empty if it is."""
+        """Why the verdict is not passed, in a sentence; empty if it is passed."""
         match self.verdict:
             case "passed":
                 return ""
@@ -265,7 +268,7 @@ class Verdict:
         }
 
     def record(self) -> dict[str, Any]:
-        """The verdict as conversion.json keeps it: without what another machine would round off."""
+        """The verdict as conversion.json keeps it: only figures that are the same everywhere."""
         levels = []
         for level in self.levels:
             figures = {key: level.figures[key] for key in _KEPT if key in level.figures}
@@ -276,38 +279,40 @@ class Verdict:
 
 
 def read_record(content: Mapping[str, Any], known_recordings: Collection[str]) -> Verdict:
-    """The verdict that `Verdict.record` wrote, by the one rule from its levels.
+    """Reads the verdict that `Verdict.record` wrote, and checks it against its levels.
 
     Args:
         content: the ``verdict`` of a conversion.json.
-        known_recordings: SHA-256 of recordings of the original. eomt-convert 0.1 did not keep what
-            numbers were held against: that is the original if the recording is one of these.
+        known_recordings: SHA-256 of recordings of the original. eomt-convert 0.1 did not store who
+            made a recording: it was the original if the recording is one of these.
 
     Raises:
-        ValueError: it is not as it is written, or claims more than its levels.
+        ValueError: the content is malformed, or claims more than its levels show.
     """
     levels = []
     for entry in content["levels"]:
         figures = {key: entry["figures"][key] for key in _KEPT if key in entry["figures"]}
         if entry["level"] not in LEVELS or entry["status"] not in get_args(Status):
-            raise ValueError(f"there is no level {entry['level']!r} that is {entry['status']!r}")
+            raise ValueError(
+                f"unknown level {entry['level']!r} or unknown status {entry['status']!r}"
+            )
         if any(not isinstance(value, str | int | float) for value in figures.values()):
-            raise ValueError(f"the figures of {entry['level']} are not those of a level")
+            raise ValueError(f"the figures of {entry['level']} are not text or numbers")
         if figures.get("rounded_to", _ROUNDED[0]) not in _ROUNDED:
-            raise ValueError("weights are rounded to bfloat16 or float16")
+            raise ValueError(f"rounded_to is unknown, expected one of {', '.join(_ROUNDED)}")
         if figures.get("unrounded", True) is not True or (
             "unrounded" in figures and "rounded_to" not in figures
         ):
-            raise ValueError("only of weights that were rounded there are sums")
+            raise ValueError("unrounded must be true, and needs rounded_to")
         if entry["level"] == "numbers" and "basis" not in content:
             known = figures.get("recorded_sha256") in known_recordings
             figures |= {"known_recording": known, "basis": "original" if known else "reference"}
             figures["recorded_by"] = "original" if known else "unknown"
         share = figures.get("relative_tolerance", 0)
         if entry["level"] == "numbers" and (isinstance(share, str) or share > _OF_FLOAT32):
-            figures.setdefault("rounded_to", "16 bits")  # which 0.1 did not keep
+            figures.setdefault("rounded_to", "16 bits")  # 0.1 did not store the dtype
         if figures.get("basis", "original") not in BASES:
-            raise ValueError(f"there is no basis {figures['basis']!r}")
+            raise ValueError(f"unknown basis {figures['basis']!r}")
         levels.append(Level(entry["level"], entry["status"], figures=figures))
     found = Verdict(tuple(levels))
     of = {level.level: level.figures for level in levels}
@@ -315,13 +320,18 @@ def read_record(content: Mapping[str, Any], known_recordings: Collection[str]) -
         of.get("numbers", {}).get("unrounded")
         and of.get("arithmetic", {}).get("against") != "sources"
     ):
-        raise ValueError("it has numbers of sums that nothing shows to be the weights")
+        raise ValueError(
+            "its numbers are for float32 sums, but the weights are not proven from their sources"
+        )
     stated = content["verdict"], content.get("basis")
     if "basis" in content and stated != (found.verdict, found.basis):
-        raise ValueError(f"it says {stated[0]!r} on the basis {stated[1]!r}, its levels do not")
+        raise ValueError(
+            f"it says {stated[0]!r} with the basis {stated[1]!r}, but its levels give "
+            f"{found.verdict!r} with the basis {found.basis!r}"
+        )
     return found
 
 
 def unverified(reason: str) -> Verdict:
-    """The verdict on a model that nothing was held against."""
+    """The verdict on a model that was not compared with anything."""
     return Verdict((Level("numbers", "not checked", reason),))

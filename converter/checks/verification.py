@@ -1,4 +1,4 @@
-"""Holds a model against evidence: what was checked, how close it came, and what was not."""
+"""Checks a model against the evidence, one level after another."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from converter.checks.numbers import Numbers
     from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 
-# what an unverified verdict says of a model that there are no outputs of
+# the reason of an unverified verdict if there are no recorded outputs of the model
 NOTHING_RECORDED = "not verified numerically: nothing recorded"
 
 
@@ -53,11 +53,11 @@ class Options:
     """How a model is checked.
 
     Attributes:
-        level: the last of the five numbered levels that is checked.
+        level: the last of the five numbered levels to check.
         against: a peer to compare with, if any.
         image: the picture that published outputs were recorded on; None to download it.
         device: where the model runs, as torch names it.
-        threads: of torch on the CPU; None for as many as it takes.
+        threads: number of torch's CPU threads; None for torch's choice.
         allow_nonfinite: whether weights may be NaN or infinite.
         access: how the Hub is reached.
     """
@@ -73,13 +73,13 @@ class Options:
 
 @dataclass(frozen=True)
 class Findings:
-    """What came of checking a model.
+    """The result of checking a model, with its outputs.
 
     Attributes:
-        verdict: what is known of it.
-        recorded: what its numbers were held against, if they were.
-        outputs: what it put out for the recorded input, by the names of recorded tensors; empty if
-            it was not run on one.
+        verdict: the verdict.
+        recorded: the recording that its numbers were compared with, if any.
+        outputs: its outputs for the recorded input, by the names of recorded tensors; empty if it
+            was not run on one.
     """
 
     verdict: Verdict
@@ -103,7 +103,7 @@ def verify(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Verdict:
-    """Checks a converted model, and looks for the cause where it is not right.
+    """Checks a converted model, and looks for the cause if it fails.
 
     ``converter.verify("model", recorded="recorded").verdict`` is ``passed``, ``failed`` or
     ``unverified``.
@@ -112,26 +112,26 @@ def verify(
         model: its folder, or a Hub repository as owner/name or owner/name@revision.
         recorded: a folder with recorded outputs, or its recorded.safetensors. By default those of
             the catalogue's entry that conversion.json names, if they come with the package.
-        delta: what it was made from: a file, a folder, or owner/name[@revision]. By default what
-            conversion.json names, if it is in the cache.
-        backbone: likewise.
+        delta: the delta it was made from: a file, a folder, or owner/name[@revision]. By default
+            the one that conversion.json names, if it is in the cache.
+        backbone: the backbone it was made from, given in the same way.
         against: ``transformers`` to compare with its model, layer by layer.
-        level: the last level that is checked: 1 structure, 2 arithmetic, 3 numbers, 4 peers,
-            5 published. Pictures, which have no number, are checked from 4 on.
+        level: the last level to check: 1 structure, 2 arithmetic, 3 numbers, 4 peers, 5 published.
+            Pictures, which have no number, are checked from 4 on.
         image: the picture that published outputs were recorded on; by default it is downloaded.
         device: where the model runs, such as ``cuda``.
-        threads: of torch on the CPU; by default as many as it takes.
-        report: an HTML file to write that shows what was found.
+        threads: number of torch's CPU threads; by default torch's choice.
+        report: an HTML file to write with the results.
         token: for the Hub, as everywhere in huggingface_hub; by default HF_TOKEN or the login.
         cache_dir: where downloads are kept; by default the Hub's cache.
         local_files_only: whether only that cache is used.
 
     Raises:
         UnreadableFileError: the model, the recording or a source cannot be read.
-        PlanError: the sources that were given do not add up to a model.
-        AccessError: what was named is in a repository that is missing, gated, or not in the cache.
+        PlanError: the given sources do not add up to a model.
+        AccessError: a named repository is missing, gated, or not in the cache.
         HubUnavailableError: the Hub is down, out of reach, or asks to wait.
-        UsageError: a level, a device or a peer that there is not.
+        UsageError: there is no such level, device or peer.
         OutputError: the report cannot be written.
     """
     if level not in range(1, len(NUMBERED) + 1):
@@ -184,7 +184,7 @@ def verify(
 
 
 def write_page(paths: Sequence[Path], title: str, folder: Path, findings: Findings) -> None:
-    """Writes what was found as an HTML page, the same one to every path.
+    """Writes the results as an HTML page, the same one to every path.
 
     Raises:
         OutputError: a file cannot be written.
@@ -195,11 +195,11 @@ def write_page(paths: Sequence[Path], title: str, folder: Path, findings: Findin
 
 
 def check(folder: Path, evidence: Evidence, options: Options | None = None) -> Findings:
-    """Checks the model in a folder against the evidence that there is.
+    """Checks the model in a folder against the available evidence.
 
     Raises:
         UnreadableFileError: the model or the recording cannot be read.
-        UsageError: the device or the peer is none that there is.
+        UsageError: there is no such device or peer.
     """
     from converter.checks.precision import full_float32
 
@@ -241,7 +241,7 @@ def _check(found: "StoredModel", evidence: Evidence, options: Options) -> Findin
 
 
 def _is_run(evidence: Evidence, options: Options) -> bool:
-    """Whether the network is run: whether there is something to compare its outputs with."""
+    """Whether to run the network: only if there is something to compare its outputs with."""
     compared_with = {
         "numbers": evidence.recorded,
         "peers": options.against,
@@ -259,14 +259,14 @@ def _number(level: str) -> int:
 
 
 def _is_asked(level: str, options: Options) -> bool:
-    """Whether a level is to be checked; pictures are where any level after numbers is."""
+    """Whether to check a level; pictures are checked if a level after numbers is asked for."""
     return options.level >= _number("peers" if level == "pictures" else level)
 
 
 def _why_not_checked(level: str, options: Options) -> str:
     if not _is_asked(level, options):
         return _not_asked(options)
-    return "No peer was asked for with --against." if level == "peers" else NOTHING_RECORDED
+    return "No peer was named with --against." if level == "peers" else NOTHING_RECORDED
 
 
 def _not_asked(options: Options) -> str:
@@ -276,7 +276,7 @@ def _not_asked(options: Options) -> str:
 def _build(
     config: "EomtDinov3Config", weights: "Mapping[str, Tensor]", device: "str | torch.device"
 ) -> "EomtDinov3ForUniversalSegmentation":
-    """A model of float32 weights; rounded ones are computed with in float32, too."""
+    """A model that computes in float32; rounded weights must be given in float32, too."""
     import torch
 
     from reference_model import EomtDinov3ForUniversalSegmentation
@@ -289,15 +289,16 @@ def _build(
 
 @dataclass(frozen=True)
 class _Judged:
-    """The numbers of a model, and what they are the numbers of.
+    """The numbers of a model, and the weights that they were computed with.
 
     Attributes:
-        numbers: what came of running it; its outputs are always the model's own.
-        model: with its own weights or, where their rounding is proven, with the sums before it.
-        weights: of that model.
-        tolerance: that it was held against.
-        stages: the network's, where they have tolerances for rounding.
-        rounded: the model with its own weights, where the other is of sums.
+        numbers: the result of running the model; the outputs are always those of its own weights.
+        model: the model with its own weights or, if these are proven to be rounded sums, with the
+            sums before rounding.
+        weights: the weights of ``model``.
+        tolerance: how far its outputs may be off.
+        stages: the network's stages with tolerances for rounding, if there are any.
+        rounded: the model with its own weights, if ``model`` has the sums before rounding.
     """
 
     numbers: "Numbers"
@@ -337,16 +338,18 @@ def _check_numbers(
         if sums := sums_before_rounding(found, evidence, arithmetic):
             exact = _build(found.config, sums, model.device)
             of_sums = check_numbers(exact, normalisation, recorded, FLOAT32, backbone)
-            told = with_cost_of_rounding(of_sums, numbers, recorded, rounded)
-            judged = _Judged(told, exact, sums, FLOAT32, rounded=model)
+            checked = with_cost_of_rounding(of_sums, numbers, recorded, rounded)
+            judged = _Judged(checked, exact, sums, FLOAT32, rounded=model)
         else:
             network = Network(Skeleton(found.config), found.weights, normalisation)
             stages = allowing_for_rounding(cut(recorded, found.config), network, found.rounded)
-            told = check_rounded(model, numbers, network, stages, recorded, found.rounded, rounded)
-            if told.level.status == "passed" and not isinstance(evidence.sources, Provenance):
-                reason = f"{told.level.reason} With --delta and --backbone it would show."
-                told = replace(told, level=replace(told.level, reason=reason))
-            judged = _Judged(told, model, found.weights, ROUNDED[rounded], stages)
+            checked = check_rounded(
+                model, numbers, network, stages, recorded, found.rounded, rounded
+            )
+            if checked.level.status == "passed" and not isinstance(evidence.sources, Provenance):
+                reason = f"{checked.level.reason} Give --delta and --backbone to find it."
+                checked = replace(checked, level=replace(checked.level, reason=reason))
+            judged = _Judged(checked, model, found.weights, ROUNDED[rounded], stages)
     configs = {name: sha256(found.folder / name) for name in CONFIGS}
     rests_on = recorded.origin.figures({**found.digests, **configs})
     level = judged.numbers.level
@@ -400,7 +403,10 @@ def _check_published(
     if found.rounded_to:
         sums = sums_before_rounding(found, evidence, levels["arithmetic"])
         if sums is None:
-            reason = "The published outputs are of float32 weights, these were rounded."
+            reason = (
+                "The published outputs were computed with float32 weights; these weights are "
+                "rounded, and not proven from their sources."
+            )
             return Level("published", "not checked", reason)
         model = _build(found.config, sums, model.device)
     return check_published(model, found.normalisation, slices, options.image, options.access)
@@ -430,7 +436,7 @@ def _with_diagnosis(
     if judged and "numbers" in failed:
         difference = first_difference(judged.numbers.compared, found.config)
         if not judged.numbers.comparable:
-            tried = not_tried("The recorded outputs are those of a model of other sizes.")
+            tried = not_tried("The recorded outputs are from a model with other sizes.")
             return Verdict(levels, difference, None, tried)
     provenance = evidence.sources if isinstance(evidence.sources, Provenance) else None
     digests = evidence.recipes or (evidence.history and evidence.history.tensors)

@@ -1,4 +1,4 @@
-"""Which fault changed a tensor, told by its values and digests, before anything is run."""
+"""Recognises faults by the values and digests of tensors, without running the model."""
 
 import math
 import re
@@ -12,14 +12,14 @@ from torch import Tensor
 from converter.checks.diagnosis.stages import PATCH_WEIGHT
 from converter.checks.provenance import Provenance
 
-# what the model has instead of base + delta, and how many deltas it lacks
+# faults in how the delta was added, and how many deltas must be added to undo them
 DELTA_FAULTS = {"delta-added-twice": -1, "delta-not-added": 1, "delta-subtracted": 2}
 
-# of sums that were taken in another order and rounded to a type
+# relative error of sums that were added in another order and rounded, by dtype
 _SUM_ERROR = {"F32": 2**-21, "F16": 2**-9, "BF16": 2**-6}
 
-# The weights of two trainings have a correlation of 0, but for chance; those of one that went
-# further, or was rounded, have more (benchmarks/tolerances.py).
+# The weights of two independent trainings have a correlation near 0; weights that were trained
+# further, or rounded, have a higher one (benchmarks/tolerances.py).
 UNRELATED = 0.2
 
 
@@ -29,7 +29,7 @@ class Reference:
 
     Attributes:
         digests: SHA-256 of every tensor, by name.
-        provenance: its sources; None where only digests are known.
+        provenance: the model's sources; None if only digests are known.
     """
 
     digests: Mapping[str, str]
@@ -37,9 +37,10 @@ class Reference:
 
 
 def is_coarse(tensor: Tensor) -> str | None:
-    """The 16-bit type, bfloat16 or float16, that float32 values fit in; None if they fit in none.
+    """The 16-bit dtype, bfloat16 or float16, that can represent float32 values; None if none can.
 
-    Numbers of up to four significant bits, such as 0, 1 and 0.75, say nothing of rounding.
+    Values with up to four significant bits, such as 0, 1 and 0.75, do not show that they were
+    rounded: for a tensor of only such values, the result is None.
     """
     if not bool((tensor.contiguous().view(torch.int32) & 0xFFFFF).any()):
         return None
@@ -49,20 +50,20 @@ def is_coarse(tensor: Tensor) -> str | None:
     return None
 
 
-# Tensors with what they should hold; None where that is not known.
+# the right values of tensors, by name; None if they are not known
 Tensors = Mapping[str, Tensor | None]
 
 
 def faults_by_value(
     weights: Mapping[str, Tensor], digests: Mapping[str, str], reference: Reference
 ) -> dict[str, Tensors]:
-    """The tensors of each fault.
+    """The faulty tensors, by the name of their fault.
 
-    Without the sources, what is not recognised is ``tensor-replaced``.
+    Without the sources, wrong tensors that are not recognised count as ``tensor-replaced``.
 
     Args:
         weights: the model's tensors.
-        digests: their SHA-256 as they are stored.
+        digests: SHA-256 of the tensors as stored.
         reference: what they should be.
     """
     wrong = wrong_tensors(weights, digests, reference)
@@ -89,7 +90,7 @@ def faults_by_value(
 def wrong_tensors(
     weights: Mapping[str, Tensor], digests: Mapping[str, str], reference: Reference
 ) -> list[str]:
-    """The tensors that are not what they should be, by their digests."""
+    """Names of the tensors whose digests are not the expected ones."""
     return [name for name in weights if digests[name] != reference.digests.get(name)]
 
 
@@ -113,11 +114,11 @@ def layer_of(name: str) -> str | None:
 def _home(
     wrong: Iterable[str], digests: Mapping[str, str], expected: Mapping[str, str]
 ) -> dict[str, str]:
-    """Tensors that stand in each other's place: where each of them belongs."""
+    """For tensors that were exchanged: the name under which each one belongs."""
     wrong = list(wrong)
     belongs = {expected[name]: name for name in wrong if name in expected}
     home = {name: belongs[digests[name]] for name in wrong if digests[name] in belongs}
-    # what lies where it belongs to nobody else is a copy, and its own place was overwritten
+    # a tensor is a copy, not exchanged, if no other tensor belongs in its place
     while strays := [name for name in home if name not in home.values()]:
         for name in strays:
             del home[name]
@@ -127,7 +128,7 @@ def _home(
 def _whole_layers(
     moved: Mapping[str, str], digests: Mapping[str, str], expected: Mapping[str, str]
 ) -> set[str]:
-    """Layers that stand in the place of others as a whole."""
+    """Layers that were exchanged with others as a whole."""
     layers = set()
     for name, home in moved.items():
         layer, origin = layer_of(name), layer_of(home)
@@ -158,12 +159,12 @@ def _fault_of(
 
 
 def _is_rounded(found: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
-    """Whether values are others, rounded to nearest or towards zero, and nothing besides."""
+    """Whether ``found`` is ``right``, rounded to nearest or towards zero, without other changes."""
     if dtype == torch.bfloat16 and torch.equal(
         found.view(torch.int32), right.contiguous().view(torch.int32) & -0x10000
     ):
         return True
-    # a sum that was taken in another order may lie on the other side of the middle
+    # a sum that was added in another order may be rounded to the neighbouring value
     error = 2**-21 * right.abs()
     low, high = ((right + sign * error).to(dtype).float() for sign in (-1, 1))
     lower, upper = torch.minimum(low, high), torch.maximum(low, high)
@@ -187,9 +188,10 @@ def _delta_fault(name: str, found: Tensor, right: Tensor, provenance: Provenance
 def _replaced(
     names: list[str], weights: Mapping[str, Tensor], provenance: Provenance | None
 ) -> dict[str, list[str]]:
-    """Tells another backbone, which most of the numbers that a delta was added to come from.
+    """Decides whether wrong tensors come from another backbone or were replaced one by one.
 
-    Where most tensors hold neither that nor what they should, the fault has no name.
+    It is another backbone if that explains most of the values that the delta is added to. If most
+    tensors are wrong for another reason, the fault has no name.
     """
     rows = provenance.rows.values() if provenance else ()
     added = {row.name: row.size for row in rows if row.operation == "add"}
@@ -206,11 +208,11 @@ def _replaced(
 def _is_of_other_training(
     names: list[str], weights: Mapping[str, Tensor], provenance: Provenance
 ) -> bool:
-    """Whether tensors are the delta and something that has nothing to do with the backbone.
+    """Whether tensors are the delta plus a backbone that is unrelated to the given one.
 
-    The projection of model - base on the delta is 1 then, but for chance: what another backbone
-    differs by has nothing to do with the delta. And what the delta was added to has no correlation
-    with the base; that of the same backbone, trained further or with noise, has.
+    Then the projection of model - base on the delta is about 1, because the difference between two
+    backbones is unrelated to the delta. And what the delta was added to has no correlation with the
+    base; the same backbone, trained further or with noise, would have one.
     """
     product = square = variance = 0.0
     pairs: list[tuple[Tensor, Tensor]] = []
@@ -224,17 +226,17 @@ def _is_of_other_training(
         product += float((rest * change).sum())
         square += float((change**2).sum())
         variance += float(((rest * change) ** 2).sum())
-        if base.ndim > 1:  # norms, biases and scales are alike in all trainings
+        if base.ndim > 1:  # norms, biases and scales are similar in all trainings
             pairs.append((torch.from_numpy(other).flatten(1), torch.from_numpy(base).flatten(1)))
     once = abs(product) <= max(0.5 * square, 5 * variance**0.5)
     return bool(pairs) and once and abs(correlation(pairs)) <= UNRELATED
 
 
 def correlation(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """The correlation of two sets of tensors, from -1 to 1, without what their columns have alike.
+    """The correlation of two sets of matrices, from -1 to 1, after removing the columns' means.
 
     Args:
-        pairs: of matrices of one shape; the mean of every column is taken away.
+        pairs: pairs of matrices of the same shape.
     """
     product = ours = theirs = 0.0
     for pair in pairs:

@@ -1,7 +1,7 @@
-"""The faults that a model can have, each with the experiment that tells it.
+"""The faults that a model can have, each with an experiment that detects it.
 
-A hypothesis looks at a case and proposes what would undo its fault. Whether that reproduces the
-recording is for `converter.checks.diagnosis.search` to find out.
+A hypothesis looks at a case and proposes how to undo its fault. Whether that reproduces the
+recording is checked by `converter.checks.diagnosis.search`.
 """
 
 import math
@@ -32,33 +32,33 @@ from converter.checks.rounding import EXCESS, RIGHT_EXCESS, allowing_for_roundin
 from converter.configs import IMAGE_MEAN, IMAGE_STD
 from reference_model.activations import ACTIVATIONS, Activation
 
-# That pixels are rescaled by, in DINOv3's preprocessor_config.json and everywhere else.
+# rescale_factor in DINOv3's preprocessor_config.json, as in all others
 _FACTOR = 1 / 255
 
-# What is off by less than this share of what rounding does is not off by rounding.
-_LEAST_ROUNDING = 1 / 3
+# Rounding is not the cause of a difference that is smaller than this share of what rounding does.
+_MIN_SHARE_OF_ROUNDING = 1 / 3
 
-# Where more stages than these are off, exchanges between two of them are not looked for: with each
-# stage the number of pairs grows, and falls the likelihood that exchanges are what they share.
-_MOST_APART = 4
+# If more stages than this are off, exchanges between two of them are not looked for: there would be
+# too many pairs, and exchanges are unlikely to be the common cause.
+_MAX_PAIRED_STAGES = 4
 
-# Of tensors without sources, as many may differ from conversion.json to be "a few".
-_FEW = 0.25
+# the largest share of tensors that may differ from conversion.json to count as "replaced"
+_MAX_REPLACED = 0.25
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model that is not right.
+    """A model that fails verification.
 
     Attributes:
-        network: the model, as far as it was mended already.
-        recorded: what it should put out; None where there is no recording.
+        network: the model, without the faults that were undone already.
+        recorded: the recording; None if there is none.
         tolerance: how far the whole model may be off.
         stages: the network in stages.
-        differences: by stage, how far it is off.
-        reference: what its tensors should be, where that is known.
-        faults: the tensors of each fault that their values tell.
-        wrong: every tensor that is not what it should be, where that is known.
+        differences: how far each stage is off, by its name.
+        reference: what its tensors should be, if known.
+        faults: the tensors of each fault that was recognised by values.
+        wrong: every tensor that is not what it should be, as far as known.
     """
 
     network: Network
@@ -77,13 +77,13 @@ class Case:
 
     @property
     def failing_layers(self) -> list[Stage]:
-        """Those of them that are one layer each."""
+        """The stages that are off and consist of a single layer."""
         return [s for s in self.failing if len(s.modules) == 1 and _is_layer(s.modules[0])]
 
     def typical(self) -> Stage | None:
         """A stage to try values of config.json on: of those with layers, the one in the middle.
 
-        The worst may have a fault of its own besides.
+        The worst one may have another fault as well.
         """
         through = [s for s in self.failing if any(map(_is_layer, s.modules))]
         through.sort(key=lambda stage: self.differences[stage.name])
@@ -99,12 +99,12 @@ class Explanation:
     """What would undo a fault.
 
     Attributes:
-        tensors: that the fault is in.
-        action: what undoes it, as the subject of a sentence; a whole sentence where nothing does.
-        repaired: the network without it; None where it can be told but not be undone.
+        tensors: the tensors with the fault.
+        action: what undoes it, as the subject of a sentence; a whole sentence if nothing does.
+        repaired: the network without the fault; None if it can be detected but not undone.
         by_value: whether the tensors' values alone prove it.
-        stages: the network's, each with what the fault may make it be off by, where it can be told
-            by size only; ``repaired`` is the network as it is then.
+        stages: for a fault that only shows by the size of the differences: the stages, with that
+            size as their tolerances; ``repaired`` is then the unchanged network.
     """
 
     tensors: tuple[str, ...]
@@ -114,16 +114,16 @@ class Explanation:
     stages: tuple[Stage, ...] | None = None
 
 
-# What a hypothesis proposes; or, in a sentence, why there is nothing to try.
+# what a hypothesis proposes; or a sentence that says why there is nothing to try
 Proposal = Explanation | str
 Hypothesis = Callable[[Case], Proposal]
 
-_NO_SOURCES = "The sources are not at hand: --delta and --backbone."
-_NOTHING_FAILS = "No part that it would change is off."
+_NO_SOURCES = "The sources are missing: give --delta and --backbone."
+_NOTHING_FAILS = "No part of the network that this fault would change is off."
 
 
 def _by_value(case: Case, fault: str, action: str) -> Explanation | None:
-    """Gives the tensors that have a fault by their values what they should hold."""
+    """Proposes the right values for the tensors that show a fault; None if no tensor does."""
     found = case.faults.get(fault, {})
     right = {name: tensor for name, tensor in found.items() if tensor is not None}
     if not right:
@@ -139,7 +139,7 @@ def masked_attention_on(case: Case) -> Proposal:
     name = "attn_mask_probs"
     probabilities = case.network.weights[name]
     if not bool((probabilities > 0).any()):
-        return "attn_mask_probs is 0 throughout."
+        return "attn_mask_probs is 0 everywhere."
     off = case.network.with_weights({name: torch.zeros_like(probabilities)})
     return Explanation((name,), "switching masked attention off", off, by_value=True)
 
@@ -155,18 +155,18 @@ def channel_order(case: Case) -> Proposal:
 
 
 def image_normalisation(case: Case) -> Proposal:
-    """Solves for the normalisation: patch embeddings are linear in what it does to pixels.
+    """Solves for the normalisation, because patch embeddings are a linear function of it.
 
-    With a pixel p and the weights w of a channel, they are the sum of
-    w * (p * scale / std - mean / std), and the bias.
+    With a pixel p and the weights w of a channel, a patch embedding is the sum of
+    w * (p * scale / std - mean / std), plus the bias.
     """
     stage = next((s for s in case.failing if s.modules == ("embeddings",)), None)
     if stage is None:
         return _NOTHING_FAILS
     network, usual = case.network, Normalisation(_FACTOR, IMAGE_MEAN, IMAGE_STD)
     if stage.mean_square and network.normalisation == usual:
-        # within the errors of rounded weights other values do nearly the same
-        return "The normalisation is DINOv3's own."
+        # with rounded weights, other values fit nearly as well within the tolerance
+        return "The normalisation is already DINOv3's."
     weight = network.weights[PATCH_WEIGHT].double()
     bias = network.weights["embeddings.patch_embeddings.bias"].double()
     patches = stage.end[:, network.config.num_prefix_tokens :].double()
@@ -184,7 +184,8 @@ def image_normalisation(case: Case) -> Proposal:
     gains, offsets = torch.linalg.lstsq(matrix, target[:, None]).solution.flatten().chunk(2)
     if bool((gains <= 0).any()):
         return "No normalisation comes near the recorded patch embeddings."
-    # any factor is as good as this one, with another mean and deviation; only round ones are in use
+    # mean and deviation can be scaled to fit any factor, so the usual one is assumed; published
+    # means and deviations have two or three digits
     std = _FACTOR / gains
     mean = offsets * std
     candidates = [
@@ -245,10 +246,10 @@ def attention_heads(case: Case) -> Proposal:
 
 
 def _stage_of_rope(case: Case) -> Stage | str:
-    """Where the rotary positions and the size of a head are seen best; or why nowhere."""
+    """The stage that shows rotary positions and head size best; or a sentence why there is none."""
     angles = next((stage for stage in case.stages if stage.modules == ("rope",)), None)
     if angles and angles not in case.failing:
-        return "The recorded rotary positions are the model's."
+        return "The rotary positions match the recorded ones."
     return angles or case.typical() or _NOTHING_FAILS
 
 
@@ -276,14 +277,15 @@ def activation(case: Case) -> Proposal:
     return Explanation((), f"{name} as the activation", candidates[name])
 
 
-# of the search for a number, once the grid has found its valley
+# steps of the golden-section search
 _SECTIONS = 24
 
 
 def _search(difference: Callable[[float], float], low: float, high: float, steps: int) -> float:
-    """The value between two bounds that makes a difference smallest, on a logarithmic scale.
+    """The value between two bounds that minimises a difference, on a logarithmic scale.
 
-    A grid finds the valley, golden sections its floor; of equally good values the roundest is it.
+    A grid search brackets the minimum and a golden-section search refines it; of values that are
+    about equally good, the one with the fewest digits is returned.
     """
     start, step = math.log10(low), math.log10(high / low) / steps
     best = min(
@@ -332,10 +334,11 @@ def missing_layer_scale(case: Case) -> Proposal:
 
 
 def _fit_scales(stage: Stage, network: Network, names: list[str]) -> dict[str, Tensor]:
-    """The layer scales with which a layer comes nearest to what was recorded.
+    """Fits layer scales so that a layer comes as close as possible to what was recorded.
 
-    A layer's two scales are some thousand unknowns, each of its tokens as many equations. What
-    attention puts out depends on neither, so that tokens can be taken singly: a few hundred do.
+    The two scales of a layer have some thousand unknowns, and each token gives as many equations.
+    The output of attention depends on neither scale, so tokens are independent of each other and a
+    few hundred of them are enough.
     """
     (layer,) = stage.modules
     x = stage.start
@@ -389,11 +392,11 @@ def _fit_scales(stage: Stage, network: Network, names: list[str]) -> dict[str, T
 
 def layers_permuted(case: Case) -> Proposal:
     """Tries every layer that is off in the place of every other one."""
-    if proven := _by_value(case, "layers-permuted", "putting the layers in their own places"):
+    if proven := _by_value(case, "layers-permuted", "putting the layers in their right places"):
         return proven
     places = {stage.modules[0]: stage for stage in case.failing_layers}
     if len(places) < 2:
-        return "Fewer than two layers are off by themselves."
+        return "Fewer than two single layers are off."
     network = case.network
     home: dict[str, str] = {}
     for layer, stage in places.items():
@@ -407,7 +410,7 @@ def layers_permuted(case: Case) -> Proposal:
         for layer in strays:
             del home[layer]
     if not home:
-        return "No layer does what was recorded of another."
+        return "No layer gives what was recorded for another one."
     moved: dict[str, Tensor] = {}
     for layer, other in home.items():
         moved |= _moved(network, other, layer)
@@ -426,7 +429,7 @@ def _moved(network: Network, layer: str, to: str) -> dict[str, Tensor]:
 
 def tensors_swapped(case: Case) -> Proposal:
     """Swaps tensors of one shape, within each stage that is off and then between two of them."""
-    if proven := _by_value(case, "tensors-swapped", "putting the tensors in their own places"):
+    if proven := _by_value(case, "tensors-swapped", "putting the tensors in their right places"):
         return proven
     stages = [s for s in case.failing if sum(map(_is_layer, s.modules)) <= 1]
     if not stages:
@@ -441,18 +444,18 @@ def tensors_swapped(case: Case) -> Proposal:
             swaps.append(swap)
         else:
             left.append(stage)
-    for pair in combinations(left, 2) if len(left) <= _MOST_APART else ():
+    for pair in combinations(left, 2) if len(left) <= _MAX_PAIRED_STAGES else ():
         one, other = (stage.tensors(network) for stage in pair)
         if swap := _find_swap(_swaps(one, other, network), network, pair):
             swaps.append(swap)
     if not swaps:
-        return "No two tensors do what was recorded of them in each other's place."
+        return "Exchanging two tensors does not give what was recorded."
     changed = {name: tensor for swap in swaps for name, tensor in swap.items()}
     action = f"putting {len(changed)} tensors in each other's place"
     return Explanation(tuple(sorted(changed)), action, network.with_weights(changed))
 
 
-# tensors by the names that they should have
+# exchanged tensors, by the names they get
 Swap = dict[str, Tensor]
 
 
@@ -481,7 +484,7 @@ def _swap(pairs: list[tuple[str, str]], network: Network) -> Iterator[Swap]:
 
 
 def _find_swap(swaps: Iterable[Swap], network: Network, stages: tuple[Stage, ...]) -> Swap | None:
-    """The first exchange that mends all of these stages."""
+    """The first exchange that repairs all of these stages."""
     for swap in swaps:
         changed = network.with_weights(swap)
         if all(stage.is_right(changed) for stage in stages):
@@ -490,7 +493,7 @@ def _find_swap(swaps: Iterable[Swap], network: Network, stages: tuple[Stage, ...
 
 
 def _delta_fault(fault: str, action: str) -> Hypothesis:
-    """What is wrong by so many deltas, by the values of the tensors or by the numbers."""
+    """A hypothesis about how often the delta was added, by tensor values or by the numbers."""
 
     def propose(case: Case) -> Proposal:
         if proven := _by_value(case, fault, action):
@@ -510,21 +513,21 @@ def _delta_fault(fault: str, action: str) -> Hypothesis:
             if mended and stage.is_right(network.with_weights(mended)):
                 changed |= mended
         if not changed:
-            return "No part that is off is right with it."
+            return "It does not repair any part that is off."
         return Explanation(tuple(sorted(changed)), action, network.with_weights(changed))
 
     return propose
 
 
 def rounded_to_16_bits(case: Case) -> Proposal:
-    """Whether values with 16 bits are off by as much as rounding to them makes a network."""
+    """Whether the network is off by as much as rounding its weights to 16 bits would make it."""
     if proven := _by_value(case, "rounded-to-16-bits", "the weights before they were rounded"):
         return proven
     network = case.network
     coarse = {name: is_coarse(tensor) for name, tensor in network.weights.items()}
     types = {name: dtype for name, dtype in coarse.items() if dtype}
     if not types:
-        return "No tensor has values of 16 bits only."
+        return "No tensor has only values that 16 bits can represent."
     stages = allowing_for_rounding(case.stages, network, types)
     off = {stage.name for stage in case.failing}
     ratios = [
@@ -532,8 +535,8 @@ def rounded_to_16_bits(case: Case) -> Proposal:
         for stage in stages
         if stage.mean_square and stage.name in off
     ]
-    if not any(_LEAST_ROUNDING <= ratio <= RIGHT_EXCESS for ratio in ratios):
-        return "What is off is not off by as much as rounding makes it."
+    if not any(_MIN_SHARE_OF_ROUNDING <= ratio <= RIGHT_EXCESS for ratio in ratios):
+        return "The differences do not have the size that rounding would give them."
     action = f"rounding to {' and '.join(sorted(set(types.values())))}"
     return Explanation(tuple(types), action, network, stages=stages)
 
@@ -548,12 +551,12 @@ def other_backbone(case: Case) -> Proposal:
     if wrong := case.wrong.intersection(added):
         return (
             f"{len(wrong)} of the {len(added)} tensors that the delta is added to are not what the "
-            f"sources give, by {_distance(case.network, provenance, wrong):.2g} of their size, but "
-            "not as another training and the delta would make them."
+            f"sources give; they differ by {_distance(case.network, provenance, wrong):.2g} of "
+            "their size, but not as a backbone from another training would."
         )
     recorded = case.recorded.tensors.get("backbone.last_hidden_state") if case.recorded else None
     if case.recorded is None or recorded is None or "backbone" not in provenance.files:
-        return "The tensors follow their sources, and no output of the bare backbone is recorded."
+        return "The tensors match the sources, and no output of the bare backbone is recorded."
     trunk = [s for s in case.stages if s.modules[0].startswith(("embeddings", "layers.", "layern"))]
     if any(stage not in case.failing for stage in trunk):
         return "Parts of the backbone are right."
@@ -562,23 +565,23 @@ def other_backbone(case: Case) -> Proposal:
         tokens = bare_backbone(provenance)(inputs)
     difference = float((tokens - recorded).abs().max())
     if difference <= FLOAT32.of(recorded):
-        return "The bare backbone gives what was recorded of it."
-    # what a channel has in all tokens alike, other trainings may have as well
+        return "The output of the bare backbone matches the recorded one."
+    # without the channels' means, which may be similar in other trainings
     alike = correlation([(tokens.flatten(0, -2), recorded.flatten(0, -2))])
     if abs(alike) > UNRELATED:
         return (
-            f"The bare backbone is off by {difference:.2g}, and what it puts out has a correlation "
-            f"of {alike:.2g} with what was recorded; another training has none."
+            f"The bare backbone is off by {difference:.2g}, and its output has a correlation of "
+            f"{alike:.2g} with the recorded one; a backbone from another training would have none."
         )
     action = (
-        f"the bare backbone is off by {difference:.2g} by itself, in all of its parts, and has a "
-        f"correlation of {alike:.2g} with what was recorded"
+        f"the bare backbone, without the delta, is off by {difference:.2g}, in all of its parts, "
+        f"and its output has a correlation of {alike:.2g} with the recorded one"
     )
     return Explanation(tuple(added), action, None)
 
 
 def _distance(network: Network, provenance: Provenance, names: Iterable[str]) -> float:
-    """How far tensors are from what they should be, as a share of its size (Euclidean norm)."""
+    """Distance of tensors from their right values, divided by the size of these (L2 norms)."""
     square = size = 0.0
     for name in names:
         right = torch.from_numpy(provenance.tensor(name)).double()
@@ -596,14 +599,14 @@ def tensor_replaced(case: Case) -> Proposal:
     if case.reference is None:
         return _NO_SOURCES
     if not names:
-        return "Every tensor is what it should be, or its values have another fault."
-    if len(names) > _FEW * len(case.network.weights):
+        return "Every tensor is right, or has another fault that its values show."
+    if len(names) > _MAX_REPLACED * len(case.network.weights):
         return f"{len(names)} tensors are not what conversion.json says. {_NO_SOURCES}"
     action = "the tensors are not what conversion.json says, and all that is off uses them"
     return Explanation(names, action, None, by_value=True)
 
 
-# The names of faults are an interface. What is more special stands before what explains more.
+# The names of faults are public. More specific faults come before those that explain more.
 HYPOTHESES: Mapping[str, Hypothesis] = {
     "masked-attention-on": masked_attention_on,
     "channel-order": channel_order,

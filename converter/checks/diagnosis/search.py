@@ -1,4 +1,4 @@
-"""Why a model is not right: hypotheses, each tried by undoing its fault and running the result."""
+"""Finds out why a model is wrong: undoes one possible fault after another and runs the result."""
 
 import math
 from collections.abc import Mapping
@@ -11,21 +11,21 @@ from converter.checks.diagnosis.stages import Network, Stage, cut
 from converter.checks.recorded import Recorded
 from converter.checks.verdict import Cause, Trial
 
-# Faults that are looked for one behind the other.
-_MOST_FAULTS = 3
+# how many faults are looked for, one after another
+_MAX_FAULTS = 3
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What came of undoing a fault.
+    """The result of undoing a fault.
 
     Attributes:
-        name: of the fault.
+        name: name of the fault.
         explanation: what was undone.
-        left: the case without it.
-        mended: how many of the stages that were off are as right models are, not merely within
-            their tolerance.
-        residual: how far the stages that were off still are, at most; None if nothing was run.
+        left: the case without the fault.
+        mended: how many of the stages that were off are now as accurate as in correct models, not
+            merely within their tolerance.
+        residual: largest difference left in the stages that were off; None if nothing was run.
         complete: whether nothing is off any more.
     """
 
@@ -38,12 +38,12 @@ class _Outcome:
 
     @property
     def counts(self) -> bool:
-        """Whether it accounts for something."""
+        """Whether it explains at least a part."""
         return self.complete or self.mended > 0 or self.explanation.by_value
 
     @property
     def is_undone(self) -> bool:
-        """Whether the model was seen without the fault, or its tensors tell all that is asked."""
+        """Whether the model was run without the fault, or there is no recording to run it on."""
         undone = self.explanation.repaired is not None and self.explanation.stages is None
         return undone or self.left.recorded is None
 
@@ -56,40 +56,39 @@ def diagnose(
     digests: Mapping[str, str],
     reference: Reference | None,
 ) -> tuple[Cause | None, tuple[Trial, ...]]:
-    """Looks for the fault of a model that is not right.
+    """Looks for the fault in a model that fails verification.
 
-    Every hypothesis is tried in turn, until one accounts for all of the difference. If none does,
-    the one that accounts for most is undone, and the others are tried on what is left. A fault is
-    named only if parts of the network are as right without it as right models were measured to be,
-    or if the tensors' values prove it.
+    Every hypothesis is tried in turn, until one explains all of the difference. If none does, the
+    fault that explains most is undone, and the other hypotheses are tried on the rest. A fault is
+    named only if undoing it makes parts of the network as accurate as in correct models, or if the
+    tensors' values prove it.
 
     Args:
         network: the model.
-        recorded: what it should put out; None where there is no recording, or its numbers are
-            right.
+        recorded: the recording; None if there is none, or if the model's numbers are right.
         tolerance: how far the numbers may be off.
-        stages: its parts with their tolerances; None for those of float32 weights.
+        stages: the network's parts with their tolerances; None for those of float32 weights.
         digests: SHA-256 of its tensors.
-        reference: what its tensors should be, where that is known.
+        reference: what its tensors should be, if known.
 
     Returns:
         The cause, if one was found, and everything that was tried.
     """
     faults = faults_by_value(network.weights, digests, reference) if reference else {}
     wrong = frozenset(wrong_tensors(network.weights, digests, reference) if reference else ())
-    if bool((network.weights["attn_mask_probs"] > 0).any()):  # which is wrong whatever made it
+    if bool((network.weights["attn_mask_probs"] > 0).any()):  # wrong even if the sources have it
         wrong |= {"attn_mask_probs"}
     if recorded is None and not wrong:
-        return None, not_tried("No tensor and no number that was compared is off.")
+        return None, not_tried("All tensors and numbers that were compared are right.")
     if recorded is None:
         stages = ()
     elif stages is None:
         stages = cut(recorded, network.config)
     case = _measured(Case(network, recorded, tolerance, stages, {}, reference, faults, wrong))
-    trials = {trial.name: trial for trial in not_tried("The cause was found before.")}
+    trials = {trial.name: trial for trial in not_tried("The cause was already found.")}
     found: list[_Outcome] = []
     left = case
-    while len(found) < _MOST_FAULTS and not (found and found[-1].complete):
+    while len(found) < _MAX_FAULTS and not (found and found[-1].complete):
         best = _try_all(left, trials, first=not found)
         if best is None:
             break
@@ -110,7 +109,7 @@ def diagnose(
 
 
 def _share(outcome: _Outcome, case: Case) -> float | None:
-    """How much a fault explains: of the stages that are off or, if none is, of wrong tensors."""
+    """The share of the stages that are off or, if none is, of the wrong tensors it explains."""
     if case.failing:
         return outcome.mended / len(case.failing)
     if case.wrong:
@@ -119,7 +118,7 @@ def _share(outcome: _Outcome, case: Case) -> float | None:
 
 
 def not_tried(reason: str) -> tuple[Trial, ...]:
-    """What to say of every hypothesis where none can be tried."""
+    """A trial for every hypothesis, with the reason why it was not tried."""
     return tuple(Trial(name, "not tried", None, reason) for name in HYPOTHESES)
 
 
@@ -129,9 +128,9 @@ def _measured(case: Case) -> Case:
 
 
 def _try_all(case: Case, trials: dict[str, Trial], *, first: bool) -> _Outcome | None:
-    """The outcome that accounts for all or, if none does, for most; notes what was tried."""
+    """The outcome that explains all or, if none does, most; adds what was tried to ``trials``."""
     best: _Outcome | None = None
-    # what values tell needs no search
+    # faults that the values show come first, because they need no search
     for name in sorted(HYPOTHESES, key=lambda name: name not in case.faults):
         proposal = HYPOTHESES[name](case)
         if isinstance(proposal, str):
@@ -166,7 +165,7 @@ def _try(name: str, explanation: Explanation, case: Case) -> _Outcome:
         replace(left, network=explanation.repaired, stages=explanation.stages or left.stages)
     )
     off = {stage.name for stage in case.failing}
-    # a value fitted to noise makes a stage a little better, too
+    # a value fitted to noise also makes a stage a little better, so it must halve the difference
     right = {
         s.name
         for s in left.stages
@@ -182,14 +181,14 @@ def _try(name: str, explanation: Explanation, case: Case) -> _Outcome:
         residual=max((left.differences[stage] for stage in off), default=None),
         complete=not left.failing
         and off <= right
-        # without a recording values alone tell
+        # without a recording, only the tensors' values count
         and (case.recorded is not None or left.wrong < case.wrong)
         and _is_right(left, explanation),
     )
 
 
 def _try_without_repair(name: str, explanation: Explanation, left: Case) -> _Outcome:
-    """Takes the stages for explained that use the tensors of a fault that cannot be undone."""
+    """Counts the stages as explained that use the tensors of a fault that cannot be undone."""
     using = [
         stage.name
         for stage in left.failing
@@ -206,14 +205,14 @@ def _try_without_repair(name: str, explanation: Explanation, left: Case) -> _Out
 
 
 def _is_right(case: Case, explanation: Explanation) -> bool:
-    """Whether all tensors are what they should be, and the network gives what was recorded."""
+    """Whether all tensors are right, and the network's outputs match the recorded ones."""
     if case.wrong or case.recorded is None or explanation.stages is not None:
         return not case.wrong
     return _residual(case.network, case.recorded, case.tolerance)[1]
 
 
 def _residual(network: Network, recorded: Recorded, tolerance: Tolerance) -> tuple[float, bool]:
-    """Largest difference of a whole network's outputs, and whether a right one has as little."""
+    """Largest difference of the network's outputs, and whether correct networks have as little."""
     outputs = network.run(recorded.pixels)
     largest, right = 0.0, True
     for name, output in outputs.items():
@@ -226,7 +225,7 @@ def _residual(network: Network, recorded: Recorded, tolerance: Tolerance) -> tup
 
 
 def _number(residual: float | None) -> float | None:
-    """A residual as JSON has it: None where it is no number."""
+    """A residual as JSON has it: None for NaN and infinity."""
     return residual if residual is not None and math.isfinite(residual) else None
 
 
@@ -239,8 +238,8 @@ def _cause(found: list[_Outcome], case: Case) -> Cause:
     sentence = explanation.action
     if explanation.stages is not None:
         sentence = (
-            f"{sentence} moves {_parts(first, case)} as far as they are off; that nothing else is "
-            "wrong, only the sources can show"
+            f"{sentence} moves {_parts(first, case)} as far as they are off; only the sources can "
+            "show that nothing else is wrong"
         )
     elif residual is None and explanation.repaired:
         sentence += " makes all tensors what the sources give"
@@ -259,5 +258,5 @@ def _cause(found: list[_Outcome], case: Case) -> Cause:
 
 
 def _parts(outcome: _Outcome, case: Case) -> str:
-    """How many of the parts that are off, in words."""
+    """How many of the parts that are off an outcome repairs, in words."""
     return f"{outcome.mended} of {len(case.failing)} parts"

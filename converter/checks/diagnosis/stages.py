@@ -1,7 +1,7 @@
-"""The network in stages, each run on what was recorded before it.
+"""Cuts the network into stages; each is run on the recorded output of the stage before.
 
-A fault early in a network spreads to everything behind it. A stage that starts from the recorded
-output of the stage before shows its own faults only, and is cheap to run with something changed.
+A fault early in a network affects everything after it. A stage that starts from recorded values
+shows only its own faults, and is cheap to run again with something changed.
 """
 
 import math
@@ -21,8 +21,8 @@ from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 from reference_model.backbone import Layer, RotaryEmbedding
 from reference_model.masked_attention import attention_mask
 
-# Largest difference of a right stage as a share of the largest recorded value. 1.1e-6 was seen
-# (benchmarks/tolerances.py): the second is that and a little room.
+# Largest difference of a correct stage, as a share of the largest recorded value. 1.1e-6 was
+# measured (benchmarks/tolerances.py); STAGE_RIGHT is that with a small margin.
 STAGE_TOLERANCE = 5e-6
 STAGE_RIGHT = 1.5e-6
 
@@ -43,7 +43,7 @@ class Skeleton:
 
     @cached_property
     def layer(self) -> Layer:
-        """A layer: all of them are alike."""
+        """A layer; all layers have the same structure."""
         with torch.device("meta"):
             return Layer(self.config).eval()
 
@@ -58,18 +58,18 @@ class Skeleton:
             _, _, inner = name.removeprefix("layers.").partition(".")
             return self.layer.get_submodule(inner)
         if name == "layernorm":
-            return self.layer.norm1  # which is made in the same way
+            return self.layer.norm1  # it has the same structure
         return self.model.get_submodule(name)
 
 
 @dataclass(frozen=True)
 class Network:
-    """All that decides what a model computes.
+    """Everything that decides what a model computes.
 
     Attributes:
-        skeleton: its configuration, and modules that are made by it.
+        skeleton: its configuration, and the modules built from it.
         weights: its tensors by canonical name, float32.
-        normalisation: how it takes pixels.
+        normalisation: how pixels are rescaled and normalised.
     """
 
     skeleton: Skeleton
@@ -89,7 +89,7 @@ class Network:
         """The network with other values in config.json.
 
         Raises:
-            ValueError: a value cannot work.
+            ValueError: a value is not possible.
         """
         return replace(self, skeleton=Skeleton(replace(self.config, **changed)))
 
@@ -109,7 +109,7 @@ class Network:
                 dict(self.weights),
                 (self.normalisation(pixels),),
                 {"output_hidden_states": True},
-                tie_weights=False,  # none are, and to look for them takes longer than a small layer
+                tie_weights=False,  # there are none, and looking for them is slow
             )
         return named_outputs(output)
 
@@ -127,7 +127,7 @@ class Network:
         return output
 
     def step(self, module: str, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Goes through one part of the network.
+        """Runs one part of the network.
 
         Args:
             module: as in `Stage.modules`.
@@ -164,7 +164,7 @@ class Network:
 
 
 def named_outputs(output: Any) -> dict[str, Tensor]:
-    """What a model puts out with its hidden states, by the names of recorded tensors, in order."""
+    """A model's outputs and hidden states, by the names of recorded tensors, in order."""
     embeddings, *hidden_states = output.hidden_states
     return {
         "patch_embeddings": embeddings,
@@ -185,15 +185,15 @@ class Stage:
     """A part of the network between two recorded points.
 
     Attributes:
-        name: of the recorded tensor it ends in.
-        modules: what it goes through: ``rope``, ``embeddings``, ``layers.N``, ``layernorm``, then
-            ``class_predictor`` or ``masks`` (mask head and upscaling).
-        start: what it starts from, as `Network.step` takes it.
-        end: what was recorded at its end.
+        name: name of the recorded tensor at its end.
+        modules: the parts it consists of: ``rope``, ``embeddings``, ``layers.N``, ``layernorm``,
+            then ``class_predictor`` or ``masks`` (mask head and upscaling).
+        start: its input, as `Network.step` takes it.
+        end: its recorded output.
         grid: rows and columns of patches.
-        tolerance: largest difference that is none.
-        right: largest difference that right networks were seen to have.
-        mean_square: whether differences are root mean squares, and not the largest one.
+        tolerance: largest difference that is allowed.
+        right: largest difference that correct networks were measured to have.
+        mean_square: whether differences are root mean squares instead of largest values.
     """
 
     name: str
@@ -206,7 +206,7 @@ class Stage:
     mean_square: bool = False
 
     def run(self, network: Network) -> Tensor:
-        """What a network puts out at the stage's end."""
+        """A network's output at the end of the stage."""
         x = self.start
         with torch.inference_mode():
             for module in self.modules:
@@ -214,7 +214,7 @@ class Stage:
         return x[: len(self.end)]
 
     def difference(self, network: Network) -> float:
-        """How far a network is off; infinite where that is no number."""
+        """How far a network is off; infinite if the difference is NaN or shapes differ."""
         output = self.run(network)
         if output.shape != self.end.shape:
             return math.inf
@@ -223,7 +223,7 @@ class Stage:
         return float(found) if math.isfinite(found) else math.inf
 
     def is_right(self, network: Network) -> bool:
-        """Whether a network is off by no more than right ones are."""
+        """Whether a network is off by no more than correct ones are."""
         return self.difference(network) <= self.right
 
     def tensors(self, network: Network) -> list[str]:
@@ -246,8 +246,8 @@ def cut(recorded: Recorded, config: EomtDinov3Config) -> tuple[Stage, ...]:
     """Cuts the network at every point that was recorded, with tolerances for float32 weights.
 
     Args:
-        recorded: the recording; hidden states that it lacks make longer stages.
-        config: whose layers there are.
+        recorded: the recording; where it lacks hidden states, stages are longer.
+        config: the model's configuration.
     """
     pixels = recorded.pixels
     height, width = pixels.shape[-2:]
@@ -258,7 +258,7 @@ def cut(recorded: Recorded, config: EomtDinov3Config) -> tuple[Stage, ...]:
     def add(name: str, modules: Sequence[str], start: Tensor, end: Tensor) -> None:
         batch = min(len(start), len(end)) if tuple(modules) != ("rope",) else len(end)
         largest = float(end.abs().max())
-        # errors add up in what goes through many modules
+        # errors add up over several modules
         right = STAGE_RIGHT * largest if len(modules) == 1 else RIGHT * FLOAT32.of(end)
         allowed = STAGE_TOLERANCE * largest
         stages.append(
