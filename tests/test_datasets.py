@@ -40,7 +40,7 @@ PICTURE = np.full((4, 6, 3), 100, dtype=np.uint8)
 
 @pytest.fixture(params=["unpacked", "zipped"])
 def pack(request: pytest.FixtureRequest) -> Callable[[Path], None]:
-    """Leaves a dataset unpacked, or zips it as it is published."""
+    """Leaves a dataset unpacked, or zips it in the published form."""
     return zip_as_published if request.param == "zipped" else lambda folder: None
 
 
@@ -180,7 +180,7 @@ def test_annotations_cannot_name_files_elsewhere(file_name: str, tmp_path: Path)
     content["images"][0]["file_name"] = file_name
     path.write_text(json.dumps(content))
 
-    assert "is not the plain name of a file" in refusal("coco-panoptic", tmp_path)
+    assert "is not a plain file name" in refusal("coco-panoptic", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -191,8 +191,8 @@ def test_annotations_cannot_name_files_elsewhere(file_name: str, tmp_path: Path)
         ({"annotations": 3}, "not iterable"),
         ({"categories": [{"id": 1}]}, "it lacks 'name'"),
         ({"categories": [{"id": 1, "name": "a"}, {"id": "b", "name": "b"}]}, "not supported"),
-        ({"categories": [{"id": [1], "name": "a"}]}, "id is [1], not a whole number"),
-        ({"images": [{"id": None, "file_name": "a.jpg"}]}, "id is None, not a whole number"),
+        ({"categories": [{"id": [1], "name": "a"}]}, "id is [1], expected a whole number"),
+        ({"images": [{"id": None, "file_name": "a.jpg"}]}, "id is None, expected a whole number"),
         (
             {
                 "annotations": [
@@ -203,7 +203,7 @@ def test_annotations_cannot_name_files_elsewhere(file_name: str, tmp_path: Path)
                     }
                 ]
             },
-            "category_id is [1], not a whole number",
+            "category_id is [1], expected a whole number",
         ),
     ],
 )
@@ -259,7 +259,7 @@ def test_an_id_map_of_another_size_is_refused(tmp_path: Path) -> None:
     panoptic(tmp_path)
     write_picture(tmp_path / "annotations/panoptic_val2017/000000000000.png", PICTURE[:3])
 
-    assert "has 6x3 pixels, its picture 6x4" in refusal("coco-panoptic", tmp_path)
+    assert "has 6x3 pixels, expected 6x4 as its picture" in refusal("coco-panoptic", tmp_path)
 
 
 def test_a_missing_picture_is_named(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_a_missing_picture_is_named(tmp_path: Path) -> None:
     picture = tmp_path / "val2017/000000000000.jpg"
     picture.unlink()
 
-    assert refusal("coco-panoptic", tmp_path) == f"There is no {picture}."
+    assert refusal("coco-panoptic", tmp_path) == f"There is no file {picture}."
 
 
 def test_a_broken_picture_is_named(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
     picture = tmp_path / "val2017/000000000000.jpg"
     picture.write_bytes(b"nothing")
 
-    assert refusal("coco-panoptic", tmp_path) == f"{picture} is no picture of a known format."
+    assert refusal("coco-panoptic", tmp_path) == f"{picture} is not a picture of a known format."
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -332,7 +332,8 @@ def test_a_member_that_would_become_a_hundred_times_as_large_is_not_read(tmp_pat
     message = refusal("coco-panoptic", tmp_path)
 
     assert "val2017/000000000000.jpg in " in message
-    assert "would become 10,000,000 bytes of 9," in message
+    assert "would unpack from 9," in message
+    assert "to 10,000,000 bytes" in message
 
 
 def test_members_that_share_their_bytes_are_refused(tmp_path: Path) -> None:

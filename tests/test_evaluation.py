@@ -372,7 +372,7 @@ def test_delta_weights_are_no_model(hub: Hub) -> None:
 
 
 def test_a_dataset_of_other_classes_is_refused(converted: Converted) -> None:
-    with pytest.raises(EomtConvertError, match="has 6 classes, the model has 5"):
+    with pytest.raises(EomtConvertError, match="has 5 classes, expected 6 as in"):
         evaluate(converted("tiny_instance_64_gated"), "coco-panoptic", SHAPES)
 
 

@@ -305,8 +305,8 @@ def png(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"hello", "no picture of a known format"),
-        (b"", "no picture of a known format"),
+        (b"hello", "not a picture of a known format"),
+        (b"", "not a picture of a known format"),
         (png(64, 64), "truncated"),
         (png(60_000, 60_000), "exceeds limit"),
         (png(10_000, 10_000), "exceeds limit"),
@@ -332,7 +332,7 @@ def test_a_pattern_of_nothing_is_reported(
 ) -> None:
     result = run(converted(SHAPES), tmp_path / "*.gif", picture, "--output", tmp_path / "out")
     assert result.exit_code == 1
-    assert "*.gif: no file has this pattern" in result.stderr
+    assert "*.gif: no file matches this pattern" in result.stderr
     assert (tmp_path / "out" / "street.overlay.png").exists()
 
 
@@ -347,7 +347,7 @@ def test_without_any_picture_no_model_is_loaded(tmp_path: Path) -> None:
 def test_a_strip_of_a_picture_is_skipped(name: str, converted: Converted, tmp_path: Path) -> None:
     Image.new("RGB", (20_000, 1)).save(tmp_path / "strip.png")
     found = segment(converted(name), [tmp_path / "strip.png"], tmp_path / "out")
-    assert found.skipped[0].reason == "20000x1 pixels are too long and narrow"
+    assert found.skipped[0].reason == "20000x1 pixels: longer than 16:1"
 
 
 def test_a_name_that_is_no_unicode_is_no_obstacle(
@@ -400,7 +400,7 @@ def test_planted_links_are_not_followed(
     (output / f".street.{ending}.unfinished").symlink_to(victim)
 
     segment(converted(SHAPES), [picture], output)
-    shutil.copy(output / "street.segments.json", victim)  # so that what it stands for is ours
+    shutil.copy(output / "street.segments.json", victim)  # so that it counts as ours
     precious = victim.read_bytes()
     (output / f"street.{ending}").unlink()
     (output / f"street.{ending}").symlink_to(victim)

@@ -18,13 +18,13 @@ class Segment:
     """A segment of a picture.
 
     Attributes:
-        id: in the picture's id map, from 1.
+        id: its id in the picture's id map, from 1.
         category_id: the model's class id.
-        area: in pixels.
+        area: area in pixels.
         bbox: (left, top, width, height) in pixels.
-        score: from 0 to 1; None for semantic segmentation, which has none.
-        rle: an instance's mask, run-length encoded, with the parts that others cover in the id map;
-            None where the id map says it all.
+        score: from 0 to 1; None for semantic segmentation, which has no scores.
+        rle: an instance's full mask, run-length encoded, including parts that other instances cover
+            in the id map; None for other tasks, whose id map has all pixels.
     """
 
     id: int
@@ -62,31 +62,31 @@ def measure(mask: NDArray[np.bool_]) -> tuple[int, tuple[int, int, int, int]]:
 
 def id_map_image(id_map: NDArray[np.integer[Any]]) -> Image.Image:
     """An id map (height, width) as RGB: id = red + 256 green + 256² blue, 0 for no segment."""
-    # a byte has the lowest 8 bits of a number; a map of whole numbers takes eight times as much
+    # converting to uint8 keeps the lowest 8 bits; an int64 map would take eight times the memory
     bytes_of_ids = [(id_map >> shift).astype(np.uint8) for shift in (0, 8, 16)]
     return Image.fromarray(np.stack(bytes_of_ids, axis=-1))
 
 
 def encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    """A mask (height, width) as pycocotools encodes it: lengths of runs, down the columns.
+    """Encodes a mask (height, width) as pycocotools does: run lengths, column by column.
 
     Returns:
-        ``size``, [height, width], and ``counts``, the lengths as text, the first one of zeros.
+        ``size``, [height, width], and ``counts``, the run lengths as text, starting with zeros.
     """
     pixels = mask.ravel(order="F")
     changes = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
     lengths = np.diff(changes, prepend=0, append=pixels.size).tolist()
     if pixels[0]:
         lengths.insert(0, 0)
-    # from the fourth on, the text has differences to the length before the last
+    # from the fourth on, each length is stored as its difference from the length two before it
     values = lengths[:3] + [now - then for now, then in zip(lengths[3:], lengths[1:], strict=False)]
     return {"size": list(mask.shape), "counts": "".join(map(_as_text, values))}
 
 
 def _as_text(value: int) -> str:
-    """A number in groups of 5 bits, the lowest first; bit 6 of a character says that more follow.
+    """A number in groups of 5 bits, the lowest first; the sixth bit means that more follow.
 
-    The last group's highest bit is the sign.
+    The highest bit of the last group is the sign.
     """
     text = ""
     while True:
@@ -106,11 +106,10 @@ def document(
     """A COCO dataset of one picture.
 
     Args:
-        image: its entry in ``images``.
-        segments: its segments.
+        image: the picture's entry in ``images``.
+        segments: the picture's segments.
         categories: all classes of the model.
-        id_map_name: file name of the id map, for the panoptic format, which needs one; None for
-            the format of instances.
+        id_map_name: file name of the id map for the panoptic format; None for the instance format.
     """
     entries = [segment.to_dict() for segment in segments]
     annotations: list[dict[str, Any]] = [{"image_id": image["id"], **entry} for entry in entries]

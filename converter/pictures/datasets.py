@@ -1,6 +1,6 @@
-"""The datasets that models are evaluated on, read as they are published: zipped or unpacked.
+"""Reads the datasets that models are evaluated on, as published: zipped or unpacked.
 
-Which pictures count, and what their annotations mean, is the original's choice
+Which pictures count, and what their annotations mean, follows the original
 (github.com/tue-mps/eomt datasets/).
 """
 
@@ -31,36 +31,36 @@ if TYPE_CHECKING:
 
 IGNORED = 255  # in semantic targets: pixels that belong to no class
 
-# Bytes of a picture, of a file of annotations, of a zip within a zip and of a zip's directory. What
-# is published has at most a third: instances_val2017.json 20 MB, the directory of
-# ADEChallengeData2016.zip 6 MB.
+# Largest size in bytes of a picture, of an annotation file, of a zip within a zip and of a zip's
+# directory. Published files have at most a third of that: instances_val2017.json has 20 MB, the
+# directory of ADEChallengeData2016.zip 6 MB.
 _MAX_PICTURE_BYTES = 1 << 26
 _MAX_ANNOTATION_BYTES = 1 << 26
 _MAX_ZIP_BYTES = 1 << 28
 _MAX_DIRECTORY_BYTES = 1 << 24
 
-# Lists and objects in a file of annotations, which take a hundred times as much memory as their
-# text. instances_val2017.json has a tenth.
+# Largest number of lists and objects in an annotation file; they take a hundred times as much
+# memory as their text. instances_val2017.json has a tenth of that.
 _MAX_CONTAINERS = 1 << 21
 
-# How much larger than in its zip a file may be. JSON shrinks to a tenth, pictures hardly; but small
-# files may shrink to next to nothing.
+# Largest compression ratio of a file in a zip, if it has more than _SMALL_BYTES. Compression makes
+# JSON ten times smaller and pictures hardly, but small files may shrink to almost nothing.
 _MAX_RATIO = 100
 _SMALL_BYTES = 1 << 20
 
-_HEADER_BYTES = 30  # at least, before every member of a zip
+_HEADER_BYTES = 30  # smallest size of the header before every member of a zip
 
 
 @dataclass(frozen=True)
 class Segments:
-    """A picture cut into segments: annotated ones, or those that a model found.
+    """A picture's segments: annotated ones, or those that a model found.
 
     Attributes:
         ids: (height, width) int64, the index of every pixel's segment; -1 outside all of them.
-            Every segment has a pixel.
+            Every segment has at least one pixel.
         classes: class id per segment.
-        crowd: per segment, whether it is a group whose members were not told apart; always false
-            for what a model found.
+        crowd: per segment, whether it is a group whose members were not annotated one by one;
+            always false for what a model found.
     """
 
     ids: NDArray[np.int64]
@@ -89,10 +89,10 @@ class Instances:
 
 @dataclass(frozen=True)
 class Example:
-    """A picture and what was annotated in it.
+    """A picture and its annotations.
 
     Attributes:
-        image: RGB; a rotation noted in the file is not applied.
+        image: RGB; a rotation in the file's EXIF data is not applied.
         target: Segments, Instances, or a class map (height, width) uint8 with IGNORED.
     """
 
@@ -122,9 +122,9 @@ class Dataset(Protocol):
 
 
 class Files:
-    """The files below a folder, where zips are read as if they were unpacked where they lie.
+    """The files in a folder; a zip is read as if it were unpacked in the folder where it is.
 
-    Nothing is unpacked to disk. A file on disk goes before one of its name in a zip.
+    Nothing is unpacked to disk. A file on disk is preferred to one with the same name in a zip.
     """
 
     def __init__(self, root: Path) -> None:
@@ -144,10 +144,10 @@ class Files:
         return (self.root / name).is_file() or name in self._members
 
     def open_zip(self, name: str) -> None:
-        """Adds the files of a zip, which may lie in another one.
+        """Adds the files of a zip, which may be inside another zip.
 
         Raises:
-            UnreadableFileError: as in `read`, or it is no zip.
+            UnreadableFileError: as in `read`, or it is not a zip.
         """
         path = self.root / name
         with _readable(self.title(name)):
@@ -157,7 +157,7 @@ class Files:
                 file = BytesIO(self.read(name, _MAX_ZIP_BYTES))
             archive = self._stack.enter_context(open_zip(file, _MAX_DIRECTORY_BYTES))
             archive.filename = str(path) if path.is_file() else None
-        # members that share their bytes would make a small zip endless
+        # members that share their bytes could make a small zip unpack to any size
         if sum(_HEADER_BYTES + info.compress_size for info in archive.infolist()) > (
             archive.start_dir
         ):
@@ -168,14 +168,14 @@ class Files:
                 self._members.setdefault(member, (archive, info))
 
     def title(self, name: str) -> str:
-        """What to call a file in a message: its path, or its zip's and its name there."""
+        """A file's name for messages: its path, or its name in a zip and the zip's path."""
         if name in self._members and not (self.root / name).is_file():
             archive, info = self._members[name]
             return f"{info.filename} in {archive.filename or 'a zip within a zip'}"
         return str(self.root / name)
 
     def names(self, folder: str) -> list[str]:
-        """Names of the files that lie directly in a folder, sorted."""
+        """Names of the files directly in a folder, sorted."""
         if (self.root / folder).is_dir():
             return sorted(path.name for path in (self.root / folder).iterdir() if path.is_file())
         paths = map(PurePosixPath, self._members)
@@ -197,13 +197,13 @@ class Files:
                 archive, info = self._members[name]
                 if info.file_size > max(_SMALL_BYTES, _MAX_RATIO * info.compress_size):
                     raise UnreadableFileError(
-                        f"{title} would become {info.file_size:,} bytes of {info.compress_size:,}: "
-                        "it is not read."
+                        f"{title} would unpack from {info.compress_size:,} to {info.file_size:,} "
+                        "bytes: it is not read."
                     )
                 with archive.open(info) as member:
                     content = member.read(limit + 1)
             else:
-                raise UnreadableFileError(f"There is no {title}.")
+                raise UnreadableFileError(f"There is no file {title}.")
         if len(content) > limit:
             raise UnreadableFileError(f"{title} has more than {limit:,} bytes: it is not read.")
         return content
@@ -212,7 +212,7 @@ class Files:
         """A picture, converted to one of Pillow's modes.
 
         Raises:
-            UnreadableFileError: as in `read`, or it is no picture or one of a hostile size.
+            UnreadableFileError: as in `read`, or it is not a picture, or its size is hostile.
         """
         from reference_model.pictures import FORMATS
 
@@ -224,23 +224,23 @@ class Files:
         """A JSON object.
 
         Raises:
-            UnreadableFileError: as in `read`, or it is no JSON object.
+            UnreadableFileError: as in `read`, or it is not a JSON object.
         """
         with _readable(self.title(name)):
             text = self.read(name, _MAX_ANNOTATION_BYTES)
             if text.count(b"[") + text.count(b"{") > _MAX_CONTAINERS:
-                raise ValueError(f"more than {_MAX_CONTAINERS:,} lists and objects")
+                raise ValueError(f"it has more than {_MAX_CONTAINERS:,} lists and objects")
             content = json.loads(text)
             if not isinstance(content, dict):
-                raise ValueError("not a JSON object")
+                raise ValueError("it is not a JSON object")
             return content
 
 
 class CocoPanoptic:
     """Pictures with annotations in COCO's panoptic format.
 
-    Published: annotations/panoptic_val2017.json and its folder or zip of id maps beside it, and
-    val2017. Otherwise: panoptic.json, panoptic and images.
+    Published files: annotations/panoptic_val2017.json with the folder or zip of id maps beside it,
+    and val2017. Otherwise: panoptic.json, panoptic and images.
     """
 
     zips = (
@@ -282,8 +282,8 @@ class CocoPanoptic:
     def read(self, index: int) -> Example:
         """Reads an example with Segments.
 
-        Segments are numbered by ascending id; pixels of an id or a category that the annotations
-        do not list belong to none.
+        Segments are numbered by ascending id; pixels with an id or a category that the annotations
+        do not list belong to no segment.
         """
         file_name, image_id, map_name = self._entries[index]
         image = self._files.read_image(f"{self._images}/{file_name}", "RGB")
@@ -309,9 +309,10 @@ class CocoPanoptic:
 
 
 class CocoInstances:
-    """Pictures with annotations in COCO's format for instances; those without one are left out.
+    """Pictures with annotations in COCO's instance format; those without annotation are left out.
 
-    Published: annotations/instances_val2017.json and val2017. Otherwise: instances.json and images.
+    Published files: annotations/instances_val2017.json and val2017. Otherwise: instances.json and
+    images.
     """
 
     zips = ("val2017.zip", "annotations_trainval2017.zip")
@@ -391,7 +392,7 @@ class Ade20kSemantic:
         return len(self._stems)
 
     def read(self, index: int) -> Example | None:
-        """Reads an example with a class map; None if all its pixels are annotated alike."""
+        """Reads an example with a class map; None if all its pixels have the same label."""
         stem = self._stems[index]
         image = self._files.read_image(str(self._root / "images/validation" / f"{stem}.jpg"), "RGB")
         map_name = str(self._root / "annotations/validation" / f"{stem}.png")
@@ -417,7 +418,7 @@ DATASETS = tuple(_READERS)
 
 @contextmanager
 def open_dataset(name: str, data: Path) -> Iterator[Dataset]:
-    """Opens a dataset in a folder that has its zips, or what they unpack to.
+    """Opens a dataset in a folder that has its zips, or their unpacked content.
 
     Args:
         name: one of DATASETS.
@@ -436,7 +437,7 @@ def open_dataset(name: str, data: Path) -> Iterator[Dataset]:
 
 @contextmanager
 def _readable(title: str) -> Iterator[None]:
-    """Turns what hostile and broken files raise into a sentence."""
+    """Turns the exceptions that hostile and broken files cause into UnreadableFileError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -444,7 +445,7 @@ def _readable(title: str) -> Iterator[None]:
     except UnreadableFileError:
         raise
     except UnidentifiedImageError as error:
-        raise UnreadableFileError(f"{title} is no picture of a known format.") from error
+        raise UnreadableFileError(f"{title} is not a picture of a known format.") from error
     except KeyError as error:
         raise UnreadableFileError(f"{title} cannot be read: it lacks {error}.") from error
     except (
@@ -452,13 +453,13 @@ def _readable(title: str) -> Iterator[None]:
         Image.DecompressionBombWarning,
         AttributeError,
         EOFError,
-        IndexError,  # zipfile, as struct.error
-        NotImplementedError,  # a zip's compression that Python does not know
+        IndexError,  # from zipfile, like struct.error
+        NotImplementedError,  # compression that zipfile does not support
         OSError,
         OverflowError,
         RecursionError,
-        RuntimeError,  # a zip that is encrypted
-        SyntaxError,  # Pillow, of a broken PNG
+        RuntimeError,  # an encrypted zip
+        SyntaxError,  # from Pillow, for a broken PNG
         TypeError,
         ValueError,
         struct.error,
@@ -469,13 +470,13 @@ def _readable(title: str) -> Iterator[None]:
 
 
 def _find(files: Files, places: Mapping[str, str]) -> tuple[str, str]:
-    """The file of annotations that is there, and the folder of its pictures."""
+    """The name of the annotation file that exists, and the folder of its pictures."""
     for annotations, images in places.items():
         if annotations in files:
             return annotations, images
     raise UnreadableFileError(
-        f"{files.root} has none of the files of annotations {', '.join(places)}.",
-        "Give the folder that holds the dataset's zips, or what they unpack to.",
+        f"{files.root} has no annotation file, expected {' or '.join(places)}.",
+        "Give the folder that holds the dataset's zips, or their unpacked content.",
     )
 
 
@@ -496,34 +497,35 @@ def _parse_file_names(content: Mapping[str, Any]) -> dict[Any, str]:
 
 
 def _id(entry: Mapping[str, Any], key: str = "id") -> Any:
-    """An id, which is a number in COCO, and a text in datasets that were made like it."""
+    """An id: a number in COCO, a text in some datasets in COCO's format."""
     value = entry[key]
     if type(value) not in (int, str):
-        raise TypeError(f"{key} is {shortened(value)}, not a whole number or a text")
+        raise TypeError(f"{key} is {shortened(value)}, expected a whole number or a text")
     return value
 
 
 def _plain(file_name: str) -> str:
     if file_name != PurePosixPath(file_name).name:
-        raise ValueError(f"{file_name!r} is not the plain name of a file")
+        raise ValueError(f"{file_name!r} is not a plain file name, without folders")
     return file_name
 
 
 def _check_size(annotated: Image.Image, image: Image.Image, title: str) -> None:
     if annotated.size != image.size:
         raise UnreadableFileError(
-            f"{title} has {annotated.width}x{annotated.height} pixels, its picture "
-            f"{image.width}x{image.height}."
+            f"{title} has {annotated.width}x{annotated.height} pixels, expected "
+            f"{image.width}x{image.height} as its picture."
         )
 
 
 def _encode(segmentation: Any, size: tuple[int, int]) -> Mapping[str, Any]:
-    """Polygons, or an uncompressed run-length encoding, as a compressed one.
+    """Compresses polygons, or an uncompressed run-length encoding, to a compressed one.
 
-    pycocotools trusts its input, so that what it would read or allocate out of bounds is refused.
+    pycocotools trusts its input, so input that would make it access memory out of bounds is
+    refused.
 
     Raises:
-        ValueError: the form is neither, or it does not lie in a picture of ``size``.
+        ValueError: the input is neither, or it does not fit in a picture of ``size``.
     """
     from pycocotools import mask
 
@@ -533,13 +535,13 @@ def _encode(segmentation: Any, size: tuple[int, int]) -> Mapping[str, Any]:
         counts = np.array(segmentation["counts"], dtype=np.int64)
         fits = tuple(segmentation["size"]) == size and counts.sum() == height * width
         if counts.ndim != 1 or not fits or (counts < 0).any():
-            raise ValueError(f"a run-length encoding is not one of {height}x{width} pixels")
+            raise ValueError(f"a run-length encoding does not have {height}x{width} pixels")
         encoded = mask.frPyObjects(segmentation, height, width)
         return encoded
     polygons = [np.array(polygon, dtype=np.float64) for polygon in segmentation]
     for polygon in polygons:
         if polygon.ndim != 1 or len(polygon) < 6 or len(polygon) % 2:
-            raise ValueError("a polygon is no list of at least three points x, y")
+            raise ValueError("a polygon is not a list of at least three points x, y")
         if not (np.abs(polygon) <= 2 * max(size)).all():
             raise ValueError(f"a polygon leaves the {height}x{width} pixels of its picture")
     if not polygons:

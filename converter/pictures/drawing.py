@@ -1,4 +1,4 @@
-"""Segments drawn for people: the overlay with its legend, and id maps as PNG."""
+"""Draws segments on a picture, with a legend."""
 
 import math
 import unicodedata
@@ -16,12 +16,12 @@ from converter.colours import Colour, class_colour
 
 @dataclass(frozen=True)
 class Label:
-    """What the overlay says of a segment.
+    """What the legend shows for a segment.
 
     Attributes:
         segment_id: its id in the id map, from 1.
-        class_id: decides its colour.
-        name: of its class.
+        class_id: its class id, which decides its colour.
+        name: name of its class.
         note: a few characters, such as its score.
     """
 
@@ -34,16 +34,16 @@ class Label:
 def draw_overlay(
     picture: Image.Image, id_map: NDArray[np.integer[Any]], labels: Sequence[Label]
 ) -> Image.Image:
-    """A picture with its segments coloured and outlined, and a legend beside or below it.
+    """Draws a picture with its segments coloured and outlined, and a legend beside or below it.
 
-    Tiny pictures are enlarged by a whole number, so that the legend stays in proportion.
+    Small pictures are enlarged by a whole number, so that the legend stays in proportion.
 
     Args:
         picture: RGB.
-        id_map: (height, width), the segment of every pixel; 0 where there is none.
-        labels: one for each segment; the first one of a class gets the class's own colour.
+        id_map: (height, width), the segment id of every pixel; 0 for no segment.
+        labels: one for each segment; the first one of a class gets the colour of the class.
     """
-    factor = max(1, _LEAST_SIDE // max(picture.size))
+    factor = max(1, _MIN_SIDE // max(picture.size))
     picture = picture.resize(
         (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
     )
@@ -52,7 +52,7 @@ def draw_overlay(
     table = np.zeros((1 + max(colours, default=0), 3), dtype=np.uint8)
     for segment_id, colour in colours.items():
         table[segment_id] = colour
-    drawn = picture.convert("L").convert("RGB")  # where a colour looks as it does in the legend
+    drawn = picture.convert("L").convert("RGB")  # on grey, colours look as in the legend
     fill = Image.blend(drawn, Image.fromarray(table[id_map]), _OPACITY)
     drawn.paste(fill, mask=Image.fromarray(id_map > 0))
     _draw_outlines(drawn, id_map)
@@ -72,12 +72,12 @@ def _segment_colours(labels: Sequence[Label]) -> dict[int, Colour]:
 
 # overlay ----------------------------------------------------------------------------------------
 
-_LEAST_SIDE = 512  # the longer side of an overlay's picture, in pixels, or not much below
+_MIN_SIDE = 512  # pixels; pictures are enlarged until their longer side is about that
 _OPACITY = 0.55
 
 
 def _draw_outlines(picture: Image.Image, id_map: NDArray[np.integer[Any]]) -> None:
-    """Draws light lines with dark edges, which show on any background, between the segments."""
+    """Draws lines between the segments: white with dark edges, to be visible on any background."""
     border = np.zeros(id_map.shape, dtype=bool)
     border[1:] |= id_map[1:] != id_map[:-1]
     border[:, 1:] |= id_map[:, 1:] != id_map[:, :-1]
@@ -88,7 +88,7 @@ def _draw_outlines(picture: Image.Image, id_map: NDArray[np.integer[Any]]) -> No
 
 
 def _widened(mask: NDArray[np.bool_], radius: int) -> NDArray[np.bool_]:
-    """A mask grown by so many pixels to all sides."""
+    """A mask grown by ``radius`` pixels on all sides."""
     for axis in range(2):
         for _ in range(radius):
             grown = np.moveaxis(mask.copy(), axis, 0)
@@ -104,21 +104,21 @@ def _widened(mask: NDArray[np.bool_], radius: int) -> NDArray[np.bool_]:
 _Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 _BACKGROUND, _INK = (255, 255, 255), (32, 32, 32)
-_LONGEST_NAME = 14  # in ems, the font's size
-_MOST_LETTERS = 80  # more than that fit in no such width
-_MOST_IN_ROW = 8  # segments
+_MAX_NAME_WIDTH = 14  # width in ems (font sizes)
+_MAX_LETTERS = 80  # more letters never fit in that width
+_MAX_IN_ROW = 8  # segments
 
 
 @dataclass(frozen=True)
 class _Legend:
-    """What a legend has to show, and how large that is in pixels.
+    """The content of a legend, and its sizes in pixels.
 
     Attributes:
         classes: names and segments of the classes.
-        font: of all text.
+        font: the font of all text.
         em: the font's size.
-        name_width: of the widest class name.
-        note_width: of a note's coloured tag.
+        name_width: width of the widest class name.
+        note_width: width of the coloured tag around a note.
     """
 
     classes: Sequence[tuple[str, tuple[Label, ...]]]
@@ -129,7 +129,7 @@ class _Legend:
 
     @property
     def line(self) -> int:
-        """From one row to the next."""
+        """Distance from one row to the next."""
         return round(1.6 * self.em)
 
     @property
@@ -138,13 +138,13 @@ class _Legend:
 
     @property
     def pitch(self) -> int:
-        """From one tag to the next."""
+        """Distance from one tag to the next."""
         return self.note_width + self.gap // 2
 
 
 @dataclass(frozen=True)
 class _Row:
-    """A line of the legend: some segments of a class, with its name where they are the first."""
+    """A row of the legend: segments of a class; only its first row shows the class name."""
 
     name: str
     is_first: bool
@@ -153,7 +153,7 @@ class _Row:
 
 @dataclass(frozen=True)
 class _Table:
-    """Rows in columns side by side. Sizes in pixels."""
+    """The rows of a legend, arranged in columns. Sizes in pixels."""
 
     rows: tuple[_Row, ...]
     rows_per_column: int
@@ -167,7 +167,7 @@ class _Table:
 def _with_legend(
     picture: Image.Image, labels: Sequence[Label], colours: Mapping[int, Colour]
 ) -> Image.Image:
-    """The picture on a larger canvas, its legend below a landscape and beside any other picture."""
+    """The picture on a larger canvas, with the legend below if it is wide, else beside it."""
     legend = _measured(labels, em=max(15, max(picture.size) // 64))
     below = picture.width > picture.height
     table = _arranged(legend, picture.size, below=below)
@@ -204,7 +204,7 @@ def _measured(labels: Sequence[Label], *, em: int) -> _Legend:
 
 
 def _arranged(legend: _Legend, size: tuple[int, int], *, below: bool) -> _Table:
-    """The table that adds least to a picture of this size (width, height)."""
+    """The table that enlarges a picture of this size (width, height) least."""
     width, height = size
 
     def arrange(per_row: int) -> _Table:
@@ -219,12 +219,12 @@ def _arranged(legend: _Legend, size: tuple[int, int], *, below: bool) -> _Table:
         return (table.width > width, table.rows_per_column) if below else (False, table.width)
 
     most = max(1, *(len(members) for _, members in legend.classes))
-    return min((arrange(per_row) for per_row in range(min(most, _MOST_IN_ROW), 0, -1)), key=added)
+    return min((arrange(per_row) for per_row in range(min(most, _MAX_IN_ROW), 0, -1)), key=added)
 
 
 def _classes(labels: Sequence[Label], font: _Font) -> list[tuple[str, tuple[Label, ...]]]:
     """Names and segments of the classes, in the order of their ids."""
-    width = _LONGEST_NAME * font.getlength("m")
+    width = _MAX_NAME_WIDTH * font.getlength("m")
     by_class = groupby(sorted(labels, key=_class_id), key=_class_id)
     classes = []
     for class_id, group in by_class:
@@ -256,14 +256,14 @@ def _rounded(size: tuple[int, int], radius: int) -> Image.Image:
 
 
 def _drawable(name: str, class_id: int) -> str:
-    """A class name in the characters that Pillow's own font has, which are those of ASCII."""
+    """A class name in ASCII, because Pillow's default font has no other characters."""
     plain = "".join(c for c in unicodedata.normalize("NFKD", name) if not unicodedata.combining(c))
     text = "".join(c if c.isascii() and c.isprintable() else "?" for c in " ".join(plain.split()))
     return text if any(c.isalnum() for c in text) else f"class {class_id}"
 
 
 def _shortened(text: str, font: _Font, width: float) -> str:
-    text = text[:_MOST_LETTERS]
+    text = text[:_MAX_LETTERS]
     if font.getlength(text) <= width:
         return text
     while font.getlength(f"{text}…") > width:
@@ -272,6 +272,6 @@ def _shortened(text: str, font: _Font, width: float) -> str:
 
 
 def _ink_on(colour: Colour) -> Colour:
-    """Black or white, whichever is easier to read on a colour (ITU-R BT.601's luma)."""
+    """Black or white, whichever is easier to read on a colour (by luma, ITU-R BT.601)."""
     red, green, blue = colour
     return (0, 0, 0) if 0.299 * red + 0.587 * green + 0.114 * blue > 128 else (255, 255, 255)

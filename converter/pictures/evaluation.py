@@ -1,4 +1,4 @@
-"""How good a model is on a dataset, by the recipe of github.com/tue-mps/eomt training/."""
+"""Measures a model on a dataset, by the recipe in github.com/tue-mps/eomt training/."""
 
 import math
 import os
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
         EomtImageProcessor,
     )
 
-    # from a processor, a model's outputs and the example: what the metric takes
+    # makes the metric's input from a processor, a model's outputs and the example
     Predict = Callable[[EomtImageProcessor, EomtDinov3ForUniversalSegmentationOutput, Example], Any]
 
-# training/mask_classification_panoptic.py: mask_thresh, which is the classes', and overlap_thresh;
-# 0.5 is in its LightningModule.to_per_pixel_preds_panoptic
+# training/mask_classification_panoptic.py: mask_thresh (which is used for class scores) and
+# overlap_thresh; 0.5 is in its LightningModule.to_per_pixel_preds_panoptic
 _THRESHOLD, _MASK_THRESHOLD, _OVERLAP_THRESHOLD = 0.8, 0.5, 0.8
 
 # training/mask_classification_instance.py: eval_top_k_instances
@@ -52,10 +52,11 @@ _TOP_K = 100
 
 @dataclass(frozen=True)
 class Published:
-    """A published figure beside the measured one, in percent.
+    """A published figure and its difference from the measured one, in percent.
 
     Attributes:
         checkpoint: the catalogue's name of the model.
+        dataset: the dataset that it was published for.
         metric: its name in `Evaluation.metrics`.
         value: what was published.
         difference: measured minus published.
@@ -70,17 +71,17 @@ class Published:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model was measured to be worth. NaN stands for the mean of nothing.
+    """The result of measuring a model. The mean of no values is NaN.
 
     Attributes:
         model: a folder or a repository.
         dataset: one of DATASETS.
         images: number of pictures that counted.
-        metrics: figures by name, the most telling one first, in percent.
+        metrics: figures in percent by name, the most important one first.
         means_over: which classes the metrics are means over, and what the original does with the
             others.
-        per_class: for each class ``class``, its name, its figures in percent, and counts.
-        published: the published figure, where the catalogue has one.
+        per_class: for each class, its name as ``class``, its figures in percent, and counts.
+        published: the published figure, if the catalogue has one.
     """
 
     model: str
@@ -118,25 +119,26 @@ def evaluate(
 ) -> Evaluation:
     """Measures a model on a dataset.
 
-    Under torchrun, or where torch.distributed is initialised, every process takes its share of the
+    Under torchrun, or if torch.distributed is initialised, every process takes its share of the
     pictures, and all of them return the same figures.
 
     Args:
         model: folder of a converted model, or a Hub repository, owner/name or owner/name@revision.
         dataset: one of DATASETS.
-        data: the folder that holds the dataset's zips, or what they unpack to.
-        limit: only the first so many pictures.
-        device: as torch names it; by default a GPU if there is one, each process its own.
+        data: the folder that holds the dataset's zips, or their unpacked content.
+        limit: number of pictures to use, from the first; by default all.
+        device: as torch names it; by default a GPU if there is one, another one for each process.
         token: for the Hub; overrides HF_TOKEN and the login file.
         cache_dir: where downloads are kept.
-        local_files_only: use the cache alone.
-        progress: called on the first process with a stage, the pictures done and those in all.
+        local_files_only: use only the cache.
+        progress: called in the first process with a stage, the number of pictures done and of all.
 
     Raises:
         UsageError: there is no such dataset or device, or there are more processes than pictures.
         UnreadableFileError: the model or the data cannot be read.
         AccessError, HubUnavailableError: the repository cannot be reached.
-        EomtConvertError: the model has other classes than the dataset, or a library is missing.
+        EomtConvertError: the model and the dataset differ in their number of classes, or a library
+            is missing.
     """
     if dataset not in DATASETS:
         raise UsageError(f"There is no dataset {dataset!r}.", f"There are {', '.join(DATASETS)}.")
@@ -153,8 +155,8 @@ def evaluate(
         )
         if len(examples.names) != network.config.num_labels:
             raise EomtConvertError(
-                f"{data} has {len(examples.names)} classes, the model has "
-                f"{network.config.num_labels}.",
+                f"The model has {network.config.num_labels} classes, expected "
+                f"{len(examples.names)} as in {data}.",
                 "Evaluate a model on the dataset that it was trained on.",
             )
         indices = range(len(examples))[:limit]
@@ -170,7 +172,7 @@ def evaluate(
                 outputs = _run(network, processor, example)
                 metric.update(predict(processor, outputs, example), example.target)
         if place.type == "cuda":
-            metric.to(place)  # nccl gathers from GPUs only
+            metric.to(place)  # NCCL can only gather from GPUs
         figures: Figures = metric.compute()
     return Evaluation(
         str(model),
@@ -187,18 +189,18 @@ def evaluate(
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that speaks for all of them, under torchrun."""
+    """Whether this is the first process under torchrun, which prints for all of them."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _recipe(dataset: str, examples: Dataset) -> "tuple[Metric, Predict]":
-    """The metric of a dataset, and what makes its predictions out of a model's outputs."""
+    """The metric of a dataset, and the function that makes its predictions from outputs."""
     try:
         from converter.pictures import metrics
     except ModuleNotFoundError as error:
         raise EomtConvertError(
             f"Evaluation needs {error.name}, which is not installed.",
-            "pip install 'eomt-convert[evaluate]' brings it.",
+            "Install it: pip install 'eomt-convert[evaluate]'",
         ) from error
 
     classes = len(examples.names)
@@ -279,7 +281,7 @@ def _size(example: Example) -> tuple[int, int]:
 
 @contextmanager
 def _process_group(device: "torch.device") -> "Iterator[tuple[int, int]]":
-    """This process's rank, and the number of processes that share the work."""
+    """Gives this process's rank and the number of processes that share the work."""
     import torch.distributed as dist
 
     joins = dist.is_torchelastic_launched() and not dist.is_initialized()
@@ -295,7 +297,7 @@ def _process_group(device: "torch.device") -> "Iterator[tuple[int, int]]":
 def _find_published(
     model: str | Path, folder: Path, dataset: str, metrics: Mapping[str, float]
 ) -> Published | None:
-    """What was published for the checkpoint whose weights a model has, if it is one's."""
+    """The published figure, if the model has the weights of a published checkpoint."""
     history = read_history(folder)
     entry = history.checkpoint if history else find_named(repository_of(model))
     if not (entry and entry.metric and dataset.endswith(entry.task)):
@@ -308,7 +310,7 @@ def _find_published(
 
 
 def _for_json(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """With null for NaN, and rounded to where the order of a sum does not show."""
+    """The figures with null for NaN, rounded so that the order of summation does not matter."""
     return {
         name: (None if math.isnan(value) else round(value, 9))
         if isinstance(value, float)

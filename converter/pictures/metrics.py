@@ -1,6 +1,6 @@
-"""What a model's segments are worth: panoptic quality, mask AP and mIoU.
+"""Metrics of segmentation: panoptic quality, mask AP and mIoU.
 
-Each is a torchmetrics `Metric`, whose states are gathered over all processes when it computes.
+Each is a torchmetrics `Metric`; `compute` gathers its states from all processes.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ from converter.pictures.datasets import IGNORED, Instances, Segments
 
 
 class Figures(NamedTuple):
-    """What a metric comes to.
+    """The result of a metric.
 
     Attributes:
         images: number of pictures.
-        overall: the metric itself first, then its parts; in percent, NaN for the mean of nothing.
+        overall: the metric itself first, then its parts; in percent, NaN for the mean of no values.
         means_over: which classes those are means over, and what the original does with the others.
-        per_class: the same and counts for every class, in the order of the class ids.
+        per_class: the metric and counts for every class, in the order of the class ids.
     """
 
     images: int
@@ -43,15 +43,15 @@ class PanopticQuality(Metric):
     Kirillov et al., "Panoptic Segmentation" (arXiv 1801.00868), with these rules of
     github.com/tue-mps/eomt training/lightning_module.py:
 
-    - Pixels that a prediction leaves without a segment count against it.
-    - A predicted segment that lies for more than half in unannotated pixels, or in a crowd of its
-      class, is no false positive. A crowd is never matched, and never a false negative.
+    - Pixels without a predicted segment count against the prediction.
+    - A predicted segment is not a false positive if more than half of it is in unannotated pixels
+      or in a crowd of its class. A crowd is never matched, and never a false negative.
     - Of several crowds of a class in a picture only one counts: here the last. The original takes
-      the last of a Python set, whose order means nothing, and panopticapi's evaluation.py the last
-      that the file of annotations lists.
-    - All stuff of a picture counts as crowd where the first annotated segment is one: the original
-      gives stuff the instance id 0, and looks up by instance id what is a crowd. It happens in few
-      of COCO's pictures, and published figures contain it.
+      the last of a Python set, whose order is arbitrary, and panopticapi's evaluation.py the last
+      one in the annotation file.
+    - All stuff of a picture counts as crowd if the first annotated segment is a crowd: the original
+      gives stuff the instance id 0, and looks up crowds by instance id. This happens in few of
+      COCO's pictures, and the published figures include it.
 
     Means are over the classes with a segment that counts, annotated or predicted; the original
     counts the others as 0.
@@ -82,7 +82,8 @@ class PanopticQuality(Metric):
         ids, classes, crowd = self._merge_stuff(target)
         predicted_ids, predicted, _ = self._merge_stuff(prediction)
 
-        # pixels of every annotated segment in every predicted one; row and column 0: in none
+        # number of pixels that each annotated segment shares with each predicted one; row and
+        # column 0 are for pixels outside all segments
         shape = (len(classes) + 1, len(predicted) + 1)
         pairs = np.ravel_multi_index((ids + 1, predicted_ids + 1), shape)
         pixels = np.bincount(pairs.ravel(), minlength=shape[0] * shape[1]).reshape(shape)
@@ -118,7 +119,7 @@ class PanopticQuality(Metric):
                 self.false_negatives,
             )
         )
-        with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: the class does not occur
+        with np.errstate(invalid="ignore"):  # 0 / 0 is NaN for a class that does not occur
             rq = tp / (tp + fp / 2 + fn / 2)
             sq = np.where(tp + fp + fn > 0, iou_sum / np.maximum(tp, 1), np.nan)
         qualities = {"PQ": 100 * sq * rq, "SQ": 100 * sq, "RQ": 100 * rq}
@@ -149,7 +150,7 @@ class PanopticQuality(Metric):
             for i, class_id in enumerate(segments.classes)
         ]
         merged = {key: index for index, key in enumerate(dict.fromkeys(keys))}
-        indices = np.array([*(merged[key] for key in keys), -1])  # -1, outside all, stays -1
+        indices = np.array([*(merged[key] for key in keys), -1])  # the index -1 stays -1
         return (
             indices[segments.ids],
             np.array([class_id for class_id, _ in merged], dtype=np.int64),
@@ -164,10 +165,10 @@ class PanopticQuality(Metric):
 
 
 class MaskAveragePrecision(Metric):
-    """Mask AP as COCO's own tool counts it, with up to 100 objects per picture.
+    """Mask AP as computed by COCO's own tool, with up to 100 objects per picture.
 
-    As in the original, the area that makes an object small, medium or large is that of its mask,
-    and means are over the classes with an annotated object of that size that is no crowd.
+    As in the original, the area of its mask makes an object small, medium or large, and means are
+    over the classes with an annotated object of that size that is not a crowd.
     """
 
     higher_is_better = True
@@ -188,7 +189,7 @@ class MaskAveragePrecision(Metric):
             self.add_state(state, [], dist_reduce_fx="cat")
 
     def update(self, prediction: Instances, target: Instances) -> None:
-        """Keeps a picture's objects, as run lengths."""
+        """Adds a picture's objects, as run lengths."""
         self.images += 1
         for instances, rows, counts in (
             (target, self.targets, self.target_counts),
@@ -213,7 +214,7 @@ class MaskAveragePrecision(Metric):
             ],
             "categories": [{"id": class_id} for class_id in range(self.num_classes)],
         }
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it does
+        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
             evaluation = COCOeval(
                 _coco(content | {"annotations": targets}),
                 _coco(content | {"annotations": found}),
@@ -260,7 +261,7 @@ class MeanIoU(Metric):
         self.add_state("confusion", confusion, dist_reduce_fx="sum")
 
     def update(self, prediction: NDArray[np.integer], target: NDArray[np.integer]) -> None:
-        """Counts a picture's pixels, but for those that are IGNORED in the target."""
+        """Counts a picture's pixels, except those that are IGNORED in the target."""
         annotated = target != IGNORED
         pairs = np.ravel_multi_index(
             (target[annotated], prediction[annotated]), self.confusion.shape
@@ -274,7 +275,7 @@ class MeanIoU(Metric):
         confusion = self.confusion.cpu().numpy()
         common = confusion.diagonal()
         union = confusion.sum(0) + confusion.sum(1) - common
-        with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: the class does not occur
+        with np.errstate(invalid="ignore"):  # 0 / 0 is NaN for a class that does not occur
             iou = 100 * common / union
         return Figures(
             int(self.images),
@@ -288,13 +289,13 @@ class MeanIoU(Metric):
 
 
 def _mean(values: NDArray[np.float64]) -> float:
-    """The mean of what is not NaN; NaN if there is nothing."""
+    """The mean of the values that are not NaN; NaN if there are none."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else float("nan")
 
 
 def _describe_classes(values: NDArray[np.float64], counted: str) -> str:
-    """The classes with a value, in words: how many of how many, and which, unless it is all."""
+    """Says how many of the classes have a value, and which ones, unless all have one."""
     number = np.count_nonzero(~np.isnan(values))
     if number == len(values):
         return f"all {len(values)} classes"
@@ -329,7 +330,7 @@ def _pack(instances: Instances) -> tuple[Tensor, Tensor]:
 
 
 def _unpack(rows: list[Tensor] | Tensor, counts: list[Tensor] | Tensor) -> list[dict[str, Any]]:
-    """Packed objects as COCO annotations, numbered from 1: COCOeval takes 0 for none."""
+    """Packed objects as COCO annotations, numbered from 1 because 0 means "none" in COCOeval."""
     lengths = io.BytesIO(_joined(counts).numpy().tobytes())
     annotations = []
     for i, row in enumerate(_joined(rows).tolist(), start=1):

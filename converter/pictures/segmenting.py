@@ -1,4 +1,4 @@
-"""Pictures in, segments out: a model run over picture files."""
+"""Segments picture files with a model, and writes the segments."""
 
 import os
 import warnings
@@ -36,17 +36,17 @@ if TYPE_CHECKING:
 
 OVERLAY, ID_MAP, SEGMENTS = ".overlay.png", ".segments.png", ".segments.json"
 
-# of the files in a folder, those that are taken for pictures
+# file name endings of pictures, used to find them in a folder
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
-# bytes of a file of segments: 100 instances have masks of up to 2.5 MB
+# largest size in bytes of a segments file; each of 100 instances may have a mask of 2.5 MB
 _SEGMENTS_LIMIT = 2**28
 
-# a quarter larger than by zlib's default, 6, in a fifth of the time
+# compared with zlib's default, 6: files are a quarter larger, in a fifth of the time
 _COMPRESSION = 2
 
-# Made to fit, longer and narrower pictures leave the network next to nothing to see; windows would
-# slide over them by the dozen.
+# Resized to the model's input, longer and narrower pictures would be only a few pixels wide; cut
+# into windows, they would give dozens of them.
 _MAX_ASPECT_RATIO = 16
 
 
@@ -58,10 +58,10 @@ class SegmentedPicture:
         picture: the file that was read.
         overlay: the picture with coloured segments and a legend.
         id_map: every pixel's segment, in COCO's panoptic format.
-        segments_file: the segments as JSON, in COCO's panoptic format or, of an instance model, in
-            that of instances.
-        size: (height, width) in pixels, after a rotation that the file asks for.
-        segments: what was found.
+        segments_file: the segments as JSON, in COCO's panoptic format or, for an instance model,
+            in its instance format.
+        size: (height, width) in pixels, after the rotation in the file's EXIF data.
+        segments: the segments that were found.
     """
 
     picture: Path
@@ -94,14 +94,14 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Segmentation:
-    """What became of some pictures.
+    """The result of segmenting pictures.
 
     Attributes:
         model: a folder or a repository.
         task: panoptic, instance or semantic.
         names: class names, by category id.
-        pictures: those that were segmented, in order.
-        skipped: what could not be read.
+        pictures: the pictures that were segmented, in order.
+        skipped: the pictures, folders and patterns that gave nothing to segment.
     """
 
     model: str
@@ -141,31 +141,30 @@ def segment(
     """Segments pictures, and writes an overlay, an id map and a JSON file for each.
 
     ``street.jpg`` becomes ``street.overlay.png``, ``street.segments.png`` and
-    ``street.segments.json``; pictures of equal names are numbered. Pictures that cannot be read
-    are left out and told of in the result.
+    ``street.segments.json``; pictures with equal names get numbers. Pictures that cannot be read
+    are skipped and listed in the result.
 
     Args:
         model: folder of a converted model, or a Hub repository, owner/name or owner/name@revision.
-        pictures: files; folders, for the pictures that lie directly in them; patterns such as
+        pictures: files; folders, for the pictures directly in them; patterns such as
             ``photos/**/*.jpg``.
-        output: the folder to write to, made if need be.
-        task: panoptic, instance or semantic; by default what the model was made for.
-        threshold: the least score of a segment; by default 0.8. Not for semantic segmentation.
-        batch_size: pictures that go through the network at once.
+        output: the folder to write to; it is created if it does not exist.
+        task: panoptic, instance or semantic; by default the task that the model was converted for.
+        threshold: the smallest score of a segment; by default 0.8. Not for semantic segmentation.
+        batch_size: number of pictures that go through the network at once.
         device: as torch names it; by default a GPU if there is one.
-        dtype: of the weights, as torch names it; ``auto`` for that of the file.
-        threads: of torch on the CPU; by default as many as it takes.
-        force: whether files of an earlier run are replaced: a picture's three, if their JSON file
-            says that this tool made it. Nothing else is.
+        dtype: dtype of the weights, as torch names it; ``auto`` for that of the file.
+        threads: number of torch's CPU threads; by default torch's choice.
+        force: replace files of an earlier run: the three files of a picture, if the JSON file says
+            that this tool made them. Other files are never replaced.
         token: for the Hub; overrides HF_TOKEN and the login file.
         cache_dir: where downloads are kept.
-        local_files_only: use the cache alone.
-        progress: called with a stage, the pictures done and those in all.
+        local_files_only: use only the cache.
+        progress: called with a stage, the number of pictures done and of all.
 
     Raises:
-        UsageError: an option that there is not, or that does not go with the task; nothing tells
-            the task.
-        UnreadableFileError: the model cannot be read, or there is not one picture.
+        UsageError: an option is unknown or not possible for the task; or the task is unknown.
+        UnreadableFileError: the model cannot be read, or there is no picture.
         OutputError: the output cannot be written, or exists.
         AccessError, HubUnavailableError: the repository cannot be reached.
     """
@@ -182,7 +181,10 @@ def segment(
     folder = fetch_model(model, access)
     task = task or find_task(model, folder)
     if task == "semantic" and threshold is not None:
-        raise UsageError("A threshold does not go with semantic segmentation: it has no scores.")
+        raise UsageError(
+            "Semantic segmentation has no scores, so a threshold is not possible.",
+            "Leave out --threshold.",
+        )
 
     done: list[SegmentedPicture] = []
     with torch_device(device, threads) as where:
@@ -207,7 +209,7 @@ def segment(
                 files = _files(places[index])
                 size = image.height, image.width
                 found = SegmentedPicture(paths[index], *files, size, segments)
-                _check_output(output, [places[index]], force=force)  # it may be there by now
+                _check_output(output, [places[index]], force=force)  # it may exist by now
                 _write(found, index + 1, image, id_map, categories, rle=task == "instance")
                 done.append(found)
         progress("Segmenting", len(paths), len(paths))
@@ -219,10 +221,10 @@ def segment(
 
 
 def find_pictures(arguments: Sequence[str | Path]) -> tuple[list[Path], list[Skipped]]:
-    """Files, folders and patterns as the files that they stand for, each once, and in order.
+    """Finds the files that paths, folders and patterns name, each once, in order.
 
     Returns:
-        The files; what stands for none of them.
+        The files; and the arguments for which there is no file.
     """
     paths: list[Path] = []
     skipped = []
@@ -230,7 +232,7 @@ def find_pictures(arguments: Sequence[str | Path]) -> tuple[list[Path], list[Ski
         path = user_path(argument)
         try:
             found, reason = _found_at(path)
-        except OSError as error:  # a folder that may not be looked into
+        except OSError as error:  # a folder without permission to list it
             found, reason = [], error.strerror or str(error)
         if not found:
             skipped.append(Skipped(str(path), reason))
@@ -239,27 +241,27 @@ def find_pictures(arguments: Sequence[str | Path]) -> tuple[list[Path], list[Ski
 
 
 def _found_at(path: Path) -> tuple[list[Path], str]:
-    """The files that a path stands for; why, if none.
+    """The files that a path, folder or pattern names; and the reason if there are none.
 
     Raises:
-        OSError: a folder may not be looked into.
+        OSError: a folder cannot be listed.
     """
     if path.is_dir():
         found = sorted(entry for entry in path.iterdir() if _is_picture(entry))
         return found, "there is no picture in this folder"
     if has_magic(str(path)) and not path.exists():
         matches = map(Path, glob(str(path), recursive=True))  # noqa: PTH207  # absolute ones too
-        return sorted(entry for entry in matches if entry.is_file()), "no file has this pattern"
+        return sorted(entry for entry in matches if entry.is_file()), "no file matches this pattern"
     return [path], ""
 
 
 def printable(path: str | Path) -> str:
-    """A path as text; what is not UTF-8 in it is replaced."""
+    """A path as text; bytes that are not UTF-8 are replaced."""
     return os.fsencode(path).decode("utf-8", "replace")
 
 
 def _is_picture(path: Path) -> bool:
-    """Whether a file in a folder is taken for a picture: not a hidden one, and none of ours."""
+    """Whether a file in a folder is a picture to segment: not hidden, and not written by us."""
     return (
         path.suffix.lower() in PICTURES
         and not path.name.startswith(".")
@@ -269,7 +271,7 @@ def _is_picture(path: Path) -> bool:
 
 
 def _distinct_names(paths: Sequence[Path]) -> list[str]:
-    """The stems of files; equal ones get numbers, also where only capitals tell them apart."""
+    """The stems of files; equal ones get numbers, also if they differ only in upper case."""
     taken: set[str] = set()
     names = []
     for path in paths:
@@ -285,7 +287,7 @@ def _read(path: Path) -> Image.Image:
     """A picture in RGB, upright.
 
     Raises:
-        UnreadableFileError: it is none, broken, or of a hostile size.
+        UnreadableFileError: it is not a picture, is broken, or has a hostile size.
     """
     from reference_model.pictures import read_picture
 
@@ -295,13 +297,15 @@ def _read(path: Path) -> Image.Image:
         try:
             image = read_picture(BytesIO(read_bytes(path, PICTURE_LIMIT)))
         except UnidentifiedImageError as error:
-            raise UnreadableFileError("no picture of a known format") from error
+            raise UnreadableFileError("not a picture of a known format") from error
         except OSError as error:
             raise UnreadableFileError(error.strerror or str(error)) from error
-        except Exception as error:  # on hostile files, decoders raise whatever comes up
+        except Exception as error:  # on hostile files, decoders may raise anything
             raise UnreadableFileError(str(error) or type(error).__name__) from error
     if max(image.size) > _MAX_ASPECT_RATIO * min(image.size):
-        raise UnreadableFileError(f"{image.width}x{image.height} pixels are too long and narrow")
+        raise UnreadableFileError(
+            f"{image.width}x{image.height} pixels: longer than {_MAX_ASPECT_RATIO}:1"
+        )
     return image
 
 
@@ -315,7 +319,7 @@ def _run(
     task: str,
     threshold: float | None,
 ) -> Iterator[tuple[NDArray[np.integer[Any]], tuple[Segment, ...]]]:
-    """For every picture its id map (height, width), 0 for no segment, and its segments."""
+    """Each picture's id map (height, width), with 0 for no segment, and its segments."""
     import torch
 
     from reference_model.image_processing import THRESHOLD
@@ -338,15 +342,15 @@ def _run(
             return map(_instances, results)
     except torch.OutOfMemoryError as error:
         raise EomtConvertError(
-            f"The memory of {network.device} does not suffice for {len(images)} pictures.",
-            "Lower --batch-size, or take --dtype bfloat16.",
+            f"{network.device} does not have enough memory for {len(images)} pictures at once.",
+            "Lower --batch-size, or use --dtype bfloat16.",
         ) from error
 
 
 def _semantic(
     class_map: NDArray[np.int64],
 ) -> tuple[NDArray[np.integer[Any]], tuple[Segment, ...]]:
-    """A segment for each class; its id is the class id + 1, in every picture."""
+    """A segment for each class; its id is always the class id + 1."""
     segments = tuple(
         Segment(label + 1, label, *measure(class_map == label))
         for label in np.unique(class_map).tolist()
@@ -369,7 +373,7 @@ def _panoptic(result: dict[str, Any]) -> tuple[NDArray[np.integer[Any]], tuple[S
 
 
 def _instances(result: dict[str, Any]) -> tuple[NDArray[np.integer[Any]], tuple[Segment, ...]]:
-    """The best instance gets the id 1, and covers others in the id map."""
+    """The instances by descending score, from id 1; in the id map, better ones cover others."""
     ranked = sorted(result["segments_info"], key=lambda entry: -entry["score"])
     masks = [result["binary_maps"][entry["id"]].numpy(force=True) for entry in ranked]
     id_map = np.zeros(tuple(result["segmentation"].shape), dtype=np.int64)
@@ -401,10 +405,10 @@ def _categories(network: "EomtDinov3ForUniversalSegmentation", task: str) -> lis
 
 
 def _check_output(folder: Path, places: Sequence[Path], *, force: bool) -> None:
-    """Checks that nothing is in the way.
+    """Checks that no existing file is in the way.
 
     Raises:
-        OutputError: something is.
+        OutputError: a file is in the way.
     """
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file.", "Choose another output.")
@@ -415,11 +419,11 @@ def _check_output(folder: Path, places: Sequence[Path], *, force: bool) -> None:
         (ours if _is_ours(place) else others).extend(existing)
     if others:
         raise OutputError(
-            f"{_named(others)}, not made by eomt-convert; --force does not replace that.",
+            f"{_named(others)}, not made by eomt-convert; --force does not replace it.",
             "Move it away, or choose another output.",
         )
     if ours and not force:
-        raise OutputError(f"{_named(ours)}.", "--force replaces them, --output goes elsewhere.")
+        raise OutputError(f"{_named(ours)}.", "Replace with --force, or choose another --output.")
 
 
 def _named(paths: Sequence[Path]) -> str:
@@ -428,7 +432,7 @@ def _named(paths: Sequence[Path]) -> str:
 
 
 def _is_ours(place: Path) -> bool:
-    """Whether this tool has made the files of a picture, by what their JSON file says."""
+    """Whether this tool made the files of a picture, according to their JSON file."""
     _, _, segments = _files(place)
     try:
         info = read_json_object(segments, _SEGMENTS_LIMIT).get("info")
@@ -438,7 +442,7 @@ def _is_ours(place: Path) -> bool:
 
 
 def _files(place: Path) -> tuple[Path, Path, Path]:
-    """Overlay, id map and segments of a picture; its output's name is the place's."""
+    """The paths of a picture's overlay, id map and segments file: ``place`` with three endings."""
     overlay, id_map, segments = (
         place.with_name(place.name + ending) for ending in (OVERLAY, ID_MAP, SEGMENTS)
     )
@@ -482,11 +486,11 @@ def _write(
     ):
         id_map_image(id_map).save(ids, "PNG")
         draw_overlay(image, id_map, labels).save(overlay, "PNG", compress_level=_COMPRESSION)
-        write_json(found.segments_file, content)  # comes first, and says whose the others are
+        write_json(found.segments_file, content)  # written first: it shows that all three are ours
 
 
 def _note(segment: Segment, pixels: int) -> str:
-    """What the legend says: the score, or where there is none the share of the picture."""
+    """A segment's note in the legend: its score or, without scores, its share of the picture."""
     if segment.score is not None:
         return f"{segment.score:.2f}"
     percent = 100 * segment.area / pixels
