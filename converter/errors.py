@@ -1,18 +1,18 @@
-"""The errors a user can meet: what happened, what to do about it, and the exit code it ends in."""
+"""The errors that a user can meet: what happened, what to do about it, and the exit code."""
 
 from pathlib import Path
 from typing import Any
 
 
 class EomtConvertError(Exception):
-    """Something a user can cause and mend.
+    """An error that a user can cause and fix.
 
     Attributes:
         message: what happened: the file, the tensor, what was expected and what was found.
-        remedy: what to do about it; empty where the message says it all.
-        exit_code: with which the command ends.
-        damaged: the file of weights whose content is wrong, where a download that arrived damaged
-            would explain it. Names and shapes that fit no model hardly ever come of damage.
+        remedy: what to do about it; empty if the message makes that clear.
+        exit_code: exit code of the command.
+        damaged: the file of weights with wrong content, if a damaged download could be the cause.
+            It hardly ever is if names and shapes do not fit the model.
     """
 
     exit_code = 1
@@ -25,27 +25,27 @@ class EomtConvertError(Exception):
 
 
 class UnreadableFileError(EomtConvertError):
-    """A file that is not there, is broken, or breaks the rules of its format."""
+    """A file is missing, broken, or breaks the rules of its format."""
 
 
 class PlanError(EomtConvertError):
-    """Weights that do not add up to a model: tensors missing, left over or of a wrong shape."""
+    """Weights do not add up to a model: tensors are missing, unexpected or of a wrong shape."""
 
 
 class MismatchError(EomtConvertError):
-    """A delta and a backbone that do not belong together."""
+    """A delta and a backbone do not belong together."""
 
 
 class OutputError(EomtConvertError):
-    """The output cannot be written where it was asked for."""
+    """The output cannot be written to the given path."""
 
 
 class NotVerifiedError(EomtConvertError):
-    """A model had to be shown to be right, and was not, though it did not fail."""
+    """A model is not verified, although that is required."""
 
 
 class UsageError(EomtConvertError):
-    """A question that has no answer: an unknown name, an option missing or of the wrong form."""
+    """Wrong usage: an unknown name, or an option that is missing or invalid."""
 
     exit_code = 2
 
@@ -54,8 +54,8 @@ class OutputsDifferError(EomtConvertError):
     """A model does not compute what was recorded.
 
     Attributes:
-        verdict: what was found, a `Verdict`.
-        conversion: the `Conversion` that made the model; None where another one was checked.
+        verdict: the `Verdict` on the model.
+        conversion: the `Conversion` that made the model; None if an existing one was checked.
     """
 
     exit_code = 3
@@ -71,10 +71,10 @@ class HubUnavailableError(EomtConvertError):
 
 
 class AccessError(EomtConvertError):
-    """A repository or file that is gated, missing, or not in the cache when offline."""
+    """A repository or file is gated, missing, or not in the cache when offline."""
 
     exit_code = 4
 
 
 class NotFoundError(AccessError):
-    """A repository, or a revision of one, that is not there or not for this login to see."""
+    """A repository or revision does not exist, or this login may not see it."""

@@ -1,4 +1,4 @@
-"""What was planned, done and found, for people who read a terminal."""
+"""Formats plans, results and verdicts as text for the terminal."""
 
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,16 +20,16 @@ from converter.weights.plan import Plan
 
 
 def summary(conversion: Conversion, place: str) -> list[str]:
-    """What was read, what became of its tensors, where the output is, and the verdict, by lines.
+    """Lines about a conversion: its sources, its tensors, the output and the verdict.
 
     Args:
-        conversion: a conversion that was carried out.
+        conversion: a finished conversion.
         place: the output, as the user named it.
     """
     lines = [
         *(f"{role:<9} {_source(source)}" for role, source in conversion.sources.items()),
         *(
-            f"note      {source.repo_id} is called {source.moved_to} now"
+            f"note      {source.repo_id} was renamed to {source.moved_to}"
             for source in conversion.sources.values()
             if source.moved_to
         ),
@@ -42,13 +42,13 @@ def summary(conversion: Conversion, place: str) -> list[str]:
     height, width = conversion.job.image_size or (0, 0)
     if conversion.job.dtype == "float16":
         lines.append(
-            "note      float16 overflows at 65504: activations may where float32's do not; "
-            "bfloat16 is the safer choice"
+            "note      float16 overflows at 65504, so activations may overflow that do not in "
+            "float32; bfloat16 is safer"
         )
     if height != width:
         lines.append(
-            f"note      transformers builds square models only: at {height}x{width} this one runs "
-            "in reference_model, not there"
+            f"note      transformers only builds square models: at {height}x{width} this one runs "
+            "in reference_model only"
         )
     return lines
 
@@ -58,7 +58,7 @@ def _source(source: Fetched) -> str:
     if source.repo_id:
         return f"{source.repo_id} at {source.revision}, {source.weights.name} ({size})"
     path = source.weights
-    with suppress(FileNotFoundError, ValueError):  # the working directory may be gone
+    with suppress(FileNotFoundError, ValueError):  # the working directory may have been deleted
         path = path.absolute().relative_to(Path.cwd())
     return f"{path} ({size})"
 
@@ -71,7 +71,7 @@ def _pair(pair: Iterable[PairCheck]) -> list[str]:
 
 
 def warnings(pair: Iterable[PairCheck]) -> list[str]:
-    """What may be wrong with a pair, a line each."""
+    """Warnings about a pair, one line each."""
     return [f"Warning: {check.finding}" for check in pair if check.status == "flagged"]
 
 
@@ -91,15 +91,15 @@ def _tensors(plan: Plan) -> list[str]:
 
 
 def verdict(found: Verdict) -> list[str]:
-    """A line per check with its largest differences, then what is known of why it failed."""
+    """A line per check with its largest differences, then the diagnosis if it failed."""
     lines = _wrapped(f"verdict   {found.verdict}" + (f": {found.reason}" if found.reason else ""))
     if found.basis:
-        lines += _wrapped(f"basis     {found.basis}: held against {found.held_against}")
+        lines += _wrapped(f"basis     {found.basis}: checked against {found.held_against}")
     for level in found.levels:
         said = _finding(level)
         if level.reason and (level.reason != found.reason or level.status == "not checked"):
             parts = [level.reason, said]
-            if level.level in ("numbers", "pictures"):  # what was found, then what could not be
+            if level.level in ("numbers", "pictures"):  # figures first, then remarks
                 parts = [f"{said}." if said else "", level.reason]
             said = " ".join(filter(None, parts))
         line = f"  {level.level:<10} {level.status}" + (f": {said}" if said else "")
@@ -112,7 +112,7 @@ def _wrapped(line: str) -> list[str]:
 
 
 def _finding(level: Level) -> str:
-    """What was found at a level, apart from its reason."""
+    """The result of a level in words, without its reason."""
     figures = level.figures
     match level.level, level.status:
         case "structure", "passed":
@@ -136,7 +136,7 @@ def _differences(figures: Mapping[str, Any]) -> str:
     largest: dict[str, float] = {}
     for name, compared in figures["compared"].items():
         kind = name.rstrip("0123456789").rstrip(".").removeprefix("pipeline.")
-        if compared["max_abs"] is not None:  # None where shapes differ, or a value is no number
+        if compared["max_abs"] is not None:  # None if shapes differ, or for NaN and infinity
             largest[kind] = max(compared["max_abs"], largest.get(kind, 0.0))
     if not largest:
         return "no tensor can be compared"
@@ -167,11 +167,11 @@ def _results(figures: Mapping[str, Any]) -> str:
 
 
 def _diagnosis(found: Verdict) -> list[str]:
-    """Where a difference begins, what explains it, and what was tried."""
+    """Lines about where a difference begins, what explains it, and what was tried."""
     lines = []
     if first := found.first_difference:
-        size = "no number" if first.max_abs is None else f"{first.max_abs:.2g}"
-        lines.append(f"begins    in {first.layer}: {first.tensor} is off by up to {size}")
+        size = "an unknown amount" if first.max_abs is None else f"up to {first.max_abs:.2g}"
+        lines.append(f"begins    in {first.layer}: {first.tensor} is off by {size}")
     if cause := found.cause:
         lines.append(f"cause     {cause.name}: {cause.explanation}")
         shown = ", ".join(cause.tensors[:4])
@@ -179,15 +179,15 @@ def _diagnosis(found: Verdict) -> list[str]:
             shown += f" and {len(cause.tensors) - 4} more"
         lines += [f"tensors   {shown}"] if shown else []
     elif found.tried:
-        lines.append("cause     none that was tried explains it")
+        lines.append("cause     not found: no fault that was tried explains the difference")
     by_reason: dict[str, list[str]] = {}
     for trial in found.tried:
         if trial.status == "not tried":
             by_reason.setdefault(trial.reason, []).append(trial.name)
         elif trial.status == "explains nothing":
-            by_reason.setdefault("tried in vain", []).append(trial.name)
+            by_reason.setdefault("tried, without effect", []).append(trial.name)
         elif not cause or trial.name != cause.name:
-            lines.append(f"besides   {trial.name}: {trial.reason}{_explained(trial)}")
+            lines.append(f"also      {trial.name}: {trial.reason}{_explained(trial)}")
     lines += [f"          {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
     return [wrapped for line in lines for wrapped in _wrapped(line)]
 
@@ -197,9 +197,9 @@ def _explained(trial: Trial) -> str:
 
 
 def publication(found: Publication) -> list[str]:
-    """What was, or would be, done about every file, and where it is to be seen.
+    """Lines about what was, or would be, done with every file, and its address on the Hub.
 
-    A size is what a file has, also where the Hub had it already.
+    Sizes are those of the files, even if the Hub already had them.
     """
     rows = [
         (change.action, change.name, size_text(change.size) if change.size else "")
@@ -208,7 +208,7 @@ def publication(found: Publication) -> list[str]:
     seen_by = "private" if found.private else "public"
     lines = aligned(rows)
     if found.commit is None:
-        lines.append(f"nothing was sent (--dry-run); this is for {found.url} ({seen_by})")
+        lines.append(f"nothing was sent to {found.url} ({seen_by}), because of --dry-run")
         return lines
     unchanged = all(change.action == "keep" for change in found.changes)
     lines += [
@@ -219,7 +219,7 @@ def publication(found: Publication) -> list[str]:
     ]
     if found.unchecked:
         lines.append(
-            f"remote    not checked: {', '.join(found.unchecked)}, of which the Hub gives no digest"
+            f"remote    not checked: {', '.join(found.unchecked)}, because the Hub gives no digest"
         )
     if found.verdict:
         lines += verdict(found.verdict)
@@ -227,28 +227,28 @@ def publication(found: Publication) -> list[str]:
 
 
 def pushed(found: Publication) -> str:
-    """What was published, in a sentence; empty where nothing was sent."""
+    """What was published, in a sentence; empty if nothing was sent."""
     return "" if found.commit is None else f"Published commit {found.commit} at {found.url}."
 
 
 def release_table(found: Release) -> list[str]:
-    """What became of every checkpoint of a release, a line each, and why some failed."""
+    """The result for every checkpoint of a release, a line each, and the errors."""
     rows = [("CHECKPOINT", "REPOSITORY", "STATUS", "VERDICT", "BASIS", "COMMIT")]
     for step in found.steps:
-        told = (step.status, step.verdict or "-", step.basis or "-", (step.commit or "-")[:12])
-        rows.append((step.checkpoint, step.repo_id, *told))
+        outcome = (step.status, step.verdict or "-", step.basis or "-", (step.commit or "-")[:12])
+        rows.append((step.checkpoint, step.repo_id, *outcome))
     reasons = [f"{step.checkpoint}: {step.error}" for step in found.steps if step.error]
     return [*aligned(rows), *(line for reason in reasons for line in indented(reason))]
 
 
 def indented(text: str) -> list[str]:
-    """The lines of a text, such as an error and its remedy; all but the first are indented."""
+    """The lines of a text, such as an error and its remedy, indented except the first."""
     first, *others = text.split("\n")
     return [first, *(f"  {line}" for line in others)]
 
 
 def released(found: Release) -> str:
-    """What was published, in a sentence; empty where nothing was."""
+    """What was published, in a sentence; empty if nothing was."""
     names = [step.repo_id for step in found.steps if step.commit]
     return f"Published: {', '.join(names)}." if names else ""
 
@@ -272,7 +272,7 @@ def catalogue_table() -> list[str]:
 
 
 def inspection(found: Inspection) -> list[str]:
-    """What is in a file: a line per tensor, then what it all is."""
+    """The content of a file of weights: a line per tensor, then a summary."""
     rows = [(name, shape_text(shape), dtype) for name, (dtype, shape) in found.tensors.items()]
     lines = [
         *aligned(rows),
@@ -280,14 +280,14 @@ def inspection(found: Inspection) -> list[str]:
         f"format      {found.format}",
         f"tensors     {len(found.tensors)}",
         f"parameters  {found.parameters:,}",
-        f"weights     {found.weights or 'not to be told: delta or absolute'}",
+        f"weights     {found.weights or 'unknown: delta or absolute'}",
     ]
     lines += [f"  {sign.finding} ({sign.speaks_for})" for sign in found.evidence]
     return lines
 
 
 def aligned(rows: Iterable[Sequence[str]], *, numbers: bool = False) -> list[str]:
-    """Lines of columns, to the left; with ``numbers``, all but the first to the right."""
+    """Rows as lines of left-aligned columns; with ``numbers``, all but the first right-aligned."""
     shown = [[visible(cell, LONGEST_CELL) for cell in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(*shown, strict=True)]
     lines = []

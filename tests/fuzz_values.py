@@ -63,7 +63,7 @@ TOKEN = "hf_of_the_fuzzer"  # noqa: S105  # for the loopback Hub
 SECONDS = 20
 BYTES = 2**30
 
-FAULT = "This is a fault in eomt-convert"
+FAULT = "This is a bug in eomt-convert"
 
 Document = dict[str, Any]
 Rng = random.Random
@@ -86,7 +86,7 @@ NUMBERS = (
     *(math.nan, math.inf, -math.inf),
 )
 
-# JSON that a Python value cannot say, by the text that stands for it until it is written
+# JSON that no Python value gives, by the text that is replaced with it when it is written
 RAW = {
     "\ue000deep list": "[" * 100_000 + "]" * 100_000,
     "\ue000deep object": '{"a":' * 50_000 + "0" + "}" * 50_000,
@@ -245,12 +245,12 @@ def odd_tensor(tensor: torch.Tensor, rng: Rng) -> torch.Tensor:
 def odd_tensors(
     tensors: Mapping[str, torch.Tensor], rng: Rng
 ) -> tuple[dict[str, torch.Tensor], str]:
-    """Tensors of which one, or now and then a few, are missing, renamed or others."""
+    """Tensors with one of them (sometimes a few) missing, renamed or changed."""
     found, done = dict(tensors), []
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         if not found:
             break
-        # names differ most in their first part, of which some have dozens
+        # chosen by the first part of the name, because some first parts have dozens of names
         parts = sorted({name.partition(".")[0] for name in found})
         part = rng.choice(parts)
         name = rng.choice([name for name in found if name.partition(".")[0] == part])
@@ -377,7 +377,7 @@ class Case:
     change: str
 
 
-# makes a case in a folder, which is the working directory when the command runs
+# makes a case in a folder; the command runs with that folder as the working directory
 Maker = Callable[[Valid, Path, Rng], Case]
 
 CONFIG, PREPROCESSOR, HISTORY = "config.json", "preprocessor_config.json", "conversion.json"
@@ -433,7 +433,7 @@ def any_options(rng: Rng, *extra: str) -> tuple[str, ...]:
 
 
 def any_model(valid: Valid, place: Path, rng: Rng) -> str:
-    """Puts one of the models into a case's folder; tells which."""
+    """Copies one of the models into a case's folder; returns its name."""
     name = rng.choice(MODELS)
     link_tree(valid.model(name), place / "model")
     return name
@@ -496,7 +496,7 @@ def hide(recorded: Path) -> None:
 
 
 def tell_digest(recorded: Path) -> None:
-    """Has recorded.json tell the digest of the recording beside it."""
+    """Writes the digest of the recording into the recorded.json beside it."""
     content = copy.deepcopy(json_of((recorded / "recorded.json").resolve()))
     digest = hashlib.sha256((recorded / "recorded.safetensors").read_bytes()).hexdigest()
     content["sha256"]["recorded.safetensors"] = digest

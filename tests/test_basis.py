@@ -75,7 +75,7 @@ def test_a_model_cannot_certify_itself(
     arguments = ("--delta", wrong, "--recorded", tmp_path / "own", "--output", "again")
     result = command(*arguments)
     assert result.exit_code == 0, result.output
-    assert "basis     reference: held against outputs of the reference model" in result.stdout
+    assert "basis     reference: checked against outputs of the reference model" in result.stdout
     assert command(*arguments, "--force", "--require-verified").exit_code == 1
 
     pushed = command("push", "again", "me/model", "--license-file", FIXTURES.parent / "LICENSE")

@@ -1,4 +1,4 @@
-"""The model card: what stands in it, and what becomes of people's edits."""
+"""The model card: what it contains, and whether a push keeps people's edits."""
 
 import json
 import shutil
@@ -322,7 +322,7 @@ def test_a_card_without_marks_keeps_all_its_text(card: ModelCard) -> None:
 
 @pytest.mark.parametrize("lost", [BEGIN, END])
 def test_a_lost_mark_is_told(card: ModelCard, lost: str) -> None:
-    with pytest.raises(EomtConvertError, match="has lost one of the two marks"):
+    with pytest.raises(EomtConvertError, match="must have both marks around eomt-convert's part"):
         updated(str(card).replace(lost, ""), card)
 
 

@@ -52,7 +52,7 @@ def test_a_summary_says_what_was_read_done_and_found(command: Command, tmp_path:
 
 def test_the_summary_says_that_transformers_builds_square_models_only(command: Command) -> None:
     assert (
-        "transformers builds square models only"
+        "transformers only builds square models"
         in command("--checkpoint", "tiny_panoptic_48x80").stdout
     )
     assert "transformers" not in command("--checkpoint", "tiny_panoptic_64").stdout

@@ -32,7 +32,7 @@ SHOWN = "\\x1b[2J\\x9b31m\\u202eevil\\ud800"
 # without that half, for files that are refused where they hold one
 HOSTILE_TEXT, SHOWN_TEXT = HOSTILE[:-1], SHOWN[:-6]
 
-# for names of files, which can hold no halves of characters but those of bytes that are no UTF-8
+# for file names: lone surrogates are only possible for bytes that are not UTF-8
 HOSTILE_NAME = "\x1b[2J\u202eevil\nverdict   passed\udcff"
 SHOWN_NAME = "\\x1b[2J\\u202eevil\\nverdict   passed\\udcff"
 
@@ -186,7 +186,7 @@ def test_keys_and_values_of_a_models_files(
         result = command(*arguments, "--debug")
         assert result.exit_code in (0, 1, 2, 3)
         assert is_harmless(result)
-        assert "This is a fault" not in result.stderr
+        assert "This is a bug" not in result.stderr
 
 
 def test_names_of_tensors_in_conversion_json(command: Command, model: Path) -> None:
@@ -247,7 +247,7 @@ def test_names_of_repositories_branches_and_tags(
         assert result.exit_code in (0, 1, 2, 4)
         assert is_harmless(result)
         assert result.exit_code == 0 or "\\x9b31mevil" in result.output
-        assert "This is a fault" not in result.stderr
+        assert "This is a bug" not in result.stderr
 
 
 # standard output --------------------------------------------------------------------------------
@@ -284,7 +284,7 @@ def test_a_full_disk_is_an_error(command: str, tmp_path: Path) -> None:
     done = run(f"$EOMT {command} > /dev/full", tmp_path)
 
     assert done.returncode == 1
-    assert done.stderr == "Error: Standard output cannot be written to: No space left on device.\n"
+    assert done.stderr == "Error: Standard output cannot be written: No space left on device.\n"
 
 
 def test_streams_that_are_closed_from_the_start_are_no_fault(tmp_path: Path) -> None:
@@ -293,7 +293,7 @@ def test_streams_that_are_closed_from_the_start_are_no_fault(tmp_path: Path) -> 
     full = run("$EOMT inspect nothing.bin 2>/dev/full", tmp_path)
 
     assert out.returncode == 1
-    assert "cannot be written to: Bad file descriptor" in out.stderr
+    assert "cannot be written: Bad file descriptor" in out.stderr
     assert (err.returncode, full.returncode) == (1, 1)
 
 
@@ -345,7 +345,7 @@ def test_a_password_of_the_hub_is_in_no_publication(
     again = command("push", model, "ann/model", "--create-pr")
 
     assert (planned.exit_code, result.exit_code, again.exit_code) == (0, 0, 0)
-    assert f"this is for {locked.endpoint}/ann/model (private)" in planned.stdout
+    assert f"nothing was sent to {locked.endpoint}/ann/model (private)" in planned.stdout
     assert json.loads(result.stdout)["url"] == f"{locked.endpoint}/ann/model/tree/main"
     assert has_no_password(planned.output + result.output + again.output)
 
@@ -384,7 +384,7 @@ def test_a_password_is_not_printed_where_nobody_answers(tmp_path: Path, password
     )
 
     assert done.returncode in (1, 2)
-    assert "This is a fault" not in done.stderr
+    assert "This is a bug" not in done.stderr
     assert has_no_password(done.stderr)
 
 

@@ -35,7 +35,7 @@ REPO = "me/model"
 
 @pytest.fixture
 def folder(model: Path, me: str) -> Path:
-    """A converted tiny_panoptic_64 of one's own, and a login."""
+    """A separate copy of the converted tiny_panoptic_64, and a login."""
     return model
 
 
@@ -180,7 +180,7 @@ def test_an_unverified_model_is_pushed_only_if_that_is_asked_for(hub: Hub, folde
 def test_a_model_that_failed_is_never_pushed(hub: Hub, folder: Path) -> None:
     change_verdict(folder, "failed")
 
-    with pytest.raises(NotVerifiedError, match="is not right"):
+    with pytest.raises(NotVerifiedError, match="is failed, so it is not published"):
         converter.publish(folder, REPO, allow_unverified=True)
     assert hub.requests == []
 
@@ -290,7 +290,7 @@ def test_a_tag_is_never_moved(hub: Hub, folder: Path) -> None:
     converter.publish(folder, REPO, tag="v1")
     commit = hub.commit(REPO, {"config.json": b"{}"})
 
-    with pytest.raises(EomtConvertError, match="has a tag v1 already"):
+    with pytest.raises(EomtConvertError, match="already has a tag v1"):
         converter.publish(folder, REPO, tag="v1")
     assert hub.commits(REPO)[0].sha == commit
 
@@ -367,7 +367,7 @@ def test_nobody_pushes_without_a_login(hub: Hub, model: Path) -> None:
 def test_a_token_that_may_only_read_is_told(hub: Hub, model: Path) -> None:
     hub.add_user("me", "hf_read", can_write=False)
 
-    with pytest.raises(AccessError, match="may only read, which is not enough for me/model"):
+    with pytest.raises(AccessError, match="may only read, but me/model needs one that may write"):
         converter.publish(model, REPO, token="hf_read")
     assert hub.repo_ids == []
 
@@ -431,7 +431,7 @@ def test_a_name_without_an_owner_is_refused_before_anything_is_created(
     ):
         result = command(*arguments)
         assert result.exit_code == 2
-        assert "'shapes' does not say whose repository it is" in result.stderr
+        assert "'shapes' has no owner" in result.stderr
     assert hub.requests == []
     assert hub.repo_ids == []
     assert not Path("new").exists()
@@ -454,7 +454,7 @@ def test_a_renamed_repository_is_not_made_anew_under_its_old_name(hub: Hub, fold
     hub.create_repo(REPO, {"notes.txt": b"mine"})
     hub.rename(REPO, "me/other")
 
-    with pytest.raises(UsageError, match="me/model is called me/other now"):
+    with pytest.raises(UsageError, match="me/model was renamed to me/other"):
         converter.publish(folder, REPO)
     assert hub.repo_ids == ["me/other"]
 
@@ -517,7 +517,7 @@ def test_what_arrived_is_held_against_what_was_sent(
 
     monkeypatch.setattr(hub, "store_plain", store_wrong)
 
-    with pytest.raises(EomtConvertError, match=r"is not what was sent: config\.json"):
+    with pytest.raises(EomtConvertError, match=r"differs from what was sent: config\.json"):
         converter.publish(folder, REPO)
 
 
@@ -534,7 +534,7 @@ def test_a_file_of_which_the_hub_gives_no_digest_is_not_checked(
     again = converter.publish(folder, REPO)
     assert again.unchecked
     assert len(hub.commits(REPO)) == 2
-    with pytest.raises(EomtConvertError, match="has a tag v1 already"):
+    with pytest.raises(EomtConvertError, match="already has a tag v1"):
         converter.publish(folder, REPO, tag="v1")
 
 
@@ -542,7 +542,7 @@ def test_without_digests_a_lost_answer_is_not_taken_for_success(hub: Hub, folder
     hub.gives_blob_ids = False
     hub.break_request(LostAnswer(), method="POST", path="/commit/")
 
-    with pytest.raises(EomtConvertError, match="Whether this push arrived cannot be told"):
+    with pytest.raises(EomtConvertError, match="It is unknown whether this push arrived"):
         converter.publish(folder, REPO)
     assert converter.publish(folder, REPO).commit == hub.commits(REPO)[0].sha
     assert len(hub.commits(REPO)) == 2
@@ -689,7 +689,7 @@ def test_the_licence_is_looked_for_before_anything_is_converted(
     shutil.copytree(FIXTURES / "tiny_panoptic_64" / "backbone", tmp_path / "backbone")
     for backbone, reason in (
         ("facebook/bare", "facebook/bare has no copy of it"),
-        (str(tmp_path / "backbone"), "the backbone names no repository to take it from"),
+        (str(tmp_path / "backbone"), "the backbone's repository is unknown"),
     ):
         result = command(
             *("--checkpoint", "coco_panoptic_small_640", "--backbone", backbone),
@@ -781,7 +781,7 @@ def test_push_prints_every_file_or_one_json_object(
 ) -> None:
     planned = command("push", folder, REPO, "--dry-run")
     assert "add  model.safetensors" in planned.stdout
-    assert "nothing was sent (--dry-run)" in planned.stdout
+    assert "because of --dry-run" in planned.stdout
     content = json.loads(command("push", folder, REPO, "--json", "--tag", "v1").stdout)
     assert content["commit"] == hub.refs(REPO)["refs/tags/v1"]
     assert {change["action"] for change in content["changes"]} == {"add"}

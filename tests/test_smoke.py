@@ -84,7 +84,7 @@ def test_record(run: Run, tiny: Path) -> None:
 def test_push_and_release(run: Run, tiny: Path) -> None:
     repo = "me/eomt-dinov3-tiny-panoptic-64"
 
-    assert "nothing was sent (--dry-run)" in run("push", tiny, repo, "--dry-run")
+    assert "because of --dry-run" in run("push", tiny, repo, "--dry-run")
     assert "\ntag       v1\n" in run("push", tiny, repo, "--tag", "v1")
     printed = run("release", "--checkpoint", "tiny_panoptic_64", "--namespace", "me")
     assert f"{repo}  published  passed" in printed

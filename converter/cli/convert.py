@@ -1,4 +1,4 @@
-"""``eomt-convert`` itself: conversions, and the group that the other commands belong to."""
+"""``eomt-convert``: conversions, and the group of the other commands."""
 
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,8 @@ class ImageSize(click.ParamType[tuple[int, int]]):
 @click.option(
     "--output", type=click.Path(path_type=Path), help="Folder to write. [default: ./NAME]"
 )
-@click.option("--delta", metavar=SOURCE, help="Delta weights in place of the catalogue's.")
-@click.option("--backbone", metavar=SOURCE, help="DINOv3 backbone in place of the catalogue's.")
+@click.option("--delta", metavar=SOURCE, help="Delta weights to use instead of the catalogue's.")
+@click.option("--backbone", metavar=SOURCE, help="Backbone to use instead of the catalogue's.")
 @click.option(
     "--weights",
     type=click.Choice(["auto", "delta", "absolute"]),
@@ -65,7 +65,7 @@ class ImageSize(click.ParamType[tuple[int, int]]):
 @click.option(
     "--backbone-layout",
     type=click.Choice(["transformers", "meta", "timm"]),
-    help="The backbone's layout. [default: by its names]",
+    help="The backbone's layout. [default: recognised by its names]",
 )
 @click.option(
     "--backbone-config",
@@ -80,7 +80,7 @@ class ImageSize(click.ParamType[tuple[int, int]]):
     type=click.Path(path_type=Path),
     help="The picture for --check-backbone. [default: downloaded]",
 )
-@click.option("--allow-mismatch", is_flag=True, help="Merge a pair that does not belong together.")
+@click.option("--allow-mismatch", is_flag=True, help="Merge a pair that does not fit together.")
 @click.option("--task", type=click.Choice(["panoptic", "instance", "semantic"]))
 @click.option("--image-size", type=ImageSize(), help="In pixels.")
 @click.option(
@@ -92,7 +92,7 @@ class ImageSize(click.ParamType[tuple[int, int]]):
     "--dtype",
     type=click.Choice(["float32", "bfloat16", "float16"]),
     default="float32",
-    help="Type of the model's weights; sums are computed in float32 and rounded once.",
+    help="Type of the model's weights; they are added in float32 and rounded once.",
 )
 @click.option("--max-shard-size", metavar="SIZE", help="Largest file of weights, such as 2GB.")
 @click.option(
@@ -110,7 +110,7 @@ class ImageSize(click.ParamType[tuple[int, int]]):
     "report_file",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     metavar="FILE.html",
-    help="Also write the findings to this HTML page.",
+    help="Also write the verdict as an HTML page.",
 )
 @click.option("--allow-nonfinite", is_flag=True, help="Convert weights that are NaN or infinite.")
 @click.option("--force", is_flag=True, help="Replace an output that exists.")
@@ -191,7 +191,7 @@ def main(
         if not push_to:
             session.show(report.summary(conversion, place), content)
             return
-        if not as_json:  # also if the push fails
+        if not as_json:  # shown before the push, which may fail
             session.show(
                 report.summary(conversion, place), {}, f"The model is {place}; it was not pushed."
             )

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     "--data",
     type=click.Path(path_type=Path),
     required=True,
-    help="The folder that holds the dataset's zips, or what they unpack to.",
+    help="The folder that holds the dataset's zips, or their unpacked content.",
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Only the first so many pictures.")
+@click.option("--limit", type=click.IntRange(min=1), help="Use only this many pictures.")
 @click.option("--device", help="As torch names it. [default: a GPU if there is one]")
 @threads_option
 @hub_options
@@ -75,7 +75,7 @@ def evaluate_command(
 
 
 def _table(found: "Evaluation") -> list[str]:
-    """The figures beside the published one, then a line per class."""
+    """The figures with the published one beside them, then a line per class."""
     from converter.report import aligned
 
     summary = [("", "measured", "published", "difference")]
@@ -96,7 +96,7 @@ def _table(found: "Evaluation") -> list[str]:
 
 
 def _number(value: Any) -> str:
-    """A figure with two decimals; a count or a name as it is; - for the mean of nothing."""
+    """A figure with two decimals, a count or a name unchanged, or - for the mean of no values."""
     if not isinstance(value, float):
         return str(value)
     return "-" if math.isnan(value) else f"{value:.2f}"

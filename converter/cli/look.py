@@ -10,7 +10,7 @@ from converter.cli.session import SOURCE, Session, common_options, hub_options
 @click.command("list")
 @common_options
 def list_command(as_json: bool, debug: bool) -> None:
-    """Show the catalogue: the checkpoints that have a name."""
+    """Show the catalogue of checkpoints."""
     from converter import report
     from converter.catalog import CATALOG
 

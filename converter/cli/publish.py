@@ -18,7 +18,7 @@ from converter.errors import EomtConvertError
 
 
 def push_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options of every command that publishes, by the names of the parameters of `publish`."""
+    """Options of every command that publishes; their names are parameters of `publish`."""
     for option in reversed(
         (
             click.option("--revision", metavar="BRANCH", help="Branch to push to. [default: main]"),
@@ -28,7 +28,7 @@ def push_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--private/--public",
                 default=None,
-                help="Who sees the repository. [default: new ones are private, others stay]",
+                help="Who sees the repository. [default: private if new, else unchanged]",
             ),
             click.option(
                 "--license-file",
@@ -38,12 +38,12 @@ def push_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option(
                 "--allow-unverified",
                 is_flag=True,
-                help="Push a model that was not shown to be right; its card says so.",
+                help="Push a model that is not proven right; its card says so.",
             ),
             click.option(
                 "--verify-remote",
                 is_flag=True,
-                help="Download the pushed model into a fresh folder and verify that.",
+                help="Download the pushed model into a new folder and verify it.",
             ),
         )
     ):
@@ -113,7 +113,7 @@ def push_command(
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
 @click.option("--max-shard-size", metavar="SIZE", help="Largest file of weights, such as 2GB.")
 @push_options
-@click.option("--force", is_flag=True, help="Start anew, whatever release.json says.")
+@click.option("--force", is_flag=True, help="Start from scratch, whatever release.json says.")
 @click.option("--dry-run", is_flag=True, help="Show what is left to do; do nothing.")
 @token_option
 @cache_option
@@ -127,7 +127,7 @@ def release_command(
     debug: bool,
     **options: Any,
 ) -> None:
-    """Convert, verify and publish the catalogue, or a part of it; a rerun goes on.
+    """Convert, verify and publish the catalogue, or a part of it; a rerun continues.
 
     Exit codes: 0 all are published, 1 any failed.
     """

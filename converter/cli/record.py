@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     "images",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="A picture as input, which is kept; may be given several times.",
+    help="A picture as input; it becomes part of the recording. May be given several times.",
 )
-@click.option("--random", metavar="N", type=click.IntRange(1), help="Random pixels as N inputs.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of --random.")
+@click.option("--random", metavar="N", type=click.IntRange(1), help="N inputs of random pixels.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="For --random.")
 @click.option(
     "--layers",
     is_flag=True,
-    help="Also every layer's output for the first input, and every block's predictions with "
+    help="Also record every layer's output for the first input, and every block's predictions with "
     "masked attention.",
 )
 @click.option(
@@ -59,9 +59,9 @@ def record_command(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Record what MODEL, a folder or a repository, computes, for `verify --recorded` to compare.
+    """Record what MODEL, a folder or a repository, computes, for later `verify --recorded`.
 
-    The model is verified first. Exit codes: 0 recorded, 3 the model is not right, 1 failed.
+    The model is verified first. Exit codes: 0 recorded, 3 the model is wrong, 1 failed.
     """
     session = Session(as_json=as_json, debug=debug, token=token)
     with session.errors():
@@ -86,7 +86,7 @@ def record_command(
 
 
 def _summary(recording: "Recording", output: Path) -> list[str]:
-    """What was recorded and where, and what is known of the model."""
+    """What was recorded, where, and the verdict on the model."""
     from converter import report
     from converter.sizes import size_text
 

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 @click.option(
     "--task",
     type=click.Choice(["panoptic", "instance", "semantic"]),
-    help="What to segment. [default: what the model was made for]",
+    help="What to segment. [default: what the model was converted for]",
 )
 @click.option(
     "--threshold",
     type=click.FloatRange(0, 1),
-    help="The least score of a segment; not for semantic segmentation. [default: 0.8]",
+    help="Smallest score of a segment; not for semantic segmentation. [default: 0.8]",
 )
 @click.option(
     "--batch-size",
@@ -71,7 +71,7 @@ def segment_command(
     """Segment pictures: files, folders or quoted patterns.
 
     For every picture an overlay with a legend, an id map and the segments as JSON (COCO's formats)
-    are written. What cannot be read is reported and skipped; the exit code is 1 then.
+    are written. Pictures that cannot be read are reported and skipped; the exit code is then 1.
     """
     session = Session(as_json=as_json, debug=debug, token=token)
     with session.errors():
@@ -108,7 +108,7 @@ def _lines(found: "Segmentation") -> list[str]:
 
 
 def _counts(entry: "SegmentedPicture", found: "Segmentation") -> str:
-    """Such as "2 circle, sky"."""
+    """The number of segments per class, such as "2 circle, sky"."""
     counts = Counter(segment.category_id for segment in entry.segments)
     words = [
         f"{number} {found.names[label]}" if number > 1 else found.names[label]

@@ -24,18 +24,18 @@ from converter.outside import json_text, visible
 if TYPE_CHECKING:
     from converter.job import Progress
 
-# as shells report what SIGPIPE has ended: 128 + its number
+# 128 + the number of SIGPIPE, as shells report a command that it ended
 CLOSED = 141
 
-# what a run is asked to stop by, besides Ctrl+C; SIGHUP comes when a terminal is closed
+# signals that ask a run to stop, besides Ctrl+C; SIGHUP comes when a terminal is closed
 _STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
-# said of every option that can name a file, a folder or a Hub repository
+# the value of every option that can name a file, a folder or a Hub repository
 SOURCE = "PATH|REPO[@REV]"
 
 
 class _StopError(KeyboardInterrupt):
-    """A signal that asks a run to stop, which cleans up as it does after Ctrl+C."""
+    """Raised when a signal asks a run to stop, so that it cleans up as after Ctrl+C."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -44,17 +44,17 @@ class _StopError(KeyboardInterrupt):
 
 @contextmanager
 def _stopped_by_signals() -> Iterator[None]:
-    """Raises _StopError when a signal asks a run to stop; one that is ignored (nohup) stays so."""
+    """Raises _StopError when a signal asks a run to stop; ignored signals (nohup) stay ignored."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # no other thread may set what signals do
+        yield  # only the main thread may set signal handlers
         return
 
     def stop(number: int, _: FrameType | None) -> None:
-        for each in before:  # closing a terminal may send several, and cleaning up takes a while
+        for each in before:  # more signals may arrive while the run cleans up
             signal.signal(each, signal.SIG_IGN)
         raise _StopError(number)
 
-    # None: set by something other than Python
+    # None: the handler was not set by Python
     left = (signal.SIG_IGN, None)
     before = {each: signal.getsignal(each) for each in _STOPPING}
     before = {each: handler for each, handler in before.items() if handler not in left}
@@ -70,8 +70,8 @@ def _stopped_by_signals() -> Iterator[None]:
 class Session:
     """How a command prints, and how it ends.
 
-    All that is printed passes here, and only here: what comes from outside is made visible, line
-    by line, and tokens and passwords are left out.
+    Everything that is printed passes through here: control characters in text from outside are made
+    visible, and tokens and passwords are removed.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class Session:
         """Prints a result: its lines, or with --json its one JSON object.
 
         Args:
-            lines: of text; a line break in one of them is from outside.
-            content: what --json shows.
-            done: what was done that cannot be undone, to be told also where standard output is
-                closed or full.
+            lines: lines of text; a line break within one of them comes from outside.
+            content: the JSON object that --json prints.
+            done: what was done and cannot be undone; it is printed to standard error if standard
+                output is closed or full.
         """
         try:
             if self.as_json:
@@ -104,7 +104,7 @@ class Session:
         """Ends the command with what happened and what to do about it."""
         if self.debug:
             self.say(*"".join(traceback.format_exception(error)).split("\n"))
-        # our own lists are indented; another line break in a message is from outside
+        # our lists are indented; any other line break in a message comes from outside
         message = re.split(r"\n(?=  )", f"Error: {error.message}")
         self.say(*message, *filter(None, error.remedy.split("\n")))
         content: dict[str, Any] = {
@@ -124,18 +124,18 @@ class Session:
         sys.exit(error.exit_code)
 
     def say(self, *lines: str) -> None:
-        """Prints what is not the result, such as a warning; not where nobody can read it."""
+        """Prints a message, such as a warning, to standard error, if that can be written to."""
         try:
             self._write_lines(sys.stderr, lines)
         except OSError:
             _discard(sys.stderr)
 
     def output_failed(self, error: OSError) -> NoReturn:
-        """Ends a command whose standard output is closed or full, as other tools end."""
+        """Ends a command whose standard output is closed or full, as other tools do."""
         _discard(sys.stdout)
         if isinstance(error, BrokenPipeError):
             sys.exit(CLOSED)
-        self.say(f"Error: Standard output cannot be written to: {error.strerror}.")
+        self.say(f"Error: Standard output cannot be written: {error.strerror}.")
         sys.exit(EomtConvertError.exit_code)
 
     def _write_lines(self, stream: TextIO | None, lines: Iterable[str]) -> None:
@@ -149,7 +149,7 @@ class Session:
         return text if _encoded(sys.stdout, text) == text else json_text(content, only_ascii=True)
 
     def _clean(self, value: Any) -> Any:
-        """The same for JSON, without tokens and passwords."""
+        """A JSON value without tokens and passwords."""
         match value:
             case str():
                 return self._without_secrets(value)
@@ -161,12 +161,15 @@ class Session:
 
     @property
     def shows_progress(self) -> bool:
-        """Whether somebody watches: standard error is a terminal, and --json was not given."""
+        """Whether to show progress: standard error is a terminal, and --json was not given."""
         return sys.stderr is not None and sys.stderr.isatty() and not self.as_json
 
     @contextmanager
     def _quiet_client(self) -> Iterator[None]:
-        """Keeps the progress bars of huggingface_hub, read when it is imported, to terminals."""
+        """Switches huggingface_hub's progress bars off unless progress is shown.
+
+        It reads the variable when it is imported.
+        """
         name = "HF_HUB_DISABLE_PROGRESS_BARS"
         if name in os.environ or self.shows_progress:
             yield
@@ -179,7 +182,7 @@ class Session:
 
     @contextmanager
     def _logs(self) -> Iterator[None]:
-        """Has what libraries log in this block shown as all the rest."""
+        """Makes log messages of libraries in this block safe to print, like all other output."""
         session, before = self, logging.getLogRecordFactory()
 
         class Record(logging.LogRecord):
@@ -212,8 +215,8 @@ class Session:
             self.say("Interrupted; nothing unfinished was left behind.")
             sys.exit(128 + number)  # as shells report it
         except OSError as error:
-            # a folder on the way that may not be looked into, a name too long, a broken disk: any
-            # look at a path that was given can end so
+            # any access to a given path can fail: no permission for a folder, a name that is too
+            # long, a broken disk
             if error.filename is None:
                 self._fault(error)
             path = os.fsdecode(error.filename)
@@ -224,15 +227,15 @@ class Session:
             if not _is_lack_of_memory(error):
                 self._fault(error)
             lacking = EomtConvertError(
-                "The memory of this machine or of its GPU does not suffice.",
-                "A smaller batch needs less, and so does a smaller image size.",
+                "This machine or its GPU does not have enough memory.",
+                "Use a smaller batch or a smaller image size.",
             )
             lacking.__cause__ = error
             self.fail(lacking)
 
     def _fault(self, error: Exception) -> NoReturn:
         self.say(*"".join(traceback.format_exception(error)).split("\n"))
-        self.say("This is a fault in eomt-convert. Please report it with the lines above.")
+        self.say("This is a bug in eomt-convert. Please report it with the lines above.")
         sys.exit(EomtConvertError.exit_code)
 
 
@@ -240,7 +243,7 @@ def _is_lack_of_memory(error: Exception) -> bool:
     """Whether Python, torch on a GPU or torch on the CPU could not allocate memory."""
     return (
         isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"  # torch's, which need not be loaded
+        or type(error).__name__ == "OutOfMemoryError"  # torch's; by name, to not import torch
         or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
     )
 
@@ -251,26 +254,26 @@ def _write(stream: TextIO | None, text: str) -> None:
     Raises:
         OSError: the stream is closed or full.
     """
-    if stream is None:  # which was closed before the command began
+    if stream is None:  # it was closed before the command began
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
     click.echo(_encoded(stream, text), file=stream)
 
 
 def _encoded(stream: TextIO | None, text: str) -> str:
-    """A text, with what the stream's encoding lacks made visible."""
+    """A text, with escapes for the characters that the stream's encoding lacks."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def _discard(stream: TextIO | None) -> None:
-    """Keeps Python from writing what is left to a stream that cannot take it when it ends."""
+    """Keeps Python from flushing buffered text, at exit, to a stream that cannot be written."""
     if stream is not None:
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Commands(click.Group):
-    """Commands of which help and wrong usage, which click prints, are printed as all the rest."""
+    """A group whose help and usage errors, printed by click, go through `Session` as well."""
 
     def make_context(self, *args: Any, **options: Any) -> click.Context:
         with self._edge():
@@ -311,7 +314,7 @@ threads_option = click.option(
 )
 
 offline_option = click.option(
-    "--offline", is_flag=True, help="Use the cache alone, like HF_HUB_OFFLINE=1."
+    "--offline", is_flag=True, help="Use only the cache, like HF_HUB_OFFLINE=1."
 )
 
 
@@ -332,7 +335,7 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def progress_bar(
     shown: bool, *, of: Literal["bytes", "pictures"] = "bytes"
 ) -> "Iterator[Progress]":
-    """Shows how far every stage is, if it is shown; takes its name, what is done and the total."""
+    """Gives a function that shows a stage's progress: its name, what is done and the total."""
     if not shown:
         yield lambda *_: None
         return

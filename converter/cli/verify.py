@@ -21,9 +21,13 @@ from converter.errors import NotVerifiedError, OutputsDifferError
 @click.option(
     "--delta",
     metavar=SOURCE,
-    help="What the model was made from. [default: what conversion.json names, from the cache]",
+    help="The delta it was made from. [default: the one in conversion.json, from the cache]",
 )
-@click.option("--backbone", metavar=SOURCE, help="Likewise; the bare backbone is run too.")
+@click.option(
+    "--backbone",
+    metavar=SOURCE,
+    help="The backbone it was made from, with the same default; if given, it is run alone, too.",
+)
 @click.option(
     "--against",
     type=click.Choice(["transformers"]),
@@ -48,9 +52,9 @@ from converter.errors import NotVerifiedError, OutputsDifferError
     "--report",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     metavar="FILE.html",
-    help="Write what was found as a page to look at, too.",
+    help="Also write the verdict as an HTML page.",
 )
-@click.option("--require-verified", is_flag=True, help="Fail unless it is shown to be right.")
+@click.option("--require-verified", is_flag=True, help="Fail unless the model is proven right.")
 @hub_options
 @common_options
 def verify_command(
@@ -71,7 +75,7 @@ def verify_command(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Check a model, a folder or a repository, and look for the cause where it is not right.
+    """Check a model, a folder or a repository, and look for the cause if it is wrong.
 
     Exit codes: 0 passed or unverified (1 with --require-verified), 3 failed, 1 unreadable.
     """
@@ -99,5 +103,5 @@ def verify_command(
         if found.verdict == "failed":
             sys.exit(OutputsDifferError.exit_code)
         if require_verified and not found.proven:
-            session.say(f"Error: A check was required: {found.shortfall}")
+            session.say(f"Error: --require-verified was given: {found.shortfall}")
             sys.exit(NotVerifiedError.exit_code)

@@ -1,8 +1,8 @@
-"""The model card: what a converted model is, how it was made, and what is known of it.
+"""The model card: what a converted model is, how it was made, and how it was verified.
 
-Everything in it comes from the model's own config.json and conversion.json, and from the catalogue.
-The part between two marks is ours; the rest of a card, and metadata that we do not set, belong to
-the people who edit it on the Hub.
+Everything in it comes from the model's config.json and conversion.json, and from the catalogue.
+A push only rewrites the part between two marks, and the metadata that we set; people may edit the
+rest of the card on the Hub.
 """
 
 import reprlib
@@ -34,7 +34,7 @@ BEGIN = (
 )
 END = "<!-- eomt-convert end -->"
 
-# what figures say in words
+# the words that figures in the card may hold; any other text is left out
 _WORDS = (*BASES, "sources", "conversion.json", *get_args(Task), "bfloat16", "float16")
 
 LICENCE_FILE = "LICENSE.md"  # as in Meta's own repositories
@@ -43,7 +43,7 @@ MODEL_ZOO = "https://github.com/tue-mps/eomt/blob/master/model_zoo/dinov3.md"
 
 _TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
-# datasets by their names on the Hub, as other segmentation models name them there
+# the datasets' names on the Hub, as cards of other segmentation models give them
 _HUB_DATASETS = {
     "COCO panoptic val2017": "coco",
     "COCO instances val2017": "coco",
@@ -61,7 +61,7 @@ _REFERENCE_IMPORTS = Markdown(
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """What a model's own files say of it.
+    """The files of a model that its card is made from.
 
     Attributes:
         history: its conversion.json.
@@ -73,16 +73,16 @@ class ModelRecord:
 
     @classmethod
     def read(cls, folder: Path) -> "ModelRecord":
-        """What the files in a folder say.
+        """Reads the files in a folder.
 
         Raises:
-            UnreadableFileError: one of them is missing, or not as a conversion writes it.
+            UnreadableFileError: one of them is missing or malformed.
         """
         history = read_history(folder)
         if history is None:
             raise UnreadableFileError(
-                f"{folder} has no conversion.json: it is no folder that eomt-convert wrote.",
-                "Give the output of a conversion.",
+                f"{folder} has no conversion.json: it was not written by eomt-convert.",
+                "Give the output folder of a conversion.",
             )
         path = folder / "config.json"
         config = read_config(path)
@@ -96,29 +96,29 @@ class ModelRecord:
             if not right:
                 found = reprlib.repr(config.get(name))
                 raise UnreadableFileError(
-                    f"{name} in {path} is {found}, which is no possible value.", "Convert again."
+                    f"{name} in {path} is {found}, which is not a valid value.", "Convert again."
                 )
         return cls(history, config)
 
     @property
     def checkpoint(self) -> Checkpoint | None:
-        """The catalogue's entry that it is a conversion of, if it is one."""
+        """The catalogue's entry that it was converted from, if any."""
         return self.history.checkpoint
 
     @property
     def verdict(self) -> Verdict:
-        """What was found when it was checked.
+        """The verdict on the model when it was converted.
 
         Raises:
-            ValueError: conversion.json claims more than the levels in it.
+            ValueError: the verdict in conversion.json claims more than its levels show.
         """
         return read_record(self.history.verdict, known_recordings())
 
     @property
     def derived(self) -> bool:
-        """Whether the weights are derived from Meta's, and stand under the licence of those.
+        """Whether the weights are derived from Meta's, and so are under the DINOv3 License.
 
-        All are, but for the offline checkpoints: those are known by the digests of their files.
+        All are, except the offline checkpoints, which are known by the digests of their files.
         """
         digests = [
             file.sha256
@@ -130,14 +130,14 @@ class ModelRecord:
 
     @property
     def metric(self) -> Metric | None:
-        """The published figure, if these are the published weights."""
+        """The published figure, if the model has the published weights."""
         entry = self.checkpoint
         delta = self.history.sources.get("delta")
         return entry.metric if entry and delta and find_named(delta.repo_id) == entry else None
 
     @property
     def backbone(self) -> str | None:
-        """The backbone's repository: where it came from, or where Meta publishes that file."""
+        """The backbone's repository: the one it came from, or Meta's with the same file."""
         source = self.history.sources.get("backbone")
         if source is None:
             return None
@@ -148,7 +148,7 @@ class ModelRecord:
 
 
 def _is_repo_id(text: str) -> bool:
-    """Whether a repository may have this name, and not whatever a conversion.json may hold."""
+    """Whether a text, which may come from any conversion.json, is a valid repository name."""
     try:
         check_repo_id(text)
     except UsageError:
@@ -157,7 +157,7 @@ def _is_repo_id(text: str) -> bool:
 
 
 def is_derived(checkpoint: Checkpoint | None, digests: Collection[str]) -> bool:
-    """Whether weights are Meta's or made from those, told by the SHA-256 of their files."""
+    """Whether weights are Meta's or made from them, decided by the SHA-256 of their files."""
     if checkpoint is None or not checkpoint.offline:
         return True
     known = read_json_object(fixtures() / checkpoint.name / "recorded.json")["sha256"].values()
@@ -168,8 +168,8 @@ def model_card(repo_id: str, made: ModelRecord) -> "ModelCard":
     """Writes the card of a converted model.
 
     Args:
-        repo_id: the repository that it is for, owner/name.
-        made: what the model's files say of it.
+        repo_id: the repository that the card is for, owner/name.
+        made: the model's files.
     """
     from huggingface_hub import ModelCard
 
@@ -209,7 +209,7 @@ def model_card(repo_id: str, made: ModelRecord) -> "ModelCard":
 
 @cache
 def _template() -> "Template":
-    """The card's template, in which every text is prose, unless it is said to be something else."""
+    """The card's template, which escapes every text as prose, unless it is marked as Markdown."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(  # noqa: S701  # for Markdown, not for HTML
@@ -260,7 +260,7 @@ def _card_data(repo_id: str, made: ModelRecord) -> "ModelCardData":
 
 
 def _use(config: Mapping[str, Any], *, square: bool) -> dict[str, str]:
-    """Which library runs the model right, and why transformers is not the one where it is not."""
+    """Which library runs the model correctly, and the reason if that is not transformers."""
     if not square:
         note = "transformers builds square models only, so this one runs in the reference model."
     elif config.get("use_gated_mlp"):
@@ -298,7 +298,7 @@ def _sources(sources: Mapping[Source, PastSource]) -> list[dict[str, str]]:
 
 
 def _figures(figures: Mapping[str, Any]) -> str:
-    """Figures as the card's table has them: numbers, and the first digits of digests."""
+    """Figures for the card's table: numbers, known words, and the first digits of digests."""
     shown = []
     for name, value in figures.items():
         if name == "not_checked" and value:
@@ -311,7 +311,7 @@ def _figures(figures: Mapping[str, Any]) -> str:
             text = value[:12]
         elif value in _WORDS:
             text = value
-        else:  # whatever a conversion.json from elsewhere may hold
+        else:  # any other text, which a conversion.json from elsewhere may hold
             continue
         shown.append(f"{name.replace('_', ' ')} {text}")
     return ", ".join(shown)
@@ -322,14 +322,14 @@ def _height_and_width(size: int | list[int]) -> tuple[int, int]:
 
 
 def updated(theirs: str, ours: "ModelCard") -> str:
-    """A card that stands on the Hub, with our marked part and our metadata brought up to date.
+    """A card from the Hub, with our marked part and our metadata updated.
 
     Args:
-        theirs: the text of the card; without marks, our part goes to its end.
-        ours: the card as it would be on a new repository.
+        theirs: the text of the card; if it has no marks, our part is added at its end.
+        ours: the card as it would be in a new repository.
 
     Raises:
-        EomtConvertError: one of the marks is gone, or the metadata is no YAML.
+        EomtConvertError: one of the marks is missing, or the metadata is not YAML.
     """
     import yaml
     from huggingface_hub import ModelCard
@@ -338,7 +338,7 @@ def updated(theirs: str, ours: "ModelCard") -> str:
         card = ModelCard(theirs, ignore_metadata_errors=True)
     except (ValueError, yaml.YAMLError) as error:
         raise EomtConvertError(
-            f"The metadata of README.md on the Hub cannot be read: {error}.", "Mend it there."
+            f"The metadata of README.md on the Hub cannot be read: {error}.", "Correct it there."
         ) from error
     before = str(card.data)
     text = _with_part(card.text, _part(ours.text))
@@ -350,7 +350,7 @@ def updated(theirs: str, ours: "ModelCard") -> str:
 
 
 def _update(theirs: "ModelCardData", ours: "ModelCardData") -> None:
-    """Takes our values, and leaves what people have added: list items, results, other keys."""
+    """Sets our values, and keeps what people have added: list items, results, other keys."""
     for key in ("tags", "datasets"):
         mine = ours.get(key) or []
         added = theirs.get(key) or []
@@ -380,7 +380,8 @@ def _with_part(text: str, part: str) -> str:
         return f"{text.rstrip()}\n\n{part}\n" if text.strip() else f"{part}\n"
     if (begins, ends) != (1, 1) or text.index(END) < text.index(BEGIN):
         raise EomtConvertError(
-            "README.md on the Hub has lost one of the two marks around eomt-convert's part.",
-            f"Put it back there, each once: {BEGIN} and {END}",
+            "README.md on the Hub must have both marks around eomt-convert's part, once and in "
+            f"order; it has {begins} begin and {ends} end marks.",
+            f"Correct it there: {BEGIN} before the part and {END} after it.",
         )
     return text[: text.index(BEGIN)] + part + text[text.index(END) + len(END) :]

@@ -1,4 +1,4 @@
-"""From a converted folder to a model repository: one commit, and a look at what arrived."""
+"""Pushes a converted folder to a model repository in one commit, and checks what arrived."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 _Value = TypeVar("_Value")
 
-# under these names a repository may have the text of its licence
+# the file names under which a repository may have the text of its licence
 _LICENCE_NAMES = ("LICENSE.md", "LICENSE", "LICENSE.txt")
 
 
@@ -70,13 +70,14 @@ class Publication:
     Attributes:
         repo_id: owner/name.
         revision: the branch, or the reference of a pull request.
-        commit: which it is at now; None if nothing was sent.
-        url: where people see it.
-        changes: what was, or would be, done about every file.
+        commit: the commit that it is at now; None if nothing was sent.
+        url: its page on the Hub.
+        changes: what was, or would be, done with every file.
         private: whether only members see the repository.
-        unchecked: names of files of which the Hub gives no digest.
-        tag: which the commit was given, if any.
-        verdict: on the model as it was downloaded again; None where that was not asked for.
+        unchecked: names of files for which the Hub gives no digest.
+        tag: the tag of the commit, if any.
+        verdict: the verdict on the model after downloading it again; None if that was not asked
+            for.
     """
 
     repo_id: str
@@ -125,44 +126,44 @@ def publish(
     """Brings a model repository on the Hub to the state of a converted folder, in one commit.
 
     ``converter.publish("coco_panoptic_large_640", "me/eomt-large")`` sends the weights, the
-    configuration, conversion.json, a model card and the licence, then reads back what arrived.
-    Where all of it is there already, no commit is made.
+    configuration, conversion.json, a model card and the licence, then checks what arrived. If the
+    repository already has all of these, no commit is made.
 
     Args:
-        folder: which `convert` has written.
+        folder: a folder that `convert` has written.
         repo_id: owner/name; a repository that does not exist is created.
         revision: branch to commit to, by default main; one that does not exist is created.
         create_pr: whether to open a pull request to main instead.
         tag: name for the commit.
         commit_message: by default it names the checkpoint and this tool.
-        private: whether only members shall see the repository; by default, a new one is private
-            and an old one stays as it is. It is made public last, when all is there.
+        private: whether only members may see the repository; by default a new one is private, and
+            an existing one is not changed. It is made public last, when it is complete.
         license_file: text of DINOv3's licence; by default from the backbone's repository.
-        allow_unverified: whether a model is pushed that was not shown to be right: that nothing, or
-            only the reference model, speaks for.
-        verify_remote: whether to download the model into a fresh folder and verify that.
+        allow_unverified: whether to push a model that is not proven right, because it is unverified
+            or was only compared with the reference model.
+        verify_remote: whether to download the model into a new folder and verify it.
         recorded: recorded outputs for that; by default those of the offline checkpoints.
         dry_run: whether to stop at the list of changes.
         token: for the Hub, as everywhere in huggingface_hub; by default HF_TOKEN or the login.
         cache_dir: where the licence's download is kept; by default the Hub's cache.
-        access: in place of the two before, from a command that has asked the Hub already.
+        access: used instead of ``token`` and ``cache_dir`` by commands that have an `Access`.
 
     Raises:
-        UnreadableFileError: the folder is no converted model, or was changed since.
+        UnreadableFileError: the folder is not a converted model, or was changed since.
         NotVerifiedError: the model was not verified.
         UsageError: a licence is needed and was not given, or options contradict each other.
-        AccessError: this login may not write there.
+        AccessError: this login may not write to the repository.
         HubUnavailableError: the Hub is down, out of reach, or asks to wait.
         OutputsDifferError: what was downloaded again does not compute what was recorded.
-        EomtConvertError: somebody else has committed meanwhile, another commit has the tag, or
-            what arrived is not what was sent.
+        EomtConvertError: somebody else has committed in the meantime, another commit has the tag,
+            or what arrived differs from what was sent.
     """
     from huggingface_hub import HfApi
 
     if create_pr and (revision or tag or private is False):
         raise UsageError(
-            "--create-pr goes with none of --revision, --tag and --public.",
-            "A pull request goes to main; tag the commit, and show it, when it is merged.",
+            "--create-pr cannot be used with --revision, --tag or --public.",
+            "A pull request goes to main; tag it, and make it public, when it is merged.",
         )
     folder = user_path(folder)
     made, files = _read(folder, allow_unverified=allow_unverified)
@@ -176,7 +177,7 @@ def publish(
     files["README.md"] = _card(repo_id, made, remote, access)
     report = folder / REPORT
     if report.is_file() and not is_there(files, remote):
-        # its figures were measured: that they are others elsewhere is no reason for a commit
+        # its measured figures differ between machines: that alone is not a reason for a commit
         files[REPORT] = Content.of(report)
     changes = compare(files, remote)
     if tag and remote:
@@ -222,42 +223,42 @@ def publish(
 
 
 def check_login(repo_ids: Sequence[str], access: Access) -> None:
-    """Checks that somebody is logged in, before work is done that is to be published.
+    """Checks the login and the names of repositories, before work starts that is to be published.
 
     Raises:
-        AccessError: nobody is, or with a token that is not valid any more or may only read.
+        AccessError: nobody is logged in, or the token is invalid or may only read.
         HubUnavailableError: the Hub is down, out of reach, or asks to wait.
-        UsageError: there can be no repository of one of these names.
+        UsageError: one of the names is not valid for a repository.
     """
     for repo_id in repo_ids:
         if "/" not in repo_id:
             raise UsageError(
-                f"{repo_id!r} does not say whose repository it is.",
+                f"{repo_id!r} has no owner.",
                 f"Give owner/name, such as me/{repo_id}.",
             )
         check_repo_id(repo_id)
     token = (access.login(repo_ids[0]).get("auth") or {}).get("accessToken") or {}
     if token.get("role") == "read":
         raise AccessError(
-            f"The token that is logged in may only read, which is not enough for {repo_ids[0]}.",
-            "Make one that may write at https://huggingface.co/settings/tokens.",
+            f"The token in use may only read, but {repo_ids[0]} needs one that may write.",
+            "Create one that may write at https://huggingface.co/settings/tokens.",
         )
 
 
 def check_licence(job: Job, given: str | Path | None, access: Access) -> Path | None:
-    """Finds the licence that goes with a model of Meta's weights, before the model is made.
+    """Finds the licence that must go with a model of Meta's weights, before the conversion.
 
     Args:
         job: what is to be converted.
-        given: a file with the licence's text, which comes first.
+        given: a file with the licence's text, which is preferred.
         access: how the Hub is reached.
 
     Returns:
-        The file with its text; None where the weights need no copy of it.
+        The file with its text; None if the weights need no copy of it.
 
     Raises:
-        UsageError: it is needed, and nothing tells where it is.
-        UnreadableFileError: a local source, or the file that was given, cannot be read.
+        UsageError: it is needed, and its place is unknown.
+        UnreadableFileError: a local source, or the given file, cannot be read.
         AccessError, HubUnavailableError: the backbone's repository cannot be reached.
     """
     if given:
@@ -276,9 +277,7 @@ def check_licence(job: Job, given: str | Path | None, access: Access) -> Path | 
         repo_id = next(filter(None, published), None)
         backbone = HubSource(repo_id) if repo_id else None
     if backbone is None:
-        raise UsageError(
-            f"{_LICENCE_NEEDED}; the backbone names no repository to take it from.", _GIVE_IT
-        )
+        raise UsageError(f"{_LICENCE_NEEDED}; the backbone's repository is unknown.", _GIVE_IT)
     return _fetch_licence(backbone, access)
 
 
@@ -286,26 +285,26 @@ def check_licence(job: Job, given: str | Path | None, access: Access) -> Path | 
 
 
 def _read(folder: Path, *, allow_unverified: bool) -> tuple[ModelRecord, dict[str, Content]]:
-    """Reads a folder, which must be as it was when it was verified."""
+    """Reads a folder, which must be unchanged since it was verified."""
     made = ModelRecord.read(folder)
     try:
         _check_verdict(made, folder, allow_unverified=allow_unverified)
     except ValueError as error:
         raise UnreadableFileError(
-            f"The verdict in {folder / HISTORY} makes no sense: {error}.", "Convert again."
+            f"The verdict in {folder / HISTORY} is not valid: {error}.", "Convert again."
         ) from error
     files = {HISTORY: Content.of(folder / HISTORY)}
     for name, listed in made.history.files.items():
         # conversion.json may come from anywhere: no file outside the folder is ever sent
         if name != Path(name).name or not (folder / name).is_file():
             raise UnreadableFileError(
-                f"{folder} has no file {name}, of which conversion.json tells."
+                f"{folder} has no file {name}, which conversion.json lists.", "Convert again."
             )
         files[name] = Content.of(folder / name)
         if files[name].sha256 != listed.sha256:
             raise UnreadableFileError(
-                f"{folder / name} is not what conversion.json tells: it was changed since it was "
-                "verified.",
+                f"{folder / name} was changed since it was verified: its SHA-256 is not the one in "
+                "conversion.json.",
                 "Convert again.",
             )
     return made, files
@@ -314,7 +313,9 @@ def _read(folder: Path, *, allow_unverified: bool) -> tuple[ModelRecord, dict[st
 def _check_verdict(made: ModelRecord, folder: Path, *, allow_unverified: bool) -> None:
     verdict = made.verdict
     if verdict.verdict == "failed":
-        raise NotVerifiedError(f"{folder} is not right: its verdict is failed.")
+        raise NotVerifiedError(
+            f"The verdict on {folder} is failed, so it is not published.", "Convert again."
+        )
     if not verdict.proven and not allow_unverified:
         reason = f" {verdict.shortfall}" if verdict.basis or verdict.reason else ""
         raise NotVerifiedError(
@@ -325,14 +326,14 @@ def _check_verdict(made: ModelRecord, folder: Path, *, allow_unverified: bool) -
 
 
 def _licence(made: ModelRecord, given: str | Path | None, access: Access) -> Content | None:
-    """The text of the licence that the weights stand under; None where they need no copy of it."""
+    """The text of the licence of the weights; None if they need no copy of it."""
     if given:
         return _licence_text(user_path(given))
     if not made.derived:
         return None
     if made.backbone is None:
         raise UsageError(
-            f"{_LICENCE_NEEDED}; conversion.json names no repository to take it from.", _GIVE_IT
+            f"{_LICENCE_NEEDED}; conversion.json names no repository with a copy of it.", _GIVE_IT
         )
     revision = made.history.sources["backbone"].revision or MAIN
     return _licence_text(_fetch_licence(HubSource(made.backbone, revision), access))
@@ -373,7 +374,7 @@ def _read_text(path: Path) -> str:
         with readable(path):
             return read_text(path, _MAX_TEXT)
     except UnicodeDecodeError as error:
-        raise UnreadableFileError(f"{path} is no text in UTF-8.") from error
+        raise UnreadableFileError(f"{path} is not a text in UTF-8.") from error
 
 
 def _card(repo_id: str, made: ModelRecord, remote: Snapshot | None, access: Access) -> Content:
@@ -393,10 +394,10 @@ def _message(made: ModelRecord) -> str:
 
 
 def _read_branch(api: "HfApi", repo_id: str, branch: str) -> Snapshot | None:
-    """A branch; one that does not exist starts where main is."""
+    """Reads a branch; one that does not exist will start from main."""
     main = read_remote(api, repo_id, MAIN)
     if main and main.moved_to:
-        raise UsageError(f"{repo_id} is called {main.moved_to} now.", "Push to that name.")
+        raise UsageError(f"{repo_id} was renamed to {main.moved_to}.", "Push to the new name.")
     if main is None or branch == MAIN:
         return main
     return read_remote(api, repo_id, branch) or main
@@ -405,16 +406,16 @@ def _read_branch(api: "HfApi", repo_id: str, branch: str) -> Snapshot | None:
 def _prepare(
     api: "HfApi", repo_id: str, branch: str, remote: Snapshot | None, *, private: bool | None
 ) -> Snapshot:
-    """Makes repository and branch where they are missing; returns what the commit goes on top of.
+    """Creates the repository and the branch if missing; returns the parent of the commit.
 
-    That is the state which the card was brought up to date from, so that no edit is lost.
+    The parent is the state from which the card was updated, so that no edit is lost.
     """
     if remote is None:
         with explained(repo_id):
             api.create_repo(repo_id, private=True, exist_ok=True)
         remote = read_remote(api, repo_id, MAIN)
         if remote is None:
-            raise EomtConvertError(f"{repo_id} was made, and is not there.", "Run again.")
+            raise EomtConvertError(f"{repo_id} was created, but is not found.", "Run again.")
     with explained(repo_id):
         if private and not remote.private:
             api.update_repo_settings(repo_id, private=True)
@@ -438,7 +439,7 @@ def _check_may_write(
         owners = [login["name"], *(org["name"] for org in orgs)]
         if repo_id.partition("/")[0].lower() not in map(str.lower, owners):
             raise not_found(repo_id)
-    elif not create_pr:  # which anybody may open
+    elif not create_pr:  # anybody may open a pull request
         with explained(repo_id):
             api.auth_check(repo_id, write=True)
 
@@ -446,13 +447,16 @@ def _check_may_write(
 def _read_back(
     api: "HfApi", repo_id: str, done: Committed, files: Mapping[str, Content], access: Access
 ) -> Snapshot:
-    """Checks that the commit has the files as they were sent, and that its config can be read."""
+    """Checks that the commit has the files that were sent, and that its config can be read."""
     remote = read_remote(api, repo_id, done.commit)
     if remote is None:
-        raise EomtConvertError(f"{repo_id} has no commit {done.commit}, which was made.")
+        raise EomtConvertError(
+            f"The commit {done.commit} of {repo_id} was made, but is not found.", "Run again."
+        )
     if wrong := wrong_files(files, remote):
         raise EomtConvertError(
-            f"{repo_id} at {done.commit} is not what was sent: {', '.join(wrong)}.", "Run again."
+            f"{repo_id} at {done.commit} differs from what was sent: {', '.join(wrong)}.",
+            "Run again.",
         )
     _read_fresh(remote, "config.json", access, read_model_config)
     return remote
@@ -461,7 +465,7 @@ def _read_back(
 def _read_fresh(
     remote: Snapshot, name: str, access: Access, read: Callable[[Path], _Value]
 ) -> _Value:
-    """Downloads a file of a commit, whatever the cache has, and reads it."""
+    """Downloads a file of a commit, without using the cache, and reads it."""
     with TemporaryDirectory() as cache:
         at_commit = replace(remote, revision=remote.commit)
         return read(download(at_commit, name, replace(access, cache_dir=Path(cache))))
@@ -476,7 +480,7 @@ def _verify_again(
     recorded: str | Path | None,
     access: Access,
 ) -> Verdict:
-    """Downloads the model into a fresh folder, and verifies what came."""
+    """Downloads the model into a new folder, and verifies it."""
     with TemporaryDirectory() as folder:
         with explained(repo_id):
             api.snapshot_download(repo_id, revision=done.commit, local_dir=folder)
@@ -488,11 +492,12 @@ def _verify_again(
         if damaged:
             raise UnreadableFileError(
                 f"{', '.join(damaged)} of {repo_id} arrived damaged when the model was downloaded "
-                "again: the Hub has other digests.",
+                "again: the SHA-256 is not that of what was sent.",
                 "Run again, over another connection or without a proxy.",
             )
         verdict = verify(folder, recorded=recorded, token=access.token, cache_dir=access.cache_dir)
-    # what was sent has arrived; sources that are not in the cache prove nothing anew
+    # The files are unchanged. A basis "published" needs the sources, which may not be in the cache,
+    # so it may be lost here.
     as_before = verdict.proven or not made.verdict.proven or made.verdict.basis == "published"
     if verdict.verdict == "failed" or not as_before:
         raise OutputsDifferError(

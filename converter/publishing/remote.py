@@ -1,4 +1,4 @@
-"""A model repository on the Hub: what it has, what would change, the one commit that does it."""
+"""A model repository on the Hub: its files, what would change, and the commit that changes it."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -22,13 +22,13 @@ _PIECE = 1 << 20  # bytes
 
 @dataclass(frozen=True)
 class Content:
-    """What a file is to hold.
+    """The content of a file to push.
 
     Attributes:
-        source: the file that has it, or the bytes.
+        source: a file with the content, or the bytes.
         size: in bytes.
-        sha256: of the bytes; what the Hub tells of large files.
-        blob_id: what git calls them; what the Hub tells of small files.
+        sha256: SHA-256 of the bytes, which the Hub gives for large files.
+        blob_id: git's blob id of the bytes, which the Hub gives for small files.
     """
 
     source: Path | bytes = field(repr=False)
@@ -38,7 +38,7 @@ class Content:
 
     @classmethod
     def of(cls, source: Path | bytes) -> "Content":
-        """Digests a file, or bytes.
+        """Computes the digests of a file, or of bytes.
 
         Raises:
             OSError: the file cannot be read.
@@ -63,12 +63,12 @@ def _pieces(source: Path | bytes) -> Iterator[bytes]:
 
 @dataclass(frozen=True)
 class Change:
-    """What a push does about one file.
+    """What a push does with one file.
 
     Attributes:
-        name: of the file.
-        action: what becomes of it.
-        size: of what is sent, in bytes; 0 for a file that goes away.
+        name: name of the file.
+        action: what the push does with it.
+        size: size in bytes; 0 for a file that is deleted.
     """
 
     name: str
@@ -78,12 +78,12 @@ class Change:
 
 @dataclass(frozen=True)
 class Committed:
-    """Where a push ended up.
+    """The commit that a push made or found.
 
     Attributes:
         revision: the branch, or the reference of a pull request.
-        commit: which it is at.
-        url: of the pull request; None for a branch.
+        commit: the commit that this revision is at.
+        url: address of the pull request; None for a branch.
     """
 
     revision: str
@@ -92,7 +92,7 @@ class Committed:
 
 
 def read_remote(api: "HfApi", repo_id: str, revision: str) -> Snapshot | None:
-    """Looks up what a repository has at a revision; None if the Hub shows no such place.
+    """Looks up the files of a repository at a revision; None if the Hub does not show it.
 
     Raises:
         AccessError, HubUnavailableError: as `explained` tells.
@@ -104,13 +104,13 @@ def read_remote(api: "HfApi", repo_id: str, revision: str) -> Snapshot | None:
 
 
 def compare(files: Mapping[str, Content], remote: Snapshot | None) -> tuple[Change, ...]:
-    """What a repository lacks to hold these files, and no weights but theirs; sorted by name.
+    """What must change so that a repository has these files and no other weights; by name.
 
-    A file of which the Hub gives no digest is one to change.
+    A file for which the Hub gives no digest counts as changed.
 
     Args:
-        files: by name.
-        remote: None for a repository that does not exist yet.
+        files: the files to push, by name.
+        remote: the repository; None if it does not exist yet.
     """
     changes = []
     for name, content in files.items():
@@ -128,17 +128,17 @@ def compare(files: Mapping[str, Content], remote: Snapshot | None) -> tuple[Chan
 
 
 def is_there(files: Mapping[str, Content], remote: Snapshot | None) -> bool:
-    """Whether a repository is known to hold just these files, as far as `compare` looks."""
+    """Whether a repository is known to need no change, according to `compare`."""
     return all(change.action == "keep" for change in compare(files, remote))
 
 
 def unchecked(files: Mapping[str, Content], remote: Snapshot) -> tuple[str, ...]:
-    """Names of files that a repository has, and of which the Hub gives no digest."""
+    """Names of files in a repository for which the Hub gives no digest."""
     return tuple(sorted(name for name in files if remote.digests.get(name, "") is None))
 
 
 def wrong_files(files: Mapping[str, Content], remote: Snapshot) -> tuple[str, ...]:
-    """Names of files that are known not to be in a repository as they should."""
+    """Names of files that are known to be wrong or missing in a repository, or not to belong."""
     left_out = unchecked(files, remote)
     changes = compare(files, remote)
     return tuple(c.name for c in changes if c.action != "keep" and c.name not in left_out)
@@ -157,13 +157,14 @@ def commit(
 ) -> Committed:
     """Makes one commit that brings a branch from its parent's state to these files.
 
-    None is made where the parent has them, or an open pull request of the author's does.
+    No commit is made if the parent, or an open pull request of the author, already has them.
 
-    An answer that was lost on its way is not taken for a failure: the Hub is asked what it has.
+    An error does not prove that the commit failed, because the answer may have been lost: then the
+    Hub is asked for its state.
 
     Raises:
-        EomtConvertError: somebody else has committed since the parent was read, or it cannot be
-            told who has.
+        EomtConvertError: somebody else has committed since the parent was read, or it is unknown
+            who has.
         AccessError, HubUnavailableError: as `explained` tells; nothing has changed then.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -196,14 +197,14 @@ def commit(
         if now and now.commit != parent.commit:
             if unchecked(files, now) and not wrong_files(files, now):
                 raise EomtConvertError(
-                    f"Whether this push arrived cannot be told: {repo_id} has a new commit, and "
-                    f"the Hub gives no digest of {', '.join(unchecked(files, now))} in it.",
-                    "Look at it, and run again if it is somebody else's.",
+                    f"It is unknown whether this push arrived: {repo_id} has a new commit, but the "
+                    f"Hub gives no digest for {', '.join(unchecked(files, now))} in it.",
+                    "Look at that commit, and run again if somebody else made it.",
                 ) from error
             raise EomtConvertError(
-                f"Somebody else has committed to {repo_id} since this push began; nothing of it "
-                "was published.",
-                "Run again, to go on from there.",
+                f"Somebody else has committed to {repo_id} since this push began; nothing was "
+                "published.",
+                "Run again, to push on top of that commit.",
             ) from error
         raise
     return Committed(info.pr_revision or branch, info.oid, info.pr_url)
@@ -227,7 +228,7 @@ def _landed(
 def find_pull_request(
     api: "HfApi", repo_id: str, files: Mapping[str, Content], author: str
 ) -> Committed | None:
-    """Somebody's latest open pull request that would bring a repository to these files, if any.
+    """The author's latest open pull request with these files, if there is one.
 
     Raises:
         AccessError, HubUnavailableError: as `explained` tells.
@@ -253,12 +254,13 @@ def find_pull_request(
 def check_tag(
     api: "HfApi", repo_id: str, tag: str, commit: str | None, files: Mapping[str, Content]
 ) -> bool:
-    """Whether a tag is set already, on a commit (None for one that is yet to be made).
+    """Whether a tag is already set on a commit (None for a commit that is not made yet).
 
-    It may also be on an earlier one with the same files: somebody else has committed since.
+    The tag may also be on an earlier commit with the same files, if somebody else has committed
+    since.
 
     Raises:
-        EomtConvertError: it is on a commit with other files.
+        EomtConvertError: the tag is on a commit with other files.
         AccessError, HubUnavailableError: as `explained` tells.
     """
     with explained(repo_id):
@@ -267,6 +269,6 @@ def check_tag(
         return tag in tags
     if commit is None or not is_there(files, read_remote(api, repo_id, tags[tag])):
         raise EomtConvertError(
-            f"{repo_id} has a tag {tag} already, on commit {tags[tag]}.", "Choose another tag."
+            f"{repo_id} already has a tag {tag}, on commit {tags[tag]}.", "Choose another tag."
         )
     return True
