@@ -1,4 +1,4 @@
-"""Time and memory of a whole conversion: eomt-convert beside transformers' way, as processes.
+"""Time and memory of a whole conversion: eomt-convert compared with transformers' way.
 
     python benchmarks/convert.py --size large --runs 5
 
@@ -41,7 +41,7 @@ class Size:
     """Which backbone and which published recipe's heads a checkpoint has.
 
     Attributes:
-        title: what the table calls it.
+        title: its name in the table.
         backbone: name in fixtures/layouts.json.
         recipe: name of a published checkpoint in it; its heads are made as wide as the backbone.
     """
@@ -55,11 +55,11 @@ SIZES = {
     "small": Size("ViT-S", "vits16", "coco_panoptic_eomt_small_640_dinov3"),
     "base": Size("ViT-B", "vitb16", "coco_panoptic_eomt_base_640_dinov3"),
     "large": Size("ViT-L", "vitl16", "coco_panoptic_eomt_large_640_dinov3"),
-    # none is published: the largest backbone of the same recipe that a workstation holds
+    # not published: the largest backbone with the same recipe that fits on a workstation
     "huge": Size("ViT-H+", "vith16plus", "coco_panoptic_eomt_large_640_dinov3"),
 }
 
-# delta's name of the backbone's parts, by the backbone's own
+# prefixes of the delta's names, by prefixes of the backbone's names
 ENCODER = {
     "embeddings.": "network.encoder.backbone.patch_embed.",
     "layer.": "network.encoder.backbone.blocks.",
@@ -69,7 +69,7 @@ ENCODER = {
 
 @dataclass(frozen=True)
 class Run:
-    """What a process took: wall and CPU time in seconds, peak resident memory in bytes."""
+    """What a process needed: wall and CPU time in seconds, peak resident memory in bytes."""
 
     wall: float
     cpu: float
@@ -164,7 +164,7 @@ def check_equal(ours: Path, theirs: Path) -> None:
     ):
         if set(our_file.keys()) != set(their_file.keys()):
             raise SystemExit("The two conversions hold tensors of different names.")
-        for name in our_file.keys():  # noqa: SIM118, a safe_open is no dict
+        for name in our_file.keys():  # noqa: SIM118, a safe_open is not a dict
             tensor, expected = our_file.get_tensor(name), their_file.get_tensor(name)
             if tensor.dtype != expected.dtype or not torch.equal(
                 tensor.view(torch.int32), expected.view(torch.int32)
@@ -173,10 +173,10 @@ def check_equal(ours: Path, theirs: Path) -> None:
 
 
 def apart(function: Callable[..., None], *arguments: object) -> None:
-    """Calls a function in a process of its own.
+    """Calls a function in a separate process.
 
-    Linux counts the memory of the process that starts another as the other's peak, too, so the one
-    that measures must stay small: it imports nothing large and holds no tensors.
+    Linux counts the memory of a parent process in the peak of the process that it starts. So the
+    measuring process must stay small: it imports nothing large and holds no tensors.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         pool.submit(function, *arguments).result()
@@ -186,7 +186,7 @@ def apart(function: Callable[..., None], *arguments: object) -> None:
 
 
 def commands(checkpoint: Path, output: Path) -> dict[str, list[str]]:
-    """The command lines that convert a checkpoint, by who converts."""
+    """The command lines that convert a checkpoint, by the name of the tool."""
     ours = shutil.which("eomt-convert", path=sysconfig.get_path("scripts"))
     if ours is None:
         raise SystemExit("eomt-convert is not installed beside this Python.")
@@ -272,7 +272,7 @@ def spread(values: list[float], digits: int, unit: str = "") -> str:
 
 
 def conditions(runs: int) -> str:
-    """What the figures were taken with and on."""
+    """Versions and machine that the figures were measured with."""
     packages = ("eomt-convert", "transformers", "torch", "safetensors", "numpy")
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     return (
@@ -290,7 +290,7 @@ def cpu() -> str:
 
 @contextmanager
 def place(folder: Path | None) -> Iterator[Path]:
-    """The folder for checkpoints and outputs; by default one that goes away in the end."""
+    """The folder for checkpoints and outputs; by default one that is deleted at the end."""
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         yield folder

@@ -1,4 +1,4 @@
-"""What comes of a convert-and-push when any one of its requests breaks.
+"""Breaks each request of a convert-and-push, one at a time, and shows what happens.
 
     python benchmarks/faults.py
 
@@ -30,7 +30,7 @@ TRANSFERS = ("xet", "lfs")
 
 @dataclass(frozen=True)
 class Case:
-    """A request that was broken, how, how large files moved, and what came of it."""
+    """A request that was broken, how, how large files were transferred, and the outcome."""
 
     fault: Fault
     transfer: str
@@ -39,7 +39,7 @@ class Case:
 
 
 def try_all(faults: Sequence[Fault], releases: Sequence[Release], every: int) -> Iterator[Case]:
-    """The cases in order, each in whichever process is free; not those that changed nothing."""
+    """Runs the cases in parallel; gives them in order, without those that changed nothing."""
     planned = [
         (fault, target, release)
         for fault in faults
@@ -54,7 +54,7 @@ def try_all(faults: Sequence[Fault], releases: Sequence[Release], every: int) ->
 
 
 def table(cases: Mapping[tuple[str, str], Sequence[Case]]) -> str:
-    """The cases by fault and by how large files moved, in Markdown."""
+    """The cases by fault and by how large files were transferred, in Markdown."""
     lines = [
         "| fault | over | requests broken | succeeded on their own | clear error, then a rerun "
         "| else |",
@@ -70,7 +70,7 @@ def table(cases: Mapping[tuple[str, str], Sequence[Case]]) -> str:
 
 
 def conditions(releases: Sequence[Release]) -> str:
-    """What the figures were taken with."""
+    """Versions that the figures were measured with."""
     packages = ("eomt-convert", "huggingface_hub", "hf-xet")
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     counts = " and ".join(f"{len(each.requests)} over {each.transfer}" for each in releases)

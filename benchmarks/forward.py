@@ -1,10 +1,10 @@
-"""Time of a whole forward pass: the reference model beside transformers' model, in one process.
+"""Time of a whole forward pass: the reference model compared with transformers', in one process.
 
     python benchmarks/forward.py --size small --pairs 30
 
-Both hold the same random weights. They run in pairs, in turn the one or the other first, so that
-what else happens on the machine meets both; a ratio is ours / transformers' within a pair, below 1
-where ours is faster. CPU time, of all threads together, is less at the mercy of other programs.
+Both have the same random weights. They run in pairs, alternating which one is first, so that other
+load on the machine affects both; a ratio is ours / transformers' within a pair, below 1 if ours is
+faster. CPU time, of all threads together, depends less on other programs.
 """
 
 import argparse
@@ -103,7 +103,7 @@ def main() -> None:
     theirs = transformers_twin(ours)
     pixel_values = torch.randn(1, 3, arguments.image_size, arguments.image_size)
 
-    output, expected = ours(pixel_values), theirs(pixel_values)  # warms both up
+    output, expected = ours(pixel_values), theirs(pixel_values)  # also a warm-up
     for name in ("masks_queries_logits", "class_queries_logits"):
         torch.testing.assert_close(
             getattr(output, name), getattr(expected, name), rtol=1e-4, atol=1e-4

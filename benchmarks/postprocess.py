@@ -1,11 +1,11 @@
-"""Time and memory from the network's outputs to segments: ours beside transformers' way.
+"""Time and memory from the network's outputs to segments: ours compared with transformers'.
 
     python benchmarks/postprocess.py --pairs 5
 
 Both get the same logits of 200 queries, some of which are kept, for a picture of 1080x1920, and
-must give the same segments. They run in pairs in one process, in turn the one or the other first,
-after one run each that is not counted. What a run adds to the memory of a process that has loaded
-everything is measured in processes of their own. The ratio is ours / transformers': below 1, ours
+must give the same segments. They run in pairs in one process, alternating which one is first, after
+one run each that is not counted. The memory that a run adds to a process that has loaded everything
+is measured in separate processes. The ratio is ours / transformers': below 1, ours
 is faster or smaller. Linux only, which keeps the peak.
 """
 
@@ -33,12 +33,12 @@ PROCESSORS = ("ours", "transformers")
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked of the network's outputs, as with a published model of the task.
+    """Sizes of a task, as for a published model.
 
     Attributes:
-        classes: of the dataset the model was trained on.
-        side: of the square input, in pixels.
-        window_starts: where windows begin on the resized picture; none for one padded input.
+        classes: number of classes in the dataset.
+        side: side of the square input, in pixels.
+        window_starts: where windows start on the resized picture; empty for one padded input.
     """
 
     classes: int
@@ -65,9 +65,9 @@ class Measurement:
 
 
 def make_outputs(task: Task, kept: int) -> "EomtDinov3ForUniversalSegmentationOutput":
-    """Logits of `kept` queries that are sure of a class, and of others that see no object.
+    """Logits of `kept` queries with a high score for a class, and of others for "no object".
 
-    The kept masks lie side by side, the others anywhere.
+    The kept masks are side by side, the others anywhere.
     """
     import torch
 
@@ -141,7 +141,7 @@ def seconds_of_pairs(name: str, kept: int, pairs: int) -> dict[str, list[float]]
 
 
 def check_equal(ours: Any, theirs: Any) -> None:
-    """Checks that two results are of the same segments, to the last pixel and digit."""
+    """Checks that two results have exactly the same segments."""
     import torch
 
     if isinstance(ours, dict):
@@ -168,7 +168,7 @@ def memory(field: str) -> int:
 
 
 def apart(function: Callable[..., Any], *arguments: object) -> Any:
-    """Calls a function in a process of its own."""
+    """Calls a function in a separate process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -198,7 +198,7 @@ def spread(values: list[float], unit: str = "") -> str:
 
 
 def conditions(pairs: int, threads: int) -> str:
-    """What the figures were taken with and on."""
+    """Versions and machine that the figures were measured with."""
     packages = ("eomt-convert", "transformers", "torch")
     versions = ", ".join(f"{package} {version(package)}" for package in packages)
     lines = Path("/proc/cpuinfo").read_text().splitlines()

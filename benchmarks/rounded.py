@@ -1,7 +1,7 @@
-"""What verification finds in rounded models, and by what it tells another training: tables.
+"""Tables of the faults that verification finds in rounded models, and of unrelated backbones.
 
 `benchmarks/tolerances.py` prints them. Faults are planted in the five offline checkpoints, whose
-weights are then rounded, and verification is run as a user would.
+weights are then rounded, and verification is run as a user would run it.
 """
 
 import json
@@ -34,7 +34,7 @@ RECORDED: dict[str, Path] = {entry.name: entry.recorded for entry in CATALOG if 
 
 
 def table(header: Sequence[str], rows: Iterator[Sequence[str]]) -> None:
-    """Prints a table in Markdown, a row as soon as it is known."""
+    """Prints a table in Markdown, each row as soon as it is computed."""
     print(f"\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
     for row in rows:
         print(f"| {' | '.join(row)} |", flush=True)
@@ -48,9 +48,10 @@ class Fault:
     """What is wrong with a model.
 
     Attributes:
-        title: of its row.
-        values: other values of configuration files, by file.
-        change: of the weights before they are rounded; False where the model lacks those tensors.
+        title: title of its row.
+        values: wrong values in configuration files, by file.
+        change: changes the weights before they are rounded; returns False if the model lacks the
+            tensors.
     """
 
     title: str
@@ -58,7 +59,7 @@ class Fault:
     change: Callable[[State], bool] = lambda _: True
 
     def plant(self, folder: Path, dtype: str, state: State) -> bool:
-        """Makes a folder a model with the fault, in a type; False if it cannot have it."""
+        """Writes a model with the fault, rounded to a dtype; False if it cannot have the fault."""
         state = dict(state)
         if not self.change(state):
             return False
@@ -130,7 +131,7 @@ EVIDENCE = ("logits alone", "layers", "sources")
 
 
 def print_faults(place: Path) -> None:
-    """In how many of the offline models a fault is found, by what they are held against."""
+    """Prints in how many of the offline models each fault is found, by dtype and evidence."""
     header = ["fault", *(f"{dtype}: {evidence}" for dtype in DTYPES for evidence in EVIDENCE)]
     states = {}
     for name in RECORDED:
@@ -177,7 +178,7 @@ def _fails(folder: Path, name: str, evidence: str) -> bool:
 
 
 def reordered(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Another training, as far as one can be had without training: the same values elsewhere."""
+    """Stands for an unrelated training: the same values in another order."""
     order = torch.randperm(values.numel(), generator=generator)
     return values.flatten()[order].view_as(values)
 
@@ -205,9 +206,9 @@ TRAININGS: tuple[tuple[str, Callable[[Tensor, torch.Generator], Tensor]], ...] =
 
 
 def print_trainings(place: Path) -> None:
-    """How alike backbones are to the ones that were recorded: correlations over the offline ones.
+    """Prints how similar changed backbones are to the recorded ones, as correlations.
 
-    The folders are those that `print_faults` has left.
+    It uses the folders that `print_faults` has written.
     """
     header = ["backbone", "weights", "outputs", "called another below"]
     table(header, (_alike(title, change, place) for title, change in TRAININGS))

@@ -1,4 +1,4 @@
-"""How far apart right computations of a model are: where the tolerances of verification come from.
+"""Measures how much correct computations of a model differ, to set verification's tolerances.
 
     python benchmarks/tolerances.py
 
@@ -66,10 +66,10 @@ from reference_model import EomtImageProcessor
 
 Outputs: TypeAlias = Mapping[str, Tensor]
 
-# of the random weights; with 0.02, the config's own, logits stay below 2
+# standard deviation of the random weights; with the config's, 0.02, logits stay below 2
 WEIGHT_STD = 0.06
 
-# as torch, oneDNN and MKL take it when a process starts
+# environment variables that torch, oneDNN and MKL read when a process starts
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 WITHOUT_AVX = {
     "ATEN_CPU_CAPABILITY": "default",
@@ -112,14 +112,14 @@ class Subject:
         return Model.from_pretrained(self.folder)
 
     def compute(self, model: Model, inputs: Tensor) -> Outputs:
-        """What verification compares."""
+        """Computes the outputs that verification compares."""
         outputs = run(model, inputs)
         if not self.masks:
             return outputs
         return outputs | masked_predictions(model, inputs, self.masks)
 
     def segment(self, outputs: Outputs, expected: Outputs) -> Outputs:
-        """Results by every task, with the classes that are expected."""
+        """Results for every task, with the expected class logits."""
         if self.pictures is None:
             return {}
         processor = EomtImageProcessor.from_pretrained(self.folder)
@@ -141,7 +141,7 @@ def offline_subject(name: str, recorded: Path, place: Path) -> Subject:
 
 
 def offline_pictures(recorded: Path, place: Path) -> Subject:
-    """The pictures of an offline checkpoint that was converted before."""
+    """The pictures of an offline checkpoint that is already converted."""
     pictures = read_pictures(read_recorded(recorded))
     if isinstance(pictures, str):
         raise TypeError(pictures)
@@ -171,7 +171,7 @@ def _normalised(pixels: Tensor, folder: Path) -> Tensor:
     return read_normalisation(folder / "preprocessor_config.json", pixels.shape[1])(pixels)
 
 
-# ways that leave a model right ------------------------------------------------------------------
+# ways to compute that are all correct -----------------------------------------------------------
 
 
 def usual(subject: Subject) -> Outputs:
@@ -225,7 +225,7 @@ def computed_in(dtype: torch.dtype, subject: Subject) -> Outputs:
 @contextmanager
 def process_with(environment: Mapping[str, str], threads: int) -> Iterator[Executor]:
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        # which this process, too, would read before its first product
+        # set only while the process starts: this process would read them, too
         with patch.dict(os.environ, environment):
             pool.submit(torch.set_num_threads, threads).result()  # starts the process
         yield pool
@@ -236,13 +236,13 @@ def process_with(environment: Mapping[str, str], threads: int) -> Iterator[Execu
 
 @dataclass(frozen=True)
 class Row:
-    """One way beside the usual one.
+    """One way of computing, compared with the usual one.
 
     Attributes:
         title: what is different.
-        compute: a model's outputs in that way.
-        dtype: torch's name of the weights' type.
-        checked: whether verification meets this way at all.
+        compute: computes a model's outputs in that way.
+        dtype: torch's name of the weights' dtype.
+        checked: whether verification ever computes in that way.
     """
 
     title: str
@@ -256,7 +256,7 @@ class Row:
         return self.dtype != "float32"
 
     def measure(self, subject: Subject, expected: Outputs) -> dict[str, float]:
-        """The largest difference in each kind of outputs; NaN where there are none."""
+        """The largest difference in each kind of outputs; NaN if there are none."""
         outputs = self.compute(subject)
         found = dict.fromkeys((*KINDS, RESULTS), math.nan)
         if outputs and subject.pictures:
@@ -270,11 +270,11 @@ class Row:
         return found
 
     def cells(self, measured: list[float], results: list[float]) -> list[str]:
-        """The differences as they are printed, then the tolerance and how often they fit in it.
+        """The cells with the differences, then the tolerance and how often they fit into it.
 
         Args:
-            measured: of each kind of outputs.
-            results: shares of pixels.
+            measured: differences in each kind of outputs.
+            results: differing shares of pixels.
         """
         limits = ROUNDED.get(self.dtype, FLOAT32)
         tolerance = limits.relative if self.of_range else TOLERANCE
@@ -307,8 +307,8 @@ def _or_least(value: float) -> float:
 
 
 def difference(ours: Tensor, expected: Tensor, *, of_range: bool) -> float:
-    """The largest absolute difference, or its share of the range of what is expected."""
-    batch = min(len(ours), len(expected))  # hidden states may be recorded of one picture only
+    """The largest absolute difference, or its share of the range of the expected values."""
+    batch = min(len(ours), len(expected))  # hidden states may be recorded for one picture only
     largest = float((ours[:batch].double() - expected[:batch].double()).abs().max())
     return largest / float(expected.max() - expected.min()) if of_range else largest
 
@@ -342,13 +342,13 @@ def network_of(subject: Subject) -> Network:
 
 
 def layers_of(subject: Subject, expected: Outputs, network: Network) -> tuple[Stage, ...]:
-    """The network in layers, each to be run on what is expected before it."""
+    """The network cut into layers, each to be run on the expected output of the one before."""
     tensors = {**expected, "pixels": subject.pixels}
     return cut(Recorded(Path(), "", Origin(), tensors), network.config)
 
 
 def layer_error(subject: Subject, expected: Outputs) -> float:
-    """The largest difference of a layer, as a share of the largest value that it puts out."""
+    """The largest difference of a layer, as a share of its largest output value."""
     network = network_of(subject)
     return max(
         stage.difference(network) / float(stage.end.abs().max())
@@ -385,7 +385,7 @@ def print_layers(
 
 # weights in 16 bits ------------------------------------------------------------------------------
 
-# of other weights that round to the same values, so many draws
+# number of draws of other weights that round to the same values
 DRAWS = 20
 
 
@@ -394,8 +394,8 @@ class Rounding:
     """What rounding does to a model.
 
     Attributes:
-        excess: how far a layer is off, beside what random weights that round to the same do.
-        best_class, mask_iou: least agreement with outputs before rounding.
+        excess: how far a layer is off, in units of what random weights that round to the same do.
+        best_class, mask_iou: smallest agreement with the outputs before rounding.
     """
 
     excess: float

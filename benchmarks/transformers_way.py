@@ -1,8 +1,8 @@
-"""A conversion as one writes it with transformers: what benchmarks/convert.py compares with.
+"""A conversion written with transformers, which benchmarks/convert.py compares with.
 
     python benchmarks/transformers_way.py BACKBONE_FOLDER DELTA_FILE OUTPUT_FOLDER
 
-The files are loaded and the model is built as transformers' own script does it
+The files are loaded and the model is built as in transformers' conversion script
 (models/eomt_dinov3/convert_eomt_dinov3_to_hf.py, in its pull request): without initial weights, the
 merged ones assigned. Digests are not computed.
 """
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 
-# what a backbone's configuration says and the model's repeats
+# the keys that a model's configuration copies from the backbone's
 SHARED = (
     "hidden_size",
     "num_hidden_layers",
@@ -38,7 +38,7 @@ SHARED = (
     "value_bias",
 )
 
-# a name in the delta -> the backbone's, and a name in the delta -> the model's
+# from names in the delta to names in the backbone, and to names in the model
 TO_BACKBONE = (
     (r"^network\.encoder\.backbone\.patch_embed\.", "embeddings."),
     (r"^network\.encoder\.backbone\.blocks\.", "layer."),

@@ -1,10 +1,10 @@
-"""Time and memory of a verification, level by level, beside reading the files and a bare forward.
+"""Time and memory of a verification by level, compared with reading the files and a forward pass.
 
     python benchmarks/verify.py --size large --runs 5
 
-Converts a random checkpoint of the true shapes, records what it computes, and holds it against
-that. Every line of the table is measured in processes of its own, in turns; imports, and for the
-bare forward pass loading the model, are left out. A level is measured with those before it.
+Converts a random checkpoint with the real shapes, records what it computes, and compares it with
+that. Every line of the table is measured in separate processes, in turns. Imports do not count, nor
+does loading the model before the bare forward pass. A level is measured with those before it.
 """
 
 import argparse
@@ -27,11 +27,11 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Run:
-    """What a piece of work took.
+    """What a piece of work needed.
 
     Attributes:
         wall, cpu: time in seconds.
-        memory: peak of the process in bytes, imports and loading included.
+        memory: peak of the process in bytes, including imports and loading.
         loads: how many times it read the model's weights.
         forwards: how many times it ran a whole network.
     """
@@ -48,9 +48,9 @@ class Line:
     """A line of the table.
 
     Attributes:
-        title: what the table calls it.
-        prepare: makes the work of a folder; not measured.
-        beside: title of the line that it is held against, if any.
+        title: its name in the table.
+        prepare: returns the work for a folder; not measured.
+        beside: title of the line that it is compared with, if any.
     """
 
     title: str
@@ -151,7 +151,7 @@ LINES = (
 
 
 def measure(line: Line, folder: Path, threads: int | None) -> Run:
-    """Does the work of a line in a process of its own, which reports what it took."""
+    """Does the work of a line in a separate process, which returns what it needed."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(measured, line, folder, threads).result()
 
@@ -181,7 +181,7 @@ def measured(line: Line, folder: Path, threads: int | None) -> Run:
         forwards += type(module).__name__ == "EomtDinov3ForUniversalSegmentation"
 
     register_module_forward_hook(count_forward)
-    with patch.object(os, "preadv", read_and_count):  # which the package reads weights with
+    with patch.object(os, "preadv", read_and_count):  # the package reads weights with it
         wall, cpu = time.perf_counter(), time.process_time()
         work()
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -191,7 +191,7 @@ def measured(line: Line, folder: Path, threads: int | None) -> Run:
 
 
 def prepare(size: Size, folder: Path) -> None:
-    """Makes a checkpoint, the model of it and a recording of that, unless they are there."""
+    """Makes a checkpoint, its model and a recording of the model, unless they exist."""
     if not (folder / "checkpoint").exists():
         make_checkpoint(size, folder / "checkpoint")
     from converter import convert
