@@ -26,8 +26,8 @@ from numpy.typing import ArrayLike
 import converter
 from converter.cli import main
 
-# Under nohup and in the background, shells have signals ignored, and children of tests would ignore
-# them as well; what a handler of one's own is for is their default again.
+# Under nohup and in the background, shells ignore these signals, and child processes of tests would
+# inherit that. A Python handler, unlike SIG_IGN, is reset to the default in child processes.
 for _number in (signal.SIGHUP, signal.SIGQUIT):
     if signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, lambda *_: None)
@@ -69,7 +69,7 @@ EDGES = 1e-3
 
 
 def same_but_for_edges(ours: ArrayLike, expected: ArrayLike) -> bool:
-    """Whether two maps of segments or classes, of one size, show the same."""
+    """Whether two maps of segments or classes, of the same size, agree."""
     ours, expected = np.asarray(ours), np.asarray(expected)
     return ours.shape == expected.shape and float((ours != expected).mean()) <= EDGES
 
@@ -105,7 +105,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 @pytest.fixture
 def model(converted: Callable[[str], Path], tmp_path: Path) -> Path:
-    """A converted tiny_panoptic_64 of one's own, to change."""
+    """A separate copy of the converted tiny_panoptic_64, which a test may change."""
     folder = tmp_path / "model"
     shutil.copytree(converted("tiny_panoptic_64"), folder)
     return folder

@@ -65,7 +65,7 @@ def read_everything(path: Path) -> "ShardedTensorFile | TensorFile | None":
 
 
 def try_safetensors(data: bytes, folder: Path) -> None:
-    """Takes the input as a file; as the header of one, if it begins like JSON."""
+    """Uses the input as a file, or as the header of one if it starts like JSON."""
     if data.startswith(b"{"):
         data = safetensors_file(data, bytes(64 + data.count(b'"d"')))
     path = folder / "model.safetensors"
@@ -93,7 +93,7 @@ def try_index(data: bytes, folder: Path) -> None:
 
 
 def try_torch(data: bytes, folder: Path) -> None:
-    """Takes the input as a file if it begins like one, else as the pickle of one."""
+    """Uses the input as a file if it starts like one, else as the pickle in one."""
     path = folder / "pytorch_model.bin"
     path.write_bytes(data if data.startswith(b"PK") else torch_file(data, RECORDS))
     read_everything(path)

@@ -21,7 +21,7 @@ TAGS, PULL_REQUESTS = "refs/tags/", "refs/pr/"
 
 @dataclass(frozen=True)
 class StoredFile:
-    """One version of one file: where its bytes lie and what git and LFS call them."""
+    """One version of one file: where its bytes are, and their ids in git and LFS."""
 
     content: Path
     size: int  # bytes
@@ -207,7 +207,7 @@ class Hub:
         can_write: bool = True,
         organizations: Collection[str] = (),
     ) -> None:
-        """Let a token stand for a user, who may write under the own name and the organizations'.
+        """Register a token for a user, who may write to their own and organizations' repositories.
 
         ``can_write=False`` makes it a token of the role "read".
         """
@@ -270,7 +270,7 @@ class Hub:
         repo.refs[TAGS + name] = self._commit_at(repo_id, revision).sha
 
     def end_pull_request(self, repo_id: str, number: int, *, merge: bool) -> None:
-        """Merge a pull request, or close it as it is."""
+        """Merge a pull request, or close it without merging."""
         repo = self._repos[repo_id]
         request = repo.pull_requests[number]
         if merge:

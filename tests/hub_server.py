@@ -441,7 +441,7 @@ class HubApplication:
 
     async def lfs_batch(self, request: Request) -> Response:
         asked = await request.json()
-        # Without a reference it is for a pull request, which any user may open.
+        # Without a reference it is for a pull request; any user may open one.
         repo, _ = self._writable_repo(request, "ref" not in asked)
         in_parts = "multipart" in asked["transfers"]
         verify = f"{self.hub.endpoint}/{repo.repo_id}.git/info/lfs/objects/verify"
@@ -545,7 +545,7 @@ class HubApplication:
         repo_id = _repo_id(request)
         repo = self.hub.find_repo(repo_id)
         if repo is None or (repo.private and not (user and user.may_read(repo))):
-            # The Hub tells nobody whether a repository is private or doesn't exist.
+            # The Hub does not show whether a repository is private or doesn't exist.
             if user is None:
                 raise RefusedError(401, "Invalid username or password.", "RepoNotFound")
             raise RefusedError(404, "Repository not found", "RepoNotFound")

@@ -15,7 +15,7 @@ from tempfile import mkdtemp
 
 import hf_xet
 
-# For hf_xet, which reads them when a process first uses it: no log in the user's home, short waits.
+# Read by hf_xet when a process first uses it: no log in the user's home, short waits.
 SETTINGS = {"HF_XET_LOG_DEST": os.devnull, "HF_XET_CLIENT_RETRY_BASE_DELAY": "1ms"}
 os.environ |= SETTINGS
 
@@ -75,7 +75,7 @@ def xet_hash(file: Path) -> str:
 
 
 def _files_of(shard: bytes) -> Iterator[tuple[str, str, int]]:
-    """Xet hash, SHA-256 and size of the files that a shard tells of."""
+    """Xet hash, SHA-256 and size of the files that a shard lists."""
     position = _HEADER_SIZE
     while (record := shard[position : position + ENTRY_SIZE])[:32] != _LAST_RECORD:
         flags, count = struct.unpack_from("<II", record, 32)

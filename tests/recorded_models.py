@@ -41,7 +41,7 @@ def read_json(name: str, file: str) -> dict[str, Any]:
 
 
 def recordings(name: str) -> dict[str, Tensor]:
-    """What the original implementation put out."""
+    """The outputs of the original implementation."""
     return load_file(FIXTURES / name / "recorded.safetensors")
 
 

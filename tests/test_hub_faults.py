@@ -78,7 +78,7 @@ def test_the_nth_request_is_broken_whatever_it_asks(hub: Hub) -> None:
 
     push(b"newer weights")
 
-    # The third is the upload, of which the client sends what it sent again.
+    # The third is the upload; the client sends its content again.
     assert broken(hub) == [(Status(503), hub.request_lines[2])]
     assert hub.request_lines[2] == hub.request_lines[3]
     assert len(hub.requests) == len(calm) + 1
@@ -285,7 +285,7 @@ def test_a_branch_moves_before_any_request_for_the_repository(hub: Hub) -> None:
 def test_an_expired_token_is_refused_by_name(hub: Hub) -> None:
     hub.break_request(ExpiredToken(), times=None)
 
-    # On huggingface.co too the client says that there is no such repository, and then why.
+    # As on huggingface.co, the client says that there is no such repository, and then why.
     with pytest.raises(RepositoryNotFoundError, match=r"User Access Token .* is expired") as error:
         push()
 

@@ -15,7 +15,7 @@ CONVERTER = Path(converter.__file__).parent
 REFERENCE_MODEL = Path(reference_model.__file__).parent
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
-# from the top down: whatever stands on a floor imports from lower floors only
+# from the top down: modules on a floor only import from lower floors
 FLOORS = (
     ("cli", "testing"),
     ("report",),

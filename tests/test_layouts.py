@@ -61,7 +61,7 @@ def backbone(name: str, layout: str, folder: Path) -> Path:
         return source / f"backbone_{layout}"
     if layout == "sharded":
         return sharded(source / "backbone", folder / "sharded")
-    # as timm publishes it with biases, which are zeros in its other repositories
+    # as timm publishes it with biases; they are zeros in its other repositories
     state = load_file(source / "backbone_timm" / "model.safetensors")
     for tensor in [tensor for tensor in state if tensor.endswith("qkv.weight")]:
         prefix, size = tensor.removesuffix("qkv.weight"), state[tensor].shape[1]

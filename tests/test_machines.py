@@ -432,7 +432,7 @@ UNSTEADY = [(1.0, 41), (1.2, 73), (1.2, 234), (1.2, 189)]
 
 
 def unsteady_model(spread: float, seed: int, place: Path) -> Path:
-    """A model whose layers have 8 values, some of which norms bring very close to each other."""
+    """A model with layers of 8 values, some of them very close to each other after the norms."""
     config = EomtDinov3Config(
         hidden_size=8,
         intermediate_size=32,

@@ -83,7 +83,7 @@ def test_quality_is_the_mean_iou_of_matches_times_their_share() -> None:
     assert row["SQ"] == pytest.approx(75)
     assert row["RQ"] == pytest.approx(100 / 1.5)
     assert row["PQ"] == pytest.approx(75 / 1.5)
-    # the rest is not annotated: what lies there is no false positive
+    # the rest is not annotated: a segment there is not a false positive
     assert counts(panoptic_quality((prediction, target)), PERSON) == (1, 0, 0)
 
 

@@ -31,7 +31,7 @@ COMMANDS = re.findall(
 )
 
 
-# a measured difference, which depends on the machine, as README shows it; and as it may be printed
+# a measured difference (it depends on the machine): in README, and as it may be printed
 SHOWN_DIFFERENCE = re.compile(r"\d\.\de-\d\d")
 DIFFERENCE = r"(0|\d(?:\.\d+)?e-\d\d|0\.\d+)"
 
@@ -56,7 +56,7 @@ def folder(
 
 
 def swap_query_and_key(model: Path, broken: Path) -> None:
-    """A copy of a model, in one layer of which these stand in each other's place."""
+    """A copy of a model with these tensors exchanged in one layer."""
     broken.mkdir()
     for name in ("config.json", "preprocessor_config.json"):
         shutil.copy(model / name, broken)

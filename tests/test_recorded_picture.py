@@ -28,7 +28,7 @@ OTHER = b"another picture"
 
 @dataclass
 class Bucket:
-    """A server of one picture, on the loopback interface."""
+    """A server with one picture, on the loopback interface."""
 
     content: bytes = PICTURE
     status: int = 200

@@ -1,4 +1,4 @@
-"""A release of several checkpoints: it goes on, it is told in full, one failure stops none."""
+"""A release of several checkpoints: it can be continued, reports everything, survives failures."""
 
 import json
 import os
@@ -72,7 +72,7 @@ def test_one_that_fails_does_not_stop_the_rest(hub: Hub, output: Path) -> None:
     assert "status 500" in journal(output)["tiny_semantic_48"]["error"]
 
 
-@pytest.mark.smoke  # of hf_xet, which before 1.7.1 repeats the first refusal ever after
+@pytest.mark.smoke  # for hf_xet: before 1.7.1 it repeats the first refusal forever
 @over_xet
 def test_one_upload_that_is_refused_does_not_stop_the_rest(hub: Hub, output: Path) -> None:
     hub.break_request(Status(403), path="tiny-panoptic-64/xet-write-token")

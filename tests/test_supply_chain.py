@@ -43,7 +43,7 @@ def needed(requirements: list[str]) -> set[str]:
             found.add(name)
             try:
                 left += [name_of(each) for each in requires(name) or () if "extra ==" not in each]
-            except PackageNotFoundError:  # the linters, which are installed after the tests
+            except PackageNotFoundError:  # the linters: they are installed after the tests
                 continue
     return found
 
@@ -62,7 +62,7 @@ def test_everything_that_is_installed_is_pinned() -> None:
     elsewhere = {"colorama", "exceptiongroup", "httpx2-jsfetch", "importlib-metadata", "tomli"}
     unpinned = needed(RUN_TIME + extras + BUILD) - CONSTRAINTS.keys() - elsewhere
 
-    # torch's for CUDA, which its build for the CPU does not bring along
+    # torch's packages for CUDA, which its CPU build does not install
     assert {name for name in unpinned if not re.match("nvidia|cuda|triton", name)} == set()
 
 
