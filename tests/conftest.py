@@ -1,4 +1,4 @@
-"""What tests share: the offline checkpoints, converted once, and the command line."""
+"""Shared fixtures: the offline checkpoints, converted once, and the command line."""
 
 import json
 import os
@@ -41,13 +41,13 @@ NAMES = (
     "tiny_instance_64_gated",
 )
 
-# How long examples take depends on the load. What cannot be repeated is of no use.
+# No deadline, as the time of examples depends on the load; and the same examples in every run.
 settings.register_profile(
     "tests", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True
 )
 settings.load_profile("tests")
 
-# After so many seconds a process hangs, however slow the machine is.
+# seconds after which a process is taken to hang, even on a slow machine
 HANGS = 600
 
 # torch 2.9 and newer have a setting for every kind of operation
@@ -55,7 +55,7 @@ HAS_NEW_WAY = hasattr(torch.backends, "fp32_precision")
 
 
 def products_are_full_float32() -> bool:
-    """Whether matrix products of float32 are computed as such, on CPU and GPU, as torch is set."""
+    """Whether torch is set to multiply float32 in full precision, on CPU and GPU."""
     if HAS_NEW_WAY:
         backends: Any = torch.backends
         found = {backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision}
@@ -64,7 +64,7 @@ def products_are_full_float32() -> bool:
 
 
 # Share of a picture's pixels that may lie on the other side of an edge: where two queries or two
-# classes are as good as each other, rounding decides, and it depends on the machine.
+# classes have nearly the same score, rounding decides, and that depends on the machine.
 EDGES = 1e-3
 
 
@@ -76,7 +76,7 @@ def same_but_for_edges(ours: ArrayLike, expected: ArrayLike) -> bool:
 
 @pytest.fixture(scope="session", autouse=True)
 def _locks_of_ones_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keeps locks of outputs that are gone out of the user's cache."""
+    """Keeps the locks of temporary outputs out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -84,7 +84,7 @@ def _locks_of_ones_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 
 @pytest.fixture(scope="session", autouse=True)
 def _certificates_read_once() -> Iterator[None]:
-    """Has every test's client of the Hub, which needs none, share the system's certificates."""
+    """Loads the system's certificates once for all Hub clients, which do not need them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ssl, "create_default_context", cache(ssl.create_default_context))
         yield
@@ -113,7 +113,7 @@ def model(converted: Callable[[str], Path], tmp_path: Path) -> Path:
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """Runs `eomt-convert` with these arguments in a working directory of the test's own."""
+    """Runs `eomt-convert` with these arguments in a separate working directory for each test."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str | Path) -> Result:
@@ -122,7 +122,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Re
     return run
 
 
-# For tests of what one way alone has.
+# for tests of features that only one way has
 over_lfs = pytest.mark.parametrize("transfer", ["lfs"], indirect=True)
 over_xet = pytest.mark.parametrize("transfer", ["xet"], indirect=True)
 in_every_way = pytest.mark.parametrize("transfer", TRANSFERS, indirect=True)
@@ -130,7 +130,7 @@ in_every_way = pytest.mark.parametrize("transfer", TRANSFERS, indirect=True)
 
 @pytest.fixture(params=["xet", "lfs"])
 def transfer(request: pytest.FixtureRequest) -> str:
-    """How this test's client moves large files; every test of the Hub runs in both ways."""
+    """How the test's client transfers large files; every test of the Hub runs in both ways."""
     way: str = request.param
     return way
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-# what each published zip holds; one that lies in another comes first
+# what each published zip holds; a zip inside another one comes first
 ZIPS = {
     "annotations/panoptic_val2017.zip": ["annotations/panoptic_val2017"],
     "panoptic_annotations_trainval2017.zip": [

@@ -87,7 +87,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a run with a broken request.
+    """The outcome of a run with a broken request.
 
     Attributes:
         run: the one with the broken request.
@@ -136,7 +136,7 @@ def outcome(fault: Fault, target: Target, release: Release) -> Outcome | None:
 
 @contextmanager
 def stage(transfer: str) -> Iterator[tuple[Hub, Path]]:
-    """A Hub with what is to be converted, a client without a cache that uses it, and a folder."""
+    """A Hub with the files to convert, a client that uses it with an empty cache, and a folder."""
     with (
         pytest.MonkeyPatch.context() as patch,
         TemporaryDirectory() as temporary,
@@ -236,7 +236,7 @@ def wrong_release(hub: Hub, release: Release) -> Iterator[str]:
 
 
 def release_files(hub: Hub, revision: str) -> dict[str, bytes]:
-    """What a revision has, without the Hub's own file and somebody else's."""
+    """The files of a revision, without the Hub's own file and somebody else's."""
     files = hub.files(MODEL, revision)
     return {name: content for name, content in files.items() if name not in NOT_OURS}
 

@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of the readers, run by hand: what strangers' files make of them.
+"""Coverage-guided fuzzing of the readers with hostile files, run by hand.
 
 ``python tests/fuzz_readers.py --target torch --seconds 600``, after ``pip install atheris``.
 
@@ -38,7 +38,7 @@ with atheris.instrument_imports(
 RECORDS = {"byteorder": b"little", "data/0": bytes(64), "data/1": bytes(range(32))}
 SHARDS = {"s0.safetensors": "ab", "s1.safetensors": "c"}
 
-# what a change of single bytes hardly comes upon
+# words that changes of single bytes hardly ever produce
 WORDS = [
     *('"dtype"', '"shape"', '"data_offsets"', '"__metadata__"', '"F32"', '"BF16"', "[0,0]"),
     *("true", "null", "-0", "1.0", "1e999", "NaN", "9223372036854775808", "[]", "{}"),

@@ -59,7 +59,7 @@ MODELS = (*PANOPTIC, SEMANTIC, INSTANCE)
 
 TOKEN = "hf_of_the_fuzzer"  # noqa: S105  # for the loopback Hub
 
-# what a case may take, beyond what it had when it began
+# what a case may use, in addition to what it had at its start
 SECONDS = 20
 BYTES = 2**30
 
@@ -119,7 +119,7 @@ def odd_value(rng: Rng) -> Any:
 
 
 def retyped(value: Any, rng: Rng) -> Any:
-    """The same value as another type, as far as it goes."""
+    """The same value as another type, if possible."""
     ways: list[Any] = [str(value)[:1000], [value], {"a": value}, bool(value), None]
     if isinstance(value, int | float) and not isinstance(value, bool):
         ways += [-value, value + 1, value - 1, value * 2, str(value)]
@@ -179,7 +179,7 @@ def changed(document: Any, rng: Rng) -> tuple[Any, str]:
 
 
 def written(document: Any, rng: Rng) -> bytes:
-    """A document as JSON; now and then as bytes that are hardly JSON."""
+    """A document as JSON; sometimes as bytes that are not quite JSON."""
     text = json.dumps(document)
     for name, raw in RAW.items():
         text = text.replace(json.dumps(name), raw)
@@ -482,7 +482,7 @@ def verify_recording(file: str) -> Maker:
 
 
 def hide(recorded: Path) -> None:
-    """Makes a recording another file than the known one, and of the smallest."""
+    """Changes a recording so that it is not a known one, and makes it as small as possible."""
     file = recorded / "recorded.safetensors"
     kept = ("pixels", "mask_logits", "class_logits", "pipeline")
     tensors = {
@@ -627,7 +627,7 @@ def convert_with_labels(valid: Valid, place: Path, rng: Rng) -> Case:
     return Case("labels", "convert", (*arguments, *any_options(rng)), f"{form}: {done}")
 
 
-# every kind of case, and how often it comes: what ends at once, more often
+# every kind of case and its frequency: quick ones are more frequent
 MAKERS: Mapping[Maker, int] = {
     verify_model(CONFIG): 18,
     verify_model(PREPROCESSOR): 14,
@@ -660,7 +660,7 @@ MAKERS: Mapping[Maker, int] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case.
+    """The outcome of a case.
 
     Attributes:
         number: of the case.
@@ -698,7 +698,7 @@ def time_limit(seconds: float) -> Iterator[None]:
 
 
 def memory(key: str) -> int:
-    """Bytes of this process: VmRSS, what it has; VmHWM, the most that it had."""
+    """Memory of this process in bytes: VmRSS is the current value, VmHWM the peak."""
     status = Path("/proc/self/status").read_text()
     found = re.search(rf"{key}:\s*(\d+) kB", status)
     return int(found[1]) << 10 if found else 0
@@ -710,7 +710,7 @@ def forget_peak() -> None:
 
 @contextmanager
 def fuzzing() -> Iterator[tuple[Valid, Path]]:
-    """What is valid, and an empty folder for cases; the only Hub there is, is a loopback one."""
+    """Valid files, an empty folder for cases, and a loopback Hub as the only one."""
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory())).resolve()
         patch = stack.enter_context(pytest.MonkeyPatch.context())
@@ -812,7 +812,7 @@ def _no_json(constant: str) -> None:
 
 
 def run_range(first: int, end: int, step: int, seed: int, limit: int) -> list[Outcome]:
-    """Runs every step-th case in a process of its own, which cannot take all memory."""
+    """Runs every step-th case in a separate process with limited memory."""
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
     torch.set_num_threads(1)
@@ -836,7 +836,7 @@ def describe(outcome: Outcome) -> None:
 
 
 def table(outcomes: Sequence[Outcome]) -> list[str]:
-    """For every file and command: cases, refused, run to an end, findings."""
+    """For every file and command: number of cases, refused, completed, findings."""
     counts: dict[tuple[str, str], Counter[str]] = {}
     for outcome in outcomes:
         kind = "finding" if outcome.finding else ("refused" if outcome.refused else "done")
@@ -852,7 +852,7 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def main() -> int:
-    """Runs cases, and prints what came of them."""
+    """Runs cases, and prints the outcomes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")

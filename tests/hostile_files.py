@@ -1,4 +1,4 @@
-"""Files as a stranger could make them: containers of the two formats around any content."""
+"""Builds hostile files: containers of the two formats with any content."""
 
 import io
 import json

@@ -286,7 +286,7 @@ class Hub:
         self._new_ids.pop(new_id, None)
         self._new_ids[old_id] = new_id
 
-    # What came of it
+    # Results
 
     @property
     def repo_ids(self) -> list[str]:

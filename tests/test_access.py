@@ -1,4 +1,4 @@
-"""What is said when the Hub does not do what it was asked."""
+"""Errors when the Hub refuses or fails."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ def commit(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def error_of(fault: Fault, hub: Hub) -> EomtConvertError:
-    """What is said of a repository that is asked for while a fault lasts."""
+    """The error for a repository that is requested during a fault."""
     hub.break_request(fault, times=None)
     with pytest.raises(EomtConvertError) as caught:
         resolve(REPO, "main", Access())

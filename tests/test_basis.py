@@ -1,4 +1,4 @@
-"""What a verdict rests on: no sentence about a model claims more than its evidence."""
+"""The basis of a verdict: no sentence about a model claims more than its evidence."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ NAMES = ("tiny_panoptic_64", "tiny_semantic_48", "tiny_instance_64_gated")
 
 
 def swap_query_and_key(model: Path) -> None:
-    """Makes a model wrong, so that nothing but its outputs tells."""
+    """Makes a model wrong in a way that only its outputs show."""
     weights = load_file(model / "model.safetensors")
     query, key = (f"layers.1.attention.{part}_proj.weight" for part in "qk")
     weights[query], weights[key] = weights[key], weights[query]
@@ -162,7 +162,7 @@ def test_a_recording_under_another_name_is_not_what_recorded_json_is_of(
 def test_a_basis_is_not_handed_on_to_another_configuration(
     converted: Callable[[str], Path], tmp_path: Path, file: str, change: dict[str, Any]
 ) -> None:
-    """Neither shows in a single patch of black: rotary positions there, and no brightness."""
+    """Neither shows in a single black patch: all its rotary angles and pixels are 0."""
     from PIL import Image
 
     Image.new("RGB", (16, 16)).save(tmp_path / "black.png")
@@ -229,7 +229,7 @@ def test_the_recordings_of_the_package_are_known() -> None:
 def test_what_only_recorded_json_says_is_said_to_be_said_there(
     command: Command, converted: Callable[[str], Path], tmp_path: Path, hub: Hub, me: str
 ) -> None:
-    """Somebody else's recording, which says of itself that the original computed it."""
+    """Somebody else's recording, which claims that the original computed it."""
     record(converted("tiny_panoptic_64"), tmp_path / "own", random=1)
     change_json(
         tmp_path / "own" / "recorded.json",

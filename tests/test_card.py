@@ -185,7 +185,7 @@ HOSTILE = (
 
 
 def structure(text: str) -> list[tuple[str, ...]]:
-    """What a reader of Markdown makes of it, without its words."""
+    """The structure of rendered Markdown, without its words."""
     parser = MarkdownIt("commonmark").enable("table")
     tokens = parser.parse(text)
     tokens = [inner for token in tokens for inner in (token, *(token.children or ()))]

@@ -267,7 +267,7 @@ def test_a_fault_in_the_weights_is_named_by_the_numbers_alone(
 def test_masks_that_are_drawn_at_random_never_pass(
     name: str, probability: float, plant: Callable[[str], Planted]
 ) -> None:
-    """Whatever was drawn in this run: with the first ones the outputs are right by chance."""
+    """Whatever was drawn in this run: some draws give the right outputs by chance."""
     planted = plant(name)
     planted.without_history()
     planted.weights(masked(probability))
@@ -488,7 +488,7 @@ def trained_further(base: State) -> State:
 def verify_with_consistent_sources(
     name: str, change: Callable[[State], State], folder: Path
 ) -> Verdict:
-    """What a conversion with a backbone of another training ends in."""
+    """The verdict on a conversion with a backbone from another training."""
     shutil.copytree(FIXTURES / name / "backbone", folder / "backbone")
     path = folder / "backbone" / "model.safetensors"
     save_file(change(load_file(path)), path)
@@ -545,7 +545,7 @@ def test_a_right_model_is_not_diagnosed(
 
 
 def delta_by(factor: float) -> Change:
-    """Trained so much further, or less."""
+    """Trained further, or less, by this factor."""
 
     def change(state: State, name: str) -> Iterable[str]:
         base, right = backbone_state_dict(name), converted_state_dict(name)
@@ -646,7 +646,7 @@ def test_rounding_is_not_blamed_for_what_was_trained_besides(
 
     statuses = {trial.name: trial.status for trial in found.tried}
     assert "explains all" not in statuses.values()
-    if found.cause:  # what was not trained was only rounded
+    if found.cause:  # the weights that were not trained further were only rounded
         assert found.cause.name == "rounded-to-16-bits"
         assert found.cause.explained is not None
         assert found.cause.explained < 1
@@ -731,7 +731,7 @@ def test_files_that_changed_without_effect_are_no_fault_of_the_tensors(
 
 @pytest.mark.parametrize("name", [PANOPTIC, SEMANTIC, SHAPES])
 def test_a_name_needs_a_tensor_that_is_wrong(name: str, plant: Callable[[str], Planted]) -> None:
-    """Where no number is compared, undoing what is not there changes nothing."""
+    """If no number is compared, undoing a fault that is not there changes nothing."""
     planted = plant(name)
     planted.weights(delta_by(1.001))
 
@@ -780,7 +780,7 @@ def test_two_faults_are_told_as_far_as_can_be(
     causes: set[str],
     plant: Callable[[str], Planted],
 ) -> None:
-    """The name that is given has a fault's tensors, and does not claim to explain all of it."""
+    """The fault that is named has the right tensors, and does not claim to explain everything."""
     planted = plant(WIDE)
     planted.without_history()
     for change in changes:

@@ -1,4 +1,4 @@
-"""Overlays, as far as a program can look at them."""
+"""Overlays, as far as a program can check them."""
 
 import itertools
 

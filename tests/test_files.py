@@ -1,4 +1,4 @@
-"""Files: read as what they should be and within limits, replaced as a whole."""
+"""Files: read only if regular and within limits, replaced as a whole."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""conversion.json: what no conversion wrote is refused, with what is wrong with it."""
+"""conversion.json: malformed content is refused, with what is wrong with it."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The report: one page that shows what was found, asks no network, and takes no text for markup."""
+"""The report: one page with the results that loads nothing and shows all text as text."""
 
 import base64
 import hashlib
@@ -44,7 +44,7 @@ HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'>"
 
 
 class Page(HTMLParser):
-    """What a browser makes of a page: its elements, and the text in each kind of them."""
+    """A parsed page: its elements, and the text in each kind of element."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The floors of the house: who may import whom, as README's map shows it."""
+"""The layers of modules: which may import which, as in README's map."""
 
 import ast
 import subprocess
@@ -41,7 +41,7 @@ def modules_of(package: Path) -> list[Path]:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Dotted names of what a file imports, wherever in it that happens."""
+    """Dotted names of the modules that a file imports anywhere."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

@@ -37,7 +37,7 @@ COMBINATIONS += [
 
 
 class Trainer:
-    """A class that a checkpoint's hyper-parameters may speak of."""
+    """A class that a checkpoint's hyper-parameters may refer to."""
 
     def __init__(self) -> None:
         self.steps = 3

@@ -1,4 +1,4 @@
-"""A right model passes on every machine, and a wrong one on none."""
+"""A correct model passes on every machine, and a wrong one on none."""
 
 import importlib
 import json
@@ -50,7 +50,7 @@ def verify_numbers(model: Path, recorded: Path) -> Verdict:
 
 @pytest.fixture
 def undecided(converted: Callable[[str], Path], tmp_path: Path) -> Callable[[str], Path]:
-    """A converted model, all of whose mask logits are near 0, where masked attention branches."""
+    """A converted model with mask logits near 0, where masked attention branches."""
 
     def make(name: str) -> Path:
         shutil.copytree(converted(name), tmp_path / "model")
@@ -65,7 +65,7 @@ def undecided(converted: Callable[[str], Path], tmp_path: Path) -> Callable[[str
 
 
 def compute_as_on_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has the model round otherwise wherever it predicts."""
+    """Makes the model round differently wherever it predicts."""
     predict = Model.predict
 
     def rounded(self: Model, x: Tensor, grid: tuple[int, int]) -> Prediction:
@@ -92,7 +92,7 @@ def test_a_right_model_passes_where_rounding_moves_the_edges_of_masks(
 
 
 def edges_moved(folder: Path, recorded: Path) -> bool:
-    """Whether a model's own masks lead it elsewhere than those that were recorded."""
+    """Whether a model's own masks give other outputs than the recorded masks."""
     found = read_recorded(recorded)
     inputs = read_normalisation(folder / "preprocessor_config.json", 3)(found.pixels)
     own = masked_predictions(Model.from_pretrained(folder), inputs)
@@ -298,7 +298,7 @@ class Settings:
 
 @pytest.fixture(scope="module")
 def around_a_block() -> Mapping[tuple[str, str], Settings]:
-    """What becomes of settings, by what was set and what is set later."""
+    """The settings around `full_float32`, by what was set before it and what is set later."""
     cases = [(setting, "pass") for setting in OLD_WAY + NEW_WAY]
     cases += [(setting, LATER) for setting in GENERAL]
     command = [sys.executable, "-W", "error", "-c", IN_A_BLOCK, json.dumps(cases)]

@@ -59,7 +59,7 @@ def test_without_a_recording_random_pixels_do(
     found = converter.verify(model, against="transformers", level=4)
 
     assert peers(found).status == "passed"
-    assert found.verdict == "unverified"  # two implementations may be wrong alike
+    assert found.verdict == "unverified"  # both implementations may have the same fault
 
 
 def test_a_difference_that_nothing_recorded_decides_fails(

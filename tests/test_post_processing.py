@@ -27,7 +27,7 @@ PANOPTIC = ("shapes_panoptic_128", "tiny_panoptic_64", "tiny_panoptic_48x80")
 SEMANTIC = "tiny_semantic_48"
 INSTANCE = "tiny_instance_64_gated"
 SQUARE = {"shortest_edge": 64, "longest_edge": 64}
-# how alike maps are that are made of recorded outputs, and of a model's own
+# how maps are compared if they come from recorded outputs, and from a model's own
 SAME = {"recording": torch.equal, "model": same_but_for_edges}
 SIZES = [(64, 64), (96, 192), (211, 50)]  # (height, width), one for each of a batch
 
@@ -125,7 +125,7 @@ def test_recorded_semantic_maps_and_scores_are_reproduced(
         expected = recording.tensors[f"pipeline.{index}.semantic_scores"]
         assert SAME[source](segmentation, recording.tensors[f"pipeline.{index}.semantic"])
         assert torch.equal(result.segmentation, segmentation)
-        # of a model's own outputs, scores are off as its logits are, or less
+        # scores of a model's own outputs are off by no more than its logits
         atol = 1e-5 if source == "recording" else TOLERANCE
         torch.testing.assert_close(result.segmentation_scores, expected, rtol=0, atol=atol)
 

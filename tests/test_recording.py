@@ -240,7 +240,7 @@ def test_a_recorded_value_that_is_changed_fails_verification(
 ) -> None:
     folder = Path(shutil.copytree(recorded.folder, tmp_path / "recorded"))
     change(folder / "recorded.safetensors", name, lambda tensor: tensor.view(-1)[-1].add_(0.01))
-    (folder / "recorded.json").unlink()  # which is of the file as it was
+    (folder / "recorded.json").unlink()  # it belongs to the file before the change
 
     verdict = converter.verify(converted("tiny_panoptic_64"), recorded=folder, level=3)
 

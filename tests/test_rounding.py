@@ -593,7 +593,7 @@ def test_a_record_has_no_other_words(
     content = json.loads((rounded("tiny_semantic_48", "float16") / "conversion.json").read_text())
     found = content["verdict"]["levels"][2]["figures"]
     found |= figures
-    if found["rounded_to"] is None:  # and yet sums
+    if found["rounded_to"] is None:  # but "unrounded" is kept
         del found["rounded_to"]
 
     with pytest.raises(ValueError, match=r"rounded_to is unknown|needs rounded_to|figures"):

@@ -40,7 +40,7 @@ def test_nothing_that_runs_code_is_called(package: str) -> None:
                 assert ast.unparse(node.func) not in CALLS, path
                 arguments = {each.arg for each in node.keywords}
                 assert "trust_remote_code" not in arguments, path
-                if ast.unparse(node.func) == "Image.open":  # some formats have a program run
+                if ast.unparse(node.func) == "Image.open":  # for some formats Pillow runs a program
                     assert "formats" in arguments, path
 
 

@@ -114,7 +114,7 @@ def test_instances_have_the_recorded_areas_and_scores(converted: Converted, tmp_
             )
         }
         for entry in picture.segments:
-            # recorded on another processor, where a pixel of a mask may lie the other way
+            # recorded on another CPU, where a pixel at a mask's edge may be on the other side
             near = [
                 score
                 for (label, area), score in expected.items()
@@ -198,7 +198,7 @@ def test_pycocotools_reads_the_instances(converted: Converted, tmp_path: Path) -
     for number, annotation in sorted(dataset.anns.items()):
         mask = dataset.annToMask(annotation).astype(bool)
         assert mask.sum() == annotation["area"]
-        # the better one lies above in the id map
+        # the better one covers the other in the id map
         assert ((ids == number) == (mask & ~covered)).all()
         covered |= mask
     assert (covered == (ids > 0)).all()

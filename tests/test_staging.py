@@ -419,7 +419,7 @@ def test_a_folder_in_a_folder_that_really_cannot_be_written_is_filled(tmp_path: 
         "from test_staging import make\nmake(Path(sys.argv[1]), force=False)\n"
     ]
     command += [str(place), str(Path(__file__).parent)]
-    if os.geteuid() == 0:  # whom permissions do not stop
+    if os.geteuid() == 0:  # permissions do not stop root
         if not shutil.which("setpriv"):
             pytest.skip("there is no setpriv")
         command = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override", *command]
