@@ -201,7 +201,7 @@ def targets(requests: list[LoggedRequest]) -> Iterator[Target]:
 def wrong_ending(run: Run) -> Iterator[str]:
     """A run succeeds, or ends with an error of ours."""
     clear = run.succeeded or re.search("^Error: .", run.output, re.MULTILINE)
-    ours = "Traceback" in run.output or "fault in eomt-convert" in run.output
+    ours = "Traceback" in run.output or "bug in eomt-convert" in run.output
     if run.exit_code not in (0, 1, 3, 4) or not clear or ours:
         yield f"The run ended with {run.exit_code}: {run.output}"
 

@@ -255,7 +255,9 @@ def test_memory_that_does_not_suffice_ends_in_one_error(
         reference_model.EomtDinov3ForUniversalSegmentation, "forward", lambda *_, **__: allocate()
     )
 
-    assert "memory of this machine" in error_of(command, "verify", "model")
+    assert "This machine or its GPU does not have enough memory" in error_of(
+        command, "verify", "model"
+    )
 
 
 # numbers of config.json --------------------------------------------------------------------------
