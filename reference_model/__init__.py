@@ -6,7 +6,6 @@ outputs = model(**processor(images=image))
 processor.post_process_panoptic_segmentation(outputs, target_sizes=[image.size[::-1]])
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from reference_model.config import EomtDinov3Config
@@ -29,24 +28,15 @@ __all__ = [
     "Prediction",
 ]
 
-# the modules that import torch, which a config does not need
-_MODULES = {
-    "BatchFeature": "image_processing",
-    "Dinov3Backbone": "backbone",
-    "EomtDinov3ForUniversalSegmentation": "model",
-    "EomtDinov3ForUniversalSegmentationOutput": "outputs",
-    "EomtDinov3PreTrainedModel": "pretrained",
-    "EomtImageProcessor": "image_processing",
-    "Prediction": "outputs",
-}
-
 
 def __getattr__(name: str) -> Any:
-    """Imports a name when it is first used."""
-    if name not in _MODULES:
+    """Imports the modules that need torch, which a config does not, when a name is first used."""
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = found
+    from reference_model import backbone, image_processing, model, outputs, pretrained
+
+    modules = (backbone, image_processing, model, outputs, pretrained)
+    globals()[name] = found = next(getattr(m, name) for m in modules if hasattr(m, name))
     return found
 
 
