@@ -1,6 +1,7 @@
-"""The DINOv3 vision transformer: embeddings, rotary positions, layers.
+"""The DINOv3 vision transformer: embeddings, layers, rotary positions.
 
-Siméoni et al., "DINOv3" (arXiv 2508.10104). Parameter names are those of transformers'
+Siméoni et al., "DINOv3" (arXiv 2508.10104), and github.com/facebookresearch/dinov3
+dinov3/models/vision_transformer.py. Parameter names are those of transformers'
 EomtDinov3ForUniversalSegmentation.
 """
 
@@ -14,8 +15,41 @@ from reference_model.activations import ACTIVATIONS
 from reference_model.config import EomtDinov3Config
 
 
+class Dinov3Backbone(nn.Module):
+    """The bare backbone. Its parameters have the segmentation model's names.
+
+    A DINOv3 file in transformers' layout fits once `layer.N.` is renamed to `layers.N.`, `norm.`
+    to `layernorm.`, and `embeddings.mask_token`, which only pretraining uses, is left out.
+    """
+
+    def __init__(self, config: EomtDinov3Config) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.embeddings = Embeddings(config)
+        self.rope_embeddings = RotaryEmbedding(config)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Normalised tokens (batch, 1 + registers + patches, hidden).
+
+        Args:
+            pixel_values: (batch, channels, height, width), rescaled and normalised.
+
+        Raises:
+            ValueError: height or width is not a multiple of the patch size.
+        """
+        grid = patch_grid(pixel_values, self.patch_size)
+        x = self.embeddings(pixel_values)  # (batch, 1 + registers + patches, hidden)
+        rope = self.rope_embeddings(grid, x.dtype, x.device)
+        for layer in self.layers:
+            x = layer(x, rope)
+        output: Tensor = self.layernorm(x)
+        return output
+
+
 class Embeddings(nn.Module):
-    """Class token, register tokens and one token per patch, row by row."""
+    """Class token, register tokens and a token per patch, row by row: (batch, tokens, hidden)."""
 
     def __init__(self, config: EomtDinov3Config) -> None:
         super().__init__()
@@ -27,21 +61,70 @@ class Embeddings(nn.Module):
         )
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        batch = pixel_values.shape[0]
         # (batch, channels, height, width) -> (batch, hidden, rows, columns)
         patches = self.patch_embeddings(pixel_values.to(self.patch_embeddings.weight.dtype))
-        cls_token = self.cls_token.expand(batch, -1, -1)
-        register_tokens = self.register_tokens.expand(batch, -1, -1)
-        # -> (batch, 1 + registers + rows * columns, hidden)
-        return torch.cat((cls_token, register_tokens, patches.flatten(2).transpose(1, 2)), dim=1)
+        patches = patches.flatten(2).transpose(1, 2)  # (batch, rows * columns, hidden)
+        cls_token = self.cls_token.expand(len(patches), -1, -1)
+        register_tokens = self.register_tokens.expand(len(patches), -1, -1)
+        return torch.cat((cls_token, register_tokens, patches), dim=1)
+
+
+class Layer(nn.Module):
+    def __init__(self, config: EomtDinov3Config) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = Attention(config)
+        self.layer_scale1 = LayerScale(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = GatedMlp(config) if config.use_gated_mlp else Mlp(config)
+        self.layer_scale2 = LayerScale(config)
+        self.drop_path = DropPath(config.drop_path_rate)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
+        """One transformer layer.
+
+        Args:
+            x: (batch, tokens, hidden), patches last.
+            rope: cosine and sine of the patches' angles, each (patches, head size).
+            mask: (batch, 1, tokens, tokens); True where a token of the third axis may look at one
+                of the last.
+        """
+        x = x + self.drop_path(self.layer_scale1(self.attention(self.norm1(x), rope, mask)))
+        output: Tensor = x + self.drop_path(self.layer_scale2(self.mlp(self.norm2(x))))
+        return output
+
+
+class Attention(nn.Module):
+    def __init__(self, config: EomtDinov3Config) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.head_size = config.head_size
+        self.dropout = config.attention_dropout
+        self.q_proj = nn.Linear(size, size, bias=config.query_bias)
+        self.k_proj = nn.Linear(size, size, bias=config.key_bias)
+        self.v_proj = nn.Linear(size, size, bias=config.value_bias)
+        self.o_proj = nn.Linear(size, size, bias=config.proj_bias)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        # (batch, tokens, hidden) -> (batch, heads, tokens, head size)
+        query, key, value = (
+            projection(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = rotate_patches(query, *rope), rotate_patches(key, *rope)
+        dropout = self.dropout if self.training else 0.0
+        x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        output: Tensor = self.o_proj(x.transpose(1, 2).flatten(2))  # (batch, tokens, hidden)
+        return output
 
 
 class RotaryEmbedding(nn.Module):
     """Angles by which pairs of a head's dimensions turn at a patch's position.
 
-    DINOv3's: coordinates of patch centres in [-1, 1] times 2π times theta^(-4k / head size), the
-    first quarter of the dimensions for rows, the second for columns, and both again for the
-    partners. In training the coordinates are shifted, jittered and rescaled at random.
+    Coordinates of patch centres in [-1, 1] times 2π times theta^(-4k / head size), the first
+    quarter of the dimensions for rows, the second for columns, and both again for the partners. In
+    training the coordinates are shifted, jittered and rescaled at random. As in DINOv3's
+    dinov3/layers/rope_position_encoding.py.
     """
 
     def __init__(self, config: EomtDinov3Config) -> None:
@@ -67,7 +150,7 @@ class RotaryEmbedding(nn.Module):
         # float32 up to here, whatever the dtype: bfloat16 angles would merge neighbouring patches
         exponents = torch.arange(0, 1, 4 / self.head_size, dtype=torch.float32, device=device)
         frequencies = 1 / self.theta**exponents  # (head size / 4,)
-        angles = 2 * math.pi * coordinates[:, :, None] * frequencies
+        angles = 2 * math.pi * coordinates[:, :, None] * frequencies  # (patches, 2, head size / 4)
         angles = torch.cat((angles.flatten(1),) * 2, dim=-1)  # (patches, head size)
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -88,41 +171,13 @@ def rotate_patches(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Args:
         x: queries or keys of the attention, (batch, heads, tokens, head size).
-        cos: (patches, head size).
-        sin: (patches, head size).
+        cos: of the patches' angles, (patches, head size).
+        sin: likewise.
     """
     others, patches = x[:, :, : -cos.shape[0]], x[:, :, -cos.shape[0] :]
     first, second = patches.chunk(2, dim=-1)
     patches = patches * cos + torch.cat((-second, first), dim=-1) * sin
     return torch.cat((others, patches), dim=2)
-
-
-class Attention(nn.Module):
-    def __init__(self, config: EomtDinov3Config) -> None:
-        super().__init__()
-        size = config.hidden_size
-        self.head_size = config.head_size
-        self.dropout = config.attention_dropout
-        self.q_proj = nn.Linear(size, size, bias=config.query_bias)
-        self.k_proj = nn.Linear(size, size, bias=config.key_bias)
-        self.v_proj = nn.Linear(size, size, bias=config.value_bias)
-        self.o_proj = nn.Linear(size, size, bias=config.proj_bias)
-
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        # (batch, tokens, hidden) -> (batch, heads, tokens, head size)
-        query, key, value = (
-            projection(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        x = F.scaled_dot_product_attention(
-            rotate_patches(query, *rope),
-            rotate_patches(key, *rope),
-            value,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-        )
-        output: Tensor = self.o_proj(x.transpose(1, 2).flatten(2))  # (batch, tokens, hidden)
-        return output
 
 
 class Mlp(nn.Module):
@@ -138,6 +193,8 @@ class Mlp(nn.Module):
 
 
 class GatedMlp(Mlp):
+    """As dinov3/layers/ffn_layers.py's SwiGLUFFN (Shazeer, arXiv 2002.05202)."""
+
     def __init__(self, config: EomtDinov3Config) -> None:
         super().__init__(config)
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
@@ -148,6 +205,8 @@ class GatedMlp(Mlp):
 
 
 class LayerScale(nn.Module):
+    """A learned factor per channel (Touvron et al., arXiv 2103.17239, section 2)."""
+
     def __init__(self, config: EomtDinov3Config) -> None:
         super().__init__()
         self.lambda1 = nn.Parameter(torch.full((config.hidden_size,), config.layerscale_value))
@@ -168,64 +227,6 @@ class DropPath(nn.Module):
             return x
         kept = torch.rand(x.shape[0], 1, 1, dtype=x.dtype, device=x.device) >= self.rate
         return x / (1 - self.rate) * kept
-
-
-class Layer(nn.Module):
-    def __init__(self, config: EomtDinov3Config) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = Attention(config)
-        self.layer_scale1 = LayerScale(config)
-        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = GatedMlp(config) if config.use_gated_mlp else Mlp(config)
-        self.layer_scale2 = LayerScale(config)
-        self.drop_path = DropPath(config.drop_path_rate)
-
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None) -> Tensor:
-        """One transformer layer.
-
-        Args:
-            x: tokens, patches last, (batch, tokens, hidden).
-            rope: cosine and sine for the patches, each (patches, head size).
-            mask: True where a token (third axis) may look at a token (last axis),
-                (batch, 1, tokens, tokens).
-        """
-        x = x + self.drop_path(self.layer_scale1(self.attention(self.norm1(x), rope, mask)))
-        output: Tensor = x + self.drop_path(self.layer_scale2(self.mlp(self.norm2(x))))
-        return output
-
-
-class Dinov3Backbone(nn.Module):
-    """The bare backbone, whose parameters bear the segmentation model's names.
-
-    A DINOv3 file in transformers' layout fits once `layer.N.` is renamed to `layers.N.`, `norm.`
-    to `layernorm.`, and `embeddings.mask_token`, which only pretraining uses, is left out.
-    """
-
-    def __init__(self, config: EomtDinov3Config) -> None:
-        super().__init__()
-        self.patch_size = config.patch_size
-        self.embeddings = Embeddings(config)
-        self.rope_embeddings = RotaryEmbedding(config)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Normalised tokens (batch, 1 + registers + patches, hidden).
-
-        Args:
-            pixel_values: (batch, channels, height, width), rescaled and normalised.
-
-        Raises:
-            ValueError: height or width is not a multiple of the patch size.
-        """
-        grid = patch_grid(pixel_values, self.patch_size)
-        x = self.embeddings(pixel_values)
-        rope = self.rope_embeddings(grid, x.dtype, x.device)
-        for layer in self.layers:
-            x = layer(x, rope)
-        output: Tensor = self.layernorm(x)
-        return output
 
 
 def patch_grid(pixel_values: Tensor, patch_size: int) -> tuple[int, int]:

@@ -74,15 +74,15 @@ class MaskSchedule(nn.Module):
         """Fades masked attention out, block by block: sets `attn_mask_probs` after a step.
 
         A block's probability is 1 before its start, (1 - progress) ** power on the way, and 0 from
-        its end on. The original's training/lightning_module.py (`mask_annealing`) and its default
-        power; its configs have the published models' steps, such as 14782, 29564, 44346, 59128 and
-        29564, 44346, 59128, 73910 for ViT-L on COCO.
+        its end on, as in github.com/tue-mps/eomt training/lightning_module.py (`mask_annealing`).
+        The original's configs have the published models' steps, such as 14782, 29564, 44346, 59128
+        and 29564, 44346, 59128, 73910 for ViT-L on COCO.
 
         Args:
             step: how many steps the optimiser has taken.
             start_steps: for each of the blocks.
             end_steps: likewise.
-            power: of the polynomial.
+            power: of the polynomial; 0.9 in the original's training/mask_classification_*.py.
 
         Raises:
             ValueError: there is not one start and one end for every block.

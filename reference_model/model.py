@@ -1,6 +1,7 @@
 """EoMT: a plain vision transformer that segments, on a DINOv3 backbone.
 
-Kerssies et al., "Your ViT is Secretly an Image Segmentation Model" (arXiv 2503.19108).
+Kerssies et al., "Your ViT is Secretly an Image Segmentation Model" (arXiv 2503.19108), and
+github.com/tue-mps/eomt models/eomt.py and models/scale_block.py.
 """
 
 from collections.abc import Sequence
@@ -15,55 +16,6 @@ from reference_model.loss import SetCriterion
 from reference_model.masked_attention import MaskSchedule, attention_mask
 from reference_model.outputs import EomtDinov3ForUniversalSegmentationOutput, Prediction
 from reference_model.pretrained import EomtDinov3PreTrainedModel
-
-
-class LayerNorm2d(nn.LayerNorm):
-    """Layer norm over the channels of (batch, channels, height, width)."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, eps=1e-6)  # timm's LayerNorm2d, which the original uses
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class ScaleLayer(nn.Module):
-    """Doubles height and width of (batch, hidden, height, width)."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.conv1 = nn.ConvTranspose2d(size, size, kernel_size=2, stride=2)
-        self.conv2 = nn.Conv2d(size, size, kernel_size=3, padding=1, groups=size, bias=False)
-        self.layernorm2d = LayerNorm2d(size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.layernorm2d(self.conv2(F.gelu(self.conv1(x))))
-        return output
-
-
-class ScaleBlock(nn.Module):
-    def __init__(self, config: EomtDinov3Config) -> None:
-        super().__init__()
-        self.block = nn.ModuleList(
-            ScaleLayer(config.hidden_size) for _ in range(config.num_upscale_blocks)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.block:
-            x = layer(x)
-        return x
-
-
-class MaskHead(nn.Module):
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(size, size)
-        self.fc2 = nn.Linear(size, size)
-        self.fc3 = nn.Linear(size, size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(x)))))
-        return output
 
 
 class EomtDinov3ForUniversalSegmentation(MaskSchedule, EomtDinov3PreTrainedModel):
@@ -206,3 +158,52 @@ class EomtDinov3ForUniversalSegmentation(MaskSchedule, EomtDinov3PreTrainedModel
         elif isinstance(module, Embeddings):
             nn.init.trunc_normal_(module.cls_token, std=std)
             nn.init.trunc_normal_(module.register_tokens, std=std)
+
+
+class MaskHead(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(size, size)
+        self.fc2 = nn.Linear(size, size)
+        self.fc3 = nn.Linear(size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.fc3(F.gelu(self.fc2(F.gelu(self.fc1(x)))))
+        return output
+
+
+class ScaleBlock(nn.Module):
+    def __init__(self, config: EomtDinov3Config) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(
+            ScaleLayer(config.hidden_size) for _ in range(config.num_upscale_blocks)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.block:
+            x = layer(x)
+        return x
+
+
+class ScaleLayer(nn.Module):
+    """Doubles height and width of (batch, hidden, height, width)."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.conv1 = nn.ConvTranspose2d(size, size, kernel_size=2, stride=2)
+        self.conv2 = nn.Conv2d(size, size, kernel_size=3, padding=1, groups=size, bias=False)
+        self.layernorm2d = LayerNorm2d(size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.layernorm2d(self.conv2(F.gelu(self.conv1(x))))
+        return output
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Layer norm over the channels of (batch, channels, height, width)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-6)  # timm's LayerNorm2d, which the original uses
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
