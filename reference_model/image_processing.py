@@ -22,7 +22,7 @@ from reference_model.allowed import MAX_IMAGE_SIDE, is_int, is_number, refusal
 from reference_model.config import EomtDinov3Config
 from reference_model.files import fetch_file, read_json_object, write_json_object
 from reference_model.outputs import EomtDinov3ForUniversalSegmentationOutput
-from reference_model.pictures import Picture, flatten, read_map, read_picture
+from reference_model.pictures import Picture, flatten, read_picture
 from reference_model.post_processing import (
     Placement,
     Window,
@@ -30,13 +30,13 @@ from reference_model.post_processing import (
     panoptic_segmentation,
     semantic_segmentation,
 )
+from reference_model.training_labels import Classes, maps_and_classes, masks_and_classes
 
 PREPROCESSOR_CONFIG_NAME = "preprocessor_config.json"
 IMAGE_PROCESSOR_TYPE = "EomtImageProcessor"
 THRESHOLD = 0.8  # of a segment's score, as in transformers and the original
 
 Size: TypeAlias = Mapping[str, int | None]
-Classes: TypeAlias = Mapping[int, int]  # by id of a segmentation map
 
 
 class BatchFeature(dict[str, Any]):
@@ -241,24 +241,17 @@ class EomtImageProcessor:
         features = BatchFeature(pixel_values=processor._normalise(np.stack(inputs)))
         if processor.do_split_image:
             features["patch_offsets"] = offsets
-        if segmentation_maps is None:
-            return features
-
-        maps = [read_map(entry) for entry in flatten(segmentation_maps, 2)]
-        if [entry.size for entry in maps] != [picture.size for picture in pictures]:
-            raise ValueError("segmentation maps must be as many as the pictures, and of their size")
-        classes: Sequence[Classes | None]
-        if instance_id_to_semantic_id is None or isinstance(instance_id_to_semantic_id, Mapping):
-            classes = [instance_id_to_semantic_id] * len(maps)
-        else:
-            classes = instance_id_to_semantic_id
-        labels = [
-            _masks_and_classes(ids, classes_of_map, processor.ignore_index)
-            for entry, classes_of_map in zip(maps, classes, strict=True)
-            for _, _, ids in processor._inputs(entry, Image.Resampling.NEAREST)
-        ]
-        features["mask_labels"] = [masks for masks, _ in labels]
-        features["class_labels"] = [found for _, found in labels]
+        if segmentation_maps is not None:
+            sizes = [picture.size for picture in pictures]
+            labels = [
+                masks_and_classes(ids, classes, processor.ignore_index)
+                for segmentation_map, classes in maps_and_classes(
+                    segmentation_maps, instance_id_to_semantic_id, sizes
+                )
+                for _, _, ids in processor._inputs(segmentation_map, Image.Resampling.NEAREST)
+            ]
+            features["mask_labels"] = [masks for masks, _ in labels]
+            features["class_labels"] = [classes for _, classes in labels]
         return features
 
     @torch.no_grad()
@@ -482,24 +475,6 @@ def _read_settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is of a {kind}; expected {IMAGE_PROCESSOR_TYPE}")
     known = {entry.name for entry in fields(EomtImageProcessor)}
     return {name: value for name, value in content.items() if name in known and value is not None}
-
-
-def _masks_and_classes(
-    ids: NDArray[Any], classes: Classes | None, ignore_index: int | None
-) -> tuple[Tensor, Tensor]:
-    """Every id's mask, (segments, height, width) float32, and class, (segments,) int64."""
-    first = 0 if ignore_index is None else 1
-    present = [
-        number
-        for number in np.unique(ids).tolist()
-        if ignore_index is None or (number != 0 and number - first != ignore_index)
-    ]
-    try:
-        found = [(number if classes is None else classes[number]) - first for number in present]
-    except KeyError as error:
-        raise ValueError(f"instance_id_to_semantic_id has no class for id {error}") from error
-    masks = ids == np.array(present, dtype=ids.dtype)[:, None, None]
-    return torch.from_numpy(masks).float(), torch.tensor(found, dtype=torch.long)
 
 
 def _check_targets(target_sizes: Sequence[tuple[int, int]], pictures: int) -> None:
