@@ -147,7 +147,7 @@ class RotaryEmbedding(nn.Module):
         if self.training:
             coordinates = self.augment(coordinates)
 
-        # float32 up to here, whatever the dtype: bfloat16 angles would merge neighbouring patches
+        # float32 whatever the dtype: in bfloat16, neighbouring patches would have the same angles
         exponents = torch.arange(0, 1, 4 / self.head_size, dtype=torch.float32, device=device)
         frequencies = 1 / self.theta**exponents  # (head size / 4,)
         angles = 2 * math.pi * coordinates[:, :, None] * frequencies  # (patches, 2, head size / 4)
@@ -167,7 +167,7 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotate_patches(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the patch tokens, the last ones, and leaves queries, class and register tokens.
+    """Rotates the patch tokens, which are the last; not queries, class and register tokens.
 
     Args:
         x: queries or keys of the attention, (batch, heads, tokens, head size).

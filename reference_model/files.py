@@ -12,13 +12,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-# Bytes of a JSON file: the largest config.json of a published model has 100 kB. What is parsed
-# takes up to thirty times as much memory.
+# Bytes of a JSON file: the largest config.json of a published model has 100 kB. Parsed, it takes up
+# to thirty times as much memory.
 JSON_LIMIT = 2**22
 
 
 def fetch_file(folder_or_repo: str | Path, name: str, **hub: Any) -> Path:
-    """Where a file of a folder is, which need not be there, or one of a Hub repository.
+    """The path of a file in a folder, which may not exist, or of a repository's file in the cache.
 
     Args:
         folder_or_repo: a folder, or a repository's id.
@@ -36,12 +36,12 @@ def fetch_file(folder_or_repo: str | Path, name: str, **hub: Any) -> Path:
 
 
 def open_regular(path: str | Path) -> BufferedReader:
-    """Opens a regular file to be read, at once: a pipe or a device is never waited for.
+    """Opens a regular file to be read, without ever waiting for a pipe or a device.
 
     Raises:
         OSError: there is no such file, or it is a folder, a pipe, a socket or a device.
     """
-    # without O_NONBLOCK, opening a pipe waits for somebody to write to it
+    # without O_NONBLOCK, opening a pipe waits until another process writes to it
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -53,8 +53,8 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        OSError: it is no regular file, or cannot be read.
-        ValueError: it is larger than JSON_LIMIT, or holds something else.
+        OSError: it is not a regular file, or cannot be read.
+        ValueError: it is larger than JSON_LIMIT, or is not a JSON object.
     """
     with open_regular(path) as file:
         text = file.read(JSON_LIMIT + 1)
@@ -71,11 +71,10 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Where to write a new file, which takes a path's place when it is complete.
+    """The path of a temporary file to write, which replaces `path` when it is complete.
 
-    It is in a folder of its own, whose name cannot be foreseen: no link that somebody has put at
-    the path or near it is followed. What stands at the path stays until then, and if anything
-    fails.
+    It is in a folder of its own with a random name, so that no link that somebody has put at the
+    path or near it is followed. If anything fails, the file at `path` stays as it was.
 
     Raises:
         OSError: it cannot be written.
@@ -87,7 +86,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_json_object(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file with sorted keys, as transformers does, into a folder made if need be.
+    """Writes a JSON file with sorted keys, as transformers does; its folder is made if need be.
 
     Raises:
         OSError: it cannot be written.

@@ -1,4 +1,4 @@
-"""EomtImageProcessor: pictures to pixel values, outputs to segments, as the original does both.
+"""EomtImageProcessor: pictures to pixel values, outputs to segments, both as in the original.
 
 Source: github.com/tue-mps/eomt training/lightning_module.py.
 """
@@ -34,7 +34,8 @@ from reference_model.training_labels import Classes, maps_and_classes, masks_and
 
 PREPROCESSOR_CONFIG_NAME = "preprocessor_config.json"
 IMAGE_PROCESSOR_TYPE = "EomtImageProcessor"
-THRESHOLD = 0.8  # of a segment's score, as in transformers and the original
+# of a segment's score, as in transformers and the original (mask_classification_panoptic.py)
+THRESHOLD = 0.8
 
 Size: TypeAlias = Mapping[str, int | None]
 
@@ -66,12 +67,12 @@ class EomtImageProcessor:
         size: of the network's input in pixels: `height` and `width`; or `shortest_edge` and
             `longest_edge`, which stand for height and width, without the second for a square.
         resample: PIL's number of an interpolation, done on 8 bits per channel; 2 is bilinear.
-        do_rescale, rescale_factor: whether levels from 0 to 255 are multiplied, and by what.
+        do_rescale, rescale_factor: whether pixel values from 0 to 255 are multiplied by the factor.
         do_normalize, image_mean, image_std: whether the mean is subtracted and the rest divided
             by the standard deviation, per channel.
         do_pad: whether pictures are padded to `size`, with black below and on the right.
-        do_split_image: whether windows of `size` slide along the side that is longer than theirs,
-            as the original evaluates semantic segmentation.
+        do_split_image: whether windows of `size` slide along the picture's longer side, as in the
+            original's evaluation of semantic segmentation.
         ignore_index: if given, id 0 of segmentation maps is ignored, as is the class of this
             number, and the other ids are classes (or instances) counted from 1.
         stuff_classes: ids of classes without instances; None if they are not known.
@@ -83,7 +84,7 @@ class EomtImageProcessor:
     do_rescale: bool = True
     rescale_factor: float = 1 / 255
     do_normalize: bool = True
-    image_mean: Sequence[float] = (0.485, 0.456, 0.406)  # ImageNet's
+    image_mean: Sequence[float] = (0.485, 0.456, 0.406)  # ImageNet's, as in DINOv3
     image_std: Sequence[float] = (0.229, 0.224, 0.225)
     do_pad: bool = False
     do_split_image: bool = False
@@ -151,12 +152,21 @@ class EomtImageProcessor:
     ) -> Self:
         """Reads preprocessor_config.json of a folder or a Hub repository.
 
-        The parameters are those of everywhere on the Hub; others are attributes to be other than
-        in the file. Stuff classes are in the config.json beside it, if there is one that has some.
+        Stuff classes that the file does not name come from the config.json beside it, if any.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a repository's id.
+            revision: a branch, tag or commit of the repository.
+            token: for the Hub; by default that of the login.
+            cache_dir: where downloads are kept.
+            local_files_only: use the cache and do not connect.
+            force_download: download again what is in the cache.
+            settings: attributes that replace those of the file.
 
         Raises:
             FileNotFoundError: the folder has no preprocessor_config.json.
-            ValueError: a file is not sound, or of another image processor.
+            ValueError: a file cannot be read, has a value that cannot work, or belongs to another
+                image processor.
         """
         hub: dict[str, Any] = {
             "revision": revision,
@@ -203,17 +213,17 @@ class EomtImageProcessor:
 
         Args:
             images: one picture or several: PIL images, paths, open files, or arrays and tensors of
-                8 or 16 bits, (height, width), or with 1, 3 or 4 channels first or last; those of a
-                fourth dimension are several. Grey, palette, 16-bit and CMYK pictures become RGB;
-                what is transparent lies over black. The EXIF orientation of files is applied; that
-                of PIL images is their owner's business.
+                8 or 16 bits, (height, width), or with 1, 3 or 4 channels first or last; a fourth
+                dimension in front is the batch. Grey, palette, 16-bit and CMYK pictures become RGB;
+                transparent pixels are laid over black. The EXIF orientation is applied to files,
+                not to PIL images.
             segmentation_maps: for every picture, an id per pixel: (height, width).
             instance_id_to_semantic_id: classes by id, where the ids are not classes; one mapping,
                 or one for each picture.
             return_tensors: always "pt".
-            input_data_format: "channels_first" or "channels_last" where an array's shape does not
-                tell.
-            settings: attributes to be other than the processor's, for this call.
+            input_data_format: "channels_first" or "channels_last", where an array's shape is
+                ambiguous.
+            settings: attributes that replace the processor's for this call.
 
         Returns:
             pixel_values: (batch, 3, height, width) float32, in channels-last memory format.
@@ -224,10 +234,11 @@ class EomtImageProcessor:
             class_labels: with them, (segments,) int64.
 
         Raises:
-            ValueError: an input cannot be understood, or inputs without padding differ in size.
+            ValueError: an input has an unsupported shape or type, or inputs without padding differ
+                in size.
         """
         if return_tensors != "pt":
-            raise ValueError(f'return_tensors is {return_tensors!r}; only "pt" is known')
+            raise ValueError(f'return_tensors is {return_tensors!r}; only "pt" is supported')
         processor = replace(self, **settings)
         pictures = [read_picture(image, input_data_format) for image in flatten(images, 3)]
         inputs, offsets = [], []
@@ -267,7 +278,7 @@ class EomtImageProcessor:
         Args:
             outputs: of the model, for pictures or for windows on them.
             target_sizes: (height, width) of every picture, in pixels.
-            size: the processor's size, if it was another for these inputs.
+            size: the processor's size for these inputs, if it differs from `self.size`.
             return_segmentation_scores: also give the scores of all classes.
 
         Returns:
@@ -313,12 +324,12 @@ class EomtImageProcessor:
             outputs: of the model.
             target_sizes: (height, width) of every picture, in pixels.
             threshold: what a query's class probability must exceed.
-            mask_threshold: the mask probability from which on a pixel is inside a mask.
-            overlap_mask_area_threshold: the share of a mask's area that must be left to its query
-                when every pixel went to one query.
+            mask_threshold: the least mask probability of a pixel inside a mask.
+            overlap_mask_area_threshold: the least share of a mask's area that its query keeps once
+                every pixel belongs to one query.
             stuff_classes: ids of the classes whose segments are merged into one; by default the
-                processor's, none if it knows none.
-            size: the processor's size, if it was another for these inputs.
+                processor's, if any.
+            size: the processor's size for these inputs, if it differs from `self.size`.
 
         Returns:
             For every picture `segmentation`, (height, width) int64, ids of segments or -1 for
@@ -364,7 +375,7 @@ class EomtImageProcessor:
             outputs: of the model.
             target_sizes: (height, width) of every picture, in pixels.
             threshold: the least score; by default 0.8, and none with top_k.
-            size: the processor's size, if it was another for these inputs.
+            size: the processor's size for these inputs, if it differs from `self.size`.
             top_k: instead of every query's best class, take this many of all pairs of a query and
                 a class, those of the largest class probability, best first; also pairs whose mask
                 is empty. The original evaluates with 100.
@@ -410,7 +421,7 @@ class EomtImageProcessor:
     def _placements(
         self, target_sizes: Sequence[tuple[int, int]], size: Size | None
     ) -> list[Placement]:
-        """How pictures of these sizes lie in the inputs that the processor makes of them."""
+        """Where pictures of these sizes are in the inputs that the processor makes of them."""
         processor = self if size is None else replace(self, size=size)
         placements = []
         for height, width in target_sizes:
@@ -465,7 +476,7 @@ class EomtImageProcessor:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    """What a preprocessor_config.json says of the processor; null stands for the default."""
+    """The processor's attributes in a preprocessor_config.json; null means the default."""
     try:
         content = read_json_object(path)
     except ValueError as error:

@@ -1,8 +1,8 @@
-"""The training loss: queries are paired with a picture's segments, then held to them.
+"""The training loss: queries are paired with a picture's segments, then compared with them.
 
-It is Mask2Former's (Cheng et al., arXiv 2112.01527, sections 3.3 and 4.1), which EoMT takes over.
-Random numbers are drawn in the order in which transformers draws them: one seed gives one loss.
-Only what the mask losses are divided by can differ: see `mean_num_pairs`.
+It is Mask2Former's (Cheng et al., arXiv 2112.01527, sections 3.3 and 4.1), which EoMT uses too.
+Random numbers are drawn in the same order as in transformers: the same seed gives the same loss.
+Only the divisor of the mask losses can differ: see `mean_num_pairs`.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ class SetCriterion(nn.Module):
             masks_queries_logits: (batch, queries, H', W').
             class_queries_logits: (batch, queries, classes + 1).
             mask_labels: per picture (segments, height, width), 1 or True within a segment; they
-                cover the same area as the logits, at a resolution of their own.
+                cover the same area as the logits, at any resolution.
             class_labels: per picture (segments,), class ids.
 
         Returns:
@@ -111,7 +111,7 @@ class SetCriterion(nn.Module):
             + self.config.dice_weight * dice
             - self.config.class_weight * classes.softmax(dim=1)[:, class_labels]
         )
-        # after an overflow, which gradient scaling gets over, matching has to go on
+        # gradient scaling skips a step that overflowed: matching must not fail in it
         worst = torch.finfo(cost.dtype).max
         cost = cost.nan_to_num(nan=worst, posinf=worst, neginf=worst)
         queries, segments = linear_sum_assignment(cost.cpu().numpy())
@@ -188,7 +188,7 @@ def sample(masks: Tensor, points: Tensor) -> Tensor:
 
 
 def dice_distance(overlap: Tensor, predicted: Tensor, target: Tensor) -> Tensor:
-    """1 - Dice coefficient, with 1 added above and below for masks without a pixel.
+    """1 - Dice coefficient; 1 is added above and below, as in Mask2Former, for empty masks.
 
     Args:
         overlap: area where the masks overlap, a sum over points, like the others.

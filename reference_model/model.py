@@ -19,14 +19,14 @@ from reference_model.pretrained import EomtDinov3PreTrainedModel
 
 
 class EomtDinov3ForUniversalSegmentation(MaskSchedule, EomtDinov3PreTrainedModel):
-    """EoMT-DINOv3. Built from a config it has random weights, as before training.
+    """EoMT-DINOv3. A model that is built from a config has random weights.
 
     Attributes:
         attn_mask_probs: (num_blocks,) buffer: for each of the last layers, the probability that a
             query's attention stays within its predicted mask; 0 switches masking off. 1 in a new
-            model; training fades it to 0. In evaluation mode, each graph that is compiled or
-            exported keeps the masks that were on when it was made. Call `eval()` after writing
-            through `.data`, `numpy()` or torch.distributed, which torch does not count as changes.
+            model; training fades it to 0. In evaluation mode, a compiled or exported graph keeps
+            the probabilities it was made with. Call `eval()` after writing through `.data`,
+            `numpy()` or torch.distributed, which torch does not count as changes.
     """
 
     def __init__(self, config: EomtDinov3Config) -> None:
@@ -38,10 +38,9 @@ class EomtDinov3ForUniversalSegmentation(MaskSchedule, EomtDinov3PreTrainedModel
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.layernorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
-        # an Embedding that draws its own values imports half of torch to do so on the meta device
-        self.query = nn.Embedding.from_pretrained(
-            torch.empty(config.num_queries, size), freeze=False
-        )
+        # an Embedding that draws its values itself imports half of torch on the meta device
+        queries = torch.empty(config.num_queries, size)
+        self.query = nn.Embedding.from_pretrained(queries, freeze=False)
         self.class_predictor = nn.Linear(size, config.num_labels + 1)
         self.mask_head = MaskHead(size)
         self.upscale_block = ScaleBlock(config)
@@ -66,18 +65,18 @@ class EomtDinov3ForUniversalSegmentation(MaskSchedule, EomtDinov3PreTrainedModel
 
         Args:
             pixel_values: (batch, channels, height, width), rescaled and normalised.
-            mask_labels: per picture its segments' masks, (segments, height, width), 0 or 1.
-            class_labels: per picture its segments' class ids, (segments,).
-            patch_offsets: windows of the pictures, handed through to the output.
-            output_hidden_states: also give every layer's tokens.
-            output_block_logits: also give the predictions before each of the last layers.
+            mask_labels: for each picture its segments' masks, (segments, height, width), 0 or 1.
+            class_labels: for each picture its segments' class ids, (segments,).
+            patch_offsets: windows of the pictures, passed on to the output.
+            output_hidden_states: also return every layer's tokens.
+            output_block_logits: also return the predictions before each of the last layers.
             block_mask_logits: for each of the last `num_blocks` layers, mask logits (batch,
                 queries, H', W') that take the place of its own prediction where masking is on.
 
         Raises:
             ValueError: height or width is not a multiple of the patch size; only one kind of
-                labels is given, or they do not fit each other, the batch or the classes; there
-                are not mask logits for every block.
+                labels is given, or they do not fit each other, the batch or the classes; mask
+                logits are not given for every block.
             ImportError: there are labels, but no SciPy.
         """
         if (mask_labels is None) != (class_labels is None):
@@ -161,6 +160,8 @@ class EomtDinov3ForUniversalSegmentation(MaskSchedule, EomtDinov3PreTrainedModel
 
 
 class MaskHead(nn.Module):
+    """(batch, queries, hidden) to the same shape; with GELU whatever `config.hidden_act` is."""
+
     def __init__(self, size: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(size, size)

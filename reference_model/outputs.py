@@ -1,4 +1,4 @@
-"""What the segmentation model puts out."""
+"""The model's outputs."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Prediction(NamedTuple):
-    """What the heads read from the tokens.
+    """What the heads predict from the tokens.
 
     Attributes:
         masks_queries_logits: (batch, queries, H', W'), the patch grid enlarged by the upscaling
@@ -29,10 +29,10 @@ class EomtDinov3ForUniversalSegmentationOutput:
         class_queries_logits: as in Prediction.
         last_hidden_state: normalised tokens after the last layer, (batch, tokens, hidden):
             queries, class token, register tokens, patches row by row.
-        patch_offsets: as handed to `forward`, for the image processor.
+        patch_offsets: as given to `forward`, for the image processor.
         hidden_states: on request, layers + 1 tensors (batch, tokens, hidden): the embeddings, then
-            what each layer puts out, not normalised. The queries stand in front from the output of
-            the first of the last `num_blocks` layers on.
+            each layer's output, not normalised. From the first of the last `num_blocks` layers on,
+            the queries are in front.
         block_logits: on request, num_blocks + 1 predictions: one from the tokens that enter each
             of the last `num_blocks` layers (it masks that layer's attention where masking is on),
             then the final one.

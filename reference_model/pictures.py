@@ -15,14 +15,14 @@ from reference_model.files import open_regular
 
 Picture: TypeAlias = Image.Image | str | Path | BinaryIO | NDArray[Any] | Tensor
 
-# Files of pixels. Pillow knows more: PostScript, say, it has another program run.
+# Formats of pixels only: for PostScript, for example, Pillow runs another program.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
-CHANNELS = (1, 3, 4)  # lengths that transformers takes for a dimension of channels
+CHANNELS = (1, 3, 4)  # transformers takes a dimension of this length for the channels
 
 
 def flatten(pictures: Any, dimensions: int) -> list[Any]:
-    """One picture, several, or an array of several, as a list of single ones.
+    """One picture, several, or an array of several, as a list of single pictures.
 
     Args:
         pictures: pictures; lists may be nested.
@@ -38,16 +38,16 @@ def flatten(pictures: Any, dimensions: int) -> list[Any]:
 def read_picture(picture: Picture, input_data_format: str | None = None) -> Image.Image:
     """A picture in RGB, 8 bits per channel.
 
-    16-bit levels are scaled; what is transparent lies over black. Files are turned upright as
-    their EXIF orientation says, PIL images are taken as they are.
+    16-bit values are scaled; transparent pixels are laid over black. The EXIF orientation is
+    applied to files, not to PIL images.
 
     Args:
         picture: a file, a PIL image, or an array of 8 or 16 bits: (height, width), or with 1, 3 or
-            4 channels in front or at the end.
-        input_data_format: "channels_first" or "channels_last" where an array's shape does not tell.
+            4 channels first or last.
+        input_data_format: "channels_first" or "channels_last", where an array's shape is ambiguous.
 
     Raises:
-        ValueError: an array has another shape or other values.
+        ValueError: an array has an unsupported shape, dtype or value.
     """
     if isinstance(picture, np.ndarray | Tensor):
         pixels = _channels_last(_to_numpy(picture), input_data_format)
@@ -105,14 +105,14 @@ def _channels_last(pixels: NDArray[Any], input_data_format: str | None) -> NDArr
     if pixels.ndim != 3 or axis is None:
         raise ValueError(
             f"a picture has the shape {pixels.shape}; expected (height, width), "
-            "or 1, 3 or 4 channels in front or at the end"
+            "or 1, 3 or 4 channels first or last"
         )
     pixels = np.moveaxis(pixels, axis, -1)
     return pixels[:, :, 0] if pixels.shape[-1] == 1 else pixels
 
 
 def _eight_bits(pixels: NDArray[Any]) -> NDArray[np.uint8]:
-    """Levels of 0 to 255, scaled from 16 bits."""
+    """Values from 0 to 255, scaled from 16 bits."""
     if pixels.dtype == np.uint16:
         return ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)  # 65535 / 255
     if not np.issubdtype(pixels.dtype, np.integer) or pixels.min() < 0 or pixels.max() > 255:

@@ -2,8 +2,8 @@
 
 Source: github.com/tue-mps/eomt training/lightning_module.py and training/mask_classification_*.py.
 
-One query's mask is enlarged at a time, or some rows of all queries' masks: the working set stays
-small, and the results are, bit for bit, those of enlarging all of them at once.
+One query's mask is enlarged at a time, or some rows of all queries' masks: this takes little memory
+and gives, bit for bit, what enlarging all of them at once gives.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-# Of masks or scores in work at a time, 16 MB in float32: small beside those of a picture, large
-# enough that threads need not wait for each other often.
+# Elements of masks or scores that are computed at a time, 16 MB in float32: small beside those of a
+# picture, large enough that threads rarely wait for each other.
 WORKING_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How a picture lies in the network's input. Sizes are (height, width) in pixels.
+    """Where a picture is in the network's input. Sizes are (height, width) in pixels.
 
     Attributes:
         input_size: of the input.
-        scaled_size: of the resized picture, which lies in the input's top left corner or, where
+        scaled_size: of the resized picture, which is in the input's top left corner or, where
             windows slide over it, is wider or higher than the input.
-        target_size: of the segments.
+        target_size: of the segmentation.
     """
 
     input_size: tuple[int, int]
@@ -38,7 +38,7 @@ class Placement:
     target_size: tuple[int, int]
 
     def enlarge(self, mask_logits: Tensor) -> Tensor:
-        """Mask logits (height, width) of the network as logits of every pixel of the target."""
+        """Mask logits (H', W') of the network as logits of every pixel of the target."""
         height, width = self.scaled_size
         return _resize(
             _resize(mask_logits[None], self.input_size)[:, :height, :width], self.target_size
@@ -50,7 +50,7 @@ class Window:
     """A window on a resized picture: the network's outputs for it, and its top left corner.
 
     Attributes:
-        mask_logits: (queries, height, width).
+        mask_logits: (queries, H', W').
         class_logits: (queries, classes + 1).
         top, left: in pixels of the resized picture.
     """
@@ -71,7 +71,7 @@ def panoptic_segmentation(
     overlap_mask_area_threshold: float,
     stuff_classes: Collection[int],
 ) -> dict[str, Any]:
-    """Every pixel's segment, from mask logits (queries, height, width) and class logits.
+    """Every pixel's segment, from logits (queries, H', W') and (queries, classes + 1).
 
     A pixel belongs to the query with the largest product of score and mask probability. Thresholds
     as in EomtImageProcessor.post_process_panoptic_segmentation.
@@ -132,7 +132,7 @@ def instance_segmentation(
     top_k: int | None,
     return_binary_maps: bool,
 ) -> dict[str, Any]:
-    """Instances, from mask logits (queries, height, width) and class logits.
+    """Instances, from logits (queries, H', W') and (queries, classes + 1).
 
     A segment's score is its class probability times the mean probability inside its mask.
     Arguments as in EomtImageProcessor.post_process_instance_segmentation.
@@ -151,7 +151,7 @@ def instance_segmentation(
     known: dict[int, tuple[Tensor, Tensor]] = {}  # by query: one may be in several pairs
     for query, label, probability in zip(queries.tolist(), labels.tolist(), best, strict=True):
         if float(probability) < threshold:
-            continue  # the mean probability cannot raise it
+            continue  # times a mean of at most 1 it cannot reach the threshold
         if query not in known:
             known[query] = _mask_and_mean(placement.enlarge(mask_logits[query]))
         mask, mean = known[query]
@@ -159,13 +159,13 @@ def instance_segmentation(
         if score < threshold or (top_k is None and not mask.any()):
             continue
         if top_k is None:
-            score = round(score, 6)  # as transformers does; scores that rank are kept as they are
+            score = round(score, 6)  # as transformers does; not where scores are for ranking
         segments.append({"id": len(masks), "label_id": label, "score": score})
         masks.append(mask)
 
     segmentation = torch.full(placement.target_size, -1, device=mask_logits.device)
     drawn = list(enumerate(masks))
-    # later queries cover earlier ones, as in transformers; pairs lie with the best on top
+    # later queries cover earlier ones, as in transformers; of pairs, the best is on top
     for segment_id, mask in drawn if top_k is None else reversed(drawn):
         segmentation[mask] = segment_id
     result = {"segmentation": segmentation, "segments_info": segments}
@@ -208,7 +208,7 @@ def semantic_segmentation(
 
 
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resizes (channels, height, width), in float32 whatever came."""
+    """Resizes (channels, height, width), in float32 whatever the dtype."""
     return F.interpolate(x[None].float(), size, mode="bilinear")[0]
 
 
@@ -217,10 +217,10 @@ def _mask_and_mean(mask_logits: Tensor) -> tuple[Tensor, Tensor]:
     mask = mask_logits > 0
     # in place: 7% less time for instances at 1080x1920
     probabilities = mask_logits.sigmoid().masked_fill_(~mask, 0).flatten()
-    # A lone sum is shared out among threads; one of two is taken in one thread, in the same order
-    # as if the masks of all queries were summed at once.
+    # torch splits a single sum among threads, which changes its last bits. Each of two sums is done
+    # by one thread, in the same order as if the masks of all queries were summed at once.
     total = probabilities.expand(2, -1).sum(1)[0]
-    return mask, total / (mask.count_nonzero() + 1e-6)  # the original's epsilon
+    return mask, total / (mask.count_nonzero() + 1e-6)  # mask_classification_instance.py
 
 
 def _class_scores(
@@ -233,10 +233,10 @@ def _class_scores(
     visible_height, visible_width = visible_size
     band = max(1, WORKING_ELEMENTS * mask_height // (queries * width * height))
     if height % mask_height or (height // mask_height).bit_count() > 1:
-        band = mask_height  # in a band, the positions between rows would be rounded in other ways
+        band = mask_height  # positions between rows are rounded differently within a band
     for start in range(0, mask_height, band):
         stop = min(start + band, mask_height)
-        # a row more on both sides, which the outer rows are interpolated with
+        # with a row more on both sides, from which the outer rows are interpolated
         first, last = max(start - 1, 0), min(stop + 1, mask_height)
         top, bottom, masks_top, masks_bottom = (
             row * height // mask_height for row in (start, stop, first, last)
@@ -258,7 +258,8 @@ def _possible_classes(scores: Tensor) -> list[int]:
     _, height, width = scores.shape
     chunks = scores.split(max(1, WORKING_ELEMENTS // (height * width)))
     least = (_over_neighbours(torch.minimum, chunk).amax(0) for chunk in chunks)
-    guaranteed = reduce(torch.maximum, least) * (1 - 1e-5)  # for the interpolation's rounding
+    # float32 rounds the interpolation by less than 1e-5 of its value
+    guaranteed = reduce(torch.maximum, least) * (1 - 1e-5)
     possible = [
         (_over_neighbours(torch.maximum, chunk) >= guaranteed).flatten(1).any(1) for chunk in chunks
     ]

@@ -41,7 +41,7 @@ An EoMT-DINOv3 segmentation model. `EomtDinov3ForUniversalSegmentation.from_pret
 in transformers and in the reference model of eomt-convert alike.
 """
 
-# no folder, no way out of one, nothing that steers a terminal
+# a name without folders, "..", control characters or other characters that a terminal interprets
 _SHARD_NAME = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 
 FLOATING_POINT = {"F64", "F32", "F16", "BF16"}  # safetensors' names
@@ -186,7 +186,7 @@ def _torch_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
         return None
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype {dtype!r} is no floating point type of torch")
+        raise ValueError(f"dtype is {dtype!r}; expected a floating point dtype of torch")
     return found
 
 
@@ -199,7 +199,7 @@ def _weight_files(model_id: str, fetch: Callable[[str], Path]) -> list[Path]:
     if index is None:
         raise FileNotFoundError(
             f"{model_id} has neither {SAFETENSORS_SINGLE_FILE} nor {SAFETENSORS_INDEX_FILE}; "
-            "other formats of weights are not read"
+            "other formats of weights are unsupported"
         )
     return [fetch(name) for name in _shard_names(index)]
 
@@ -232,14 +232,14 @@ def _read(
     with ExitStack() as stack:
         source: dict[str, safe_open] = {}
         for path in paths:
-            open_regular(path).close()  # safe_open waits for pipes
+            open_regular(path).close()  # safe_open would wait for a pipe
             try:
                 file = stack.enter_context(safe_open(path, framework="pt", device=device))
             except (SafetensorError, FileNotFoundError) as error:
                 raise type(error)(f"{path}: {error}") from error
             for name in file.keys():  # noqa: SIM118
                 if name in source:
-                    raise ValueError(f"{path}: {name} is in another shard as well")
+                    raise ValueError(f"{path}: {name} is in another shard too")
                 source[name] = file
 
         problems = [f"missing: {name}" for name in sorted(expected.keys() - source.keys())]
