@@ -235,7 +235,9 @@ def test_a_conversion_json_that_no_conversion_wrote_is_refused(model: Path) -> N
     del history["tensors"]["query.weight"]["shape"]
     verdict = converter.verify(model, level=1)
     (model / "conversion.json").write_text(json.dumps(history))
-    with pytest.raises(UnreadableFileError, match=r"conversion\.json is not as .* 'shape'"):
+    with pytest.raises(
+        UnreadableFileError, match=r"conversion\.json was not written by a conversion: .* 'shape'"
+    ):
         gather("model", model, verdict, None, {})
 
 
@@ -290,7 +292,9 @@ def test_whatever_a_model_says_of_itself_is_text_and_never_markup(
     history = json.loads((model / "conversion.json").read_text())
     history["tool"]["name"] = HOSTILE
     for source in history["sources"].values():
-        source.update(repo=HOSTILE, revision=HOSTILE, files={HOSTILE: {"sha256": HOSTILE}})
+        source.update(
+            repo=HOSTILE, revision=HOSTILE, files={HOSTILE: {"size": 1, "sha256": HOSTILE}}
+        )
     history["tensors"][HOSTILE] = {
         "shape": [1], "dtype": HOSTILE, "recipe": HOSTILE, "sha256": HOSTILE
     }  # fmt: skip
