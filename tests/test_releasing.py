@@ -329,8 +329,8 @@ def test_a_release_goes_on_after_a_kill(
     while REPOS[1] not in hub.repo_ids and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, number)
-    process.communicate(timeout=HANGS)
-    assert hub.repo_ids == [REPOS[1]]
+    _, said = process.communicate(timeout=HANGS)
+    assert hub.repo_ids == [REPOS[1]], said.decode()
 
     finished = subprocess.run(
         command, env=environment, capture_output=True, timeout=HANGS, check=False, text=True
