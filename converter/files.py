@@ -4,19 +4,17 @@ import hashlib
 import json
 import os
 import secrets
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from io import BufferedReader
 from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any, BinaryIO, NamedTuple
 
 from converter.errors import OutputError, UnreadableFileError
-
-# Bytes of a JSON file: the largest config.json of a published model has 100 kB. What is parsed
-# takes up to thirty times as much memory.
-JSON_LIMIT = 2**22
+from reference_model import files
+from reference_model.files import JSON_LIMIT as JSON_LIMIT
+from reference_model.files import open_regular as open_regular
+from reference_model.files import read_bytes as read_bytes
 
 # bytes of a picture's file: of 8-bit RGB, the largest that Pillow opens without a warning
 # (Image.MAX_IMAGE_PIXELS)
@@ -66,39 +64,6 @@ def writable(place: Path, remedy: str = "") -> Iterator[None]:
         ) from error
 
 
-def open_regular(path: str | Path) -> BufferedReader:
-    """Opens a regular file to be read, at once: a pipe or a device is never waited for.
-
-    Links are followed, as those of the Hub's cache.
-
-    Raises:
-        OSError: there is no such file, or it is a folder, a pipe, a socket or a device.
-    """
-    # without O_NONBLOCK, opening a pipe waits for somebody to write to it
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(None, "it is no regular file", str(path))
-    return os.fdopen(descriptor, "rb")
-
-
-def read_bytes(path: str | Path, limit: int) -> bytes:
-    """The content of a regular file.
-
-    Args:
-        path: of the file.
-        limit: in bytes.
-
-    Raises:
-        OSError: it is no regular file, cannot be read, or is larger than the limit.
-    """
-    with open_regular(path) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise OSError(None, f"it is larger than {limit:,} bytes", str(path))
-    return content
-
-
 def read_text(path: str | Path, limit: int = JSON_LIMIT, encoding: str = "utf-8") -> str:
     """The text of a regular file.
 
@@ -122,12 +87,10 @@ def read_json_object(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
     """
     try:
         with readable(path):
-            content = json.loads(read_text(path, limit))
+            content = files.read_json_object(path, limit)
         half = _half_character(content)
     except (ValueError, RecursionError) as error:
         raise UnreadableFileError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise UnreadableFileError(f"{path} holds no JSON object.")
     if half is not None:
         key = shortened(".".join(reversed(half)))
         raise UnreadableFileError(f"{key} in {path} holds half of a character (a lone surrogate).")

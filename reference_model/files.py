@@ -45,21 +45,39 @@ def open_regular(path: str | Path) -> BufferedReader:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(None, "it is no regular file", str(path))
+        raise OSError(None, "it is not a regular file", str(path))
     return os.fdopen(descriptor, "rb")
 
 
-def read_json_object(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file.
+def read_bytes(path: str | Path, limit: int) -> bytes:
+    """The content of a regular file.
+
+    Args:
+        path: of the file.
+        limit: of its size, in bytes.
 
     Raises:
-        OSError: it is not a regular file, or cannot be read.
-        ValueError: it is larger than JSON_LIMIT, or is not a JSON object.
+        OSError: it is not a regular file, cannot be read, or is larger than the limit.
     """
     with open_regular(path) as file:
-        text = file.read(JSON_LIMIT + 1)
-    if len(text) > JSON_LIMIT:
-        raise ValueError(f"it is larger than {JSON_LIMIT:,} bytes")
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(None, f"it is larger than {limit:,} bytes", str(path))
+    return content
+
+
+def read_json_object(path: str | Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        path: of the file.
+        limit: of its size, in bytes.
+
+    Raises:
+        OSError: it is not a regular file, cannot be read, or is larger than the limit.
+        ValueError: it is not a JSON object.
+    """
+    text = read_bytes(path, limit)
     try:
         content = json.loads(text.decode("utf-8"))
     except RecursionError as error:

@@ -64,16 +64,17 @@ def test_no_import_leads_up_or_across(path: Path) -> None:
 @pytest.mark.parametrize(
     "path", modules_of(CONVERTER), ids=lambda path: str(path.relative_to(CONVERTER))
 )
-def test_configs_and_above_use_the_models_config_and_models_and_above_the_rest(
-    path: Path,
-) -> None:
+def test_only_floors_where_models_are_run_use_the_reference_models_network(path: Path) -> None:
+    """Its files and its configuration need no torch."""
     floor_of = {name: floor for floor, names in enumerate(FLOORS) for name in names}
     floor = floor_of[path.relative_to(CONVERTER).parts[0].removesuffix(".py")]
     used = {name for name in imported(path) if name.startswith("reference_model.")}
     configs = {name for name in used if name.startswith("reference_model.config.")}
+    files = {name for name in used if name.startswith("reference_model.files")}
 
+    assert not files or path.name == "files.py"
     assert not configs or floor <= floor_of["configs"]
-    assert not used - configs or floor <= floor_of["models"]
+    assert not used - configs - files or floor <= floor_of["models"]
 
 
 @pytest.mark.parametrize("module", ["reference_model.config", "converter.weights.plan"])
@@ -93,6 +94,16 @@ def test_the_names_of_the_reference_model_are_imported_when_used() -> None:
         "assert not hasattr(package, 'Dinov3')\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_two_classes_have_one_name() -> None:
+    paths = [*modules_of(CONVERTER), *modules_of(REFERENCE_MODEL)]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
+    names = [
+        node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
+    ]
+
+    assert [name for name in names if names.count(name) > 1] == []
 
 
 def test_the_reference_model_knows_nothing_of_the_converter() -> None:

@@ -104,7 +104,8 @@ def test_a_pipe_or_a_device_ends_in_one_error_at_once(
     message = error_of(command, *arguments)
 
     assert Path(file).name in message
-    assert any(reason in message for reason in ("no regular file", "no file", "a device", "has no"))
+    reasons = ("not a regular file", "no file", "a device", "has no")
+    assert any(reason in message for reason in reasons)
 
 
 @pytest.mark.parametrize(

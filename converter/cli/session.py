@@ -185,11 +185,11 @@ class Session:
         """Makes log messages of libraries in this block safe to print, like all other output."""
         session, before = self, logging.getLogRecordFactory()
 
-        class Record(logging.LogRecord):
+        class VisibleRecord(logging.LogRecord):
             def getMessage(self) -> str:  # noqa: N802  # its name in logging
                 return "\n".join(map(session._shown, super().getMessage().split("\n")))
 
-        logging.setLogRecordFactory(Record)
+        logging.setLogRecordFactory(VisibleRecord)
         try:
             yield
         finally:
