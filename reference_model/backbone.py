@@ -64,8 +64,8 @@ class Embeddings(nn.Module):
         # (batch, channels, height, width) -> (batch, hidden, rows, columns)
         patches = self.patch_embeddings(pixel_values.to(self.patch_embeddings.weight.dtype))
         patches = patches.flatten(2).transpose(1, 2)  # (batch, rows * columns, hidden)
-        cls_token = self.cls_token.expand(len(patches), -1, -1)
-        register_tokens = self.register_tokens.expand(len(patches), -1, -1)
+        cls_token = self.cls_token.expand(patches.shape[0], -1, -1)
+        register_tokens = self.register_tokens.expand(patches.shape[0], -1, -1)
         return torch.cat((cls_token, register_tokens, patches), dim=1)
 
 

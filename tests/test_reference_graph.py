@@ -282,3 +282,12 @@ def test_a_compiled_training_step_follows_the_buffer(model: Model) -> None:
     assert not torch.equal(with_masks, without)
     model.eval().attn_mask_probs.zero_()
     assert torch.equal(without, model(pixels()).class_queries_logits)
+
+
+@torch.no_grad()
+def test_an_export_may_leave_the_batch_open(model: Model) -> None:
+    batch = torch.export.Dim("batch", min=1, max=8)
+    program = torch.export.export(model, (pixels(2),), dynamic_shapes={"pixel_values": {0: batch}})
+
+    for size in (1, 3):
+        assert_equal(program.module()(pixels(size)), model(pixels(size)))
