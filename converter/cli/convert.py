@@ -1,22 +1,27 @@
 """``eomt-convert``: conversions, and the group of the other commands."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
+from converter.catalog import Task
 from converter.cli.publish import push_options
 from converter.cli.session import (
     SOURCE,
     Commands,
     Session,
     common_options,
+    dtype_option,
     hub_options,
     progress_bar,
+    shard_size_option,
 )
 from converter.errors import UsageError
 from converter.job import Job, JobOptions
 from converter.version import __version__
+from converter.weights.inspection import WeightsKind
+from converter.weights.layouts import BACKBONE_LAYOUTS
 
 # \b keeps click from joining the lines that follow
 HELP = """Convert EoMT-DINOv3 delta weights into a model that transformers loads, and check it.
@@ -58,13 +63,13 @@ class ImageSize(click.ParamType[tuple[int, int]]):
 @click.option("--backbone", metavar=SOURCE, help="Backbone to use instead of the catalogue's.")
 @click.option(
     "--weights",
-    type=click.Choice(["auto", "delta", "absolute"]),
+    type=click.Choice(["auto", *get_args(WeightsKind)]),
     default="auto",
     help="What --delta is; auto decides by the statistics of its layer norms.",
 )
 @click.option(
     "--backbone-layout",
-    type=click.Choice(["transformers", "meta", "timm"]),
+    type=click.Choice(list(BACKBONE_LAYOUTS)),
     help="The backbone's layout. [default: recognised by its names]",
 )
 @click.option(
@@ -81,20 +86,15 @@ class ImageSize(click.ParamType[tuple[int, int]]):
     help="The picture for --check-backbone. [default: downloaded]",
 )
 @click.option("--allow-mismatch", is_flag=True, help="Merge a pair that does not fit together.")
-@click.option("--task", type=click.Choice(["panoptic", "instance", "semantic"]))
+@click.option("--task", type=click.Choice(get_args(Task)))
 @click.option("--image-size", type=ImageSize(), help="In pixels.")
 @click.option(
     "--labels",
     type=click.Path(path_type=Path),
     help="Class names: one a line, a JSON list, or JSON categories with isthing.",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    default="float32",
-    help="Type of the model's weights; they are added in float32 and rounded once.",
-)
-@click.option("--max-shard-size", metavar="SIZE", help="Largest file of weights, such as 2GB.")
+@dtype_option
+@shard_size_option
 @click.option(
     "--recorded",
     type=click.Path(path_type=Path),

@@ -11,7 +11,9 @@ from converter.cli.session import (
     Session,
     cache_option,
     common_options,
+    dtype_option,
     progress_bar,
+    shard_size_option,
     token_option,
 )
 from converter.errors import EomtConvertError
@@ -110,8 +112,8 @@ def push_command(
     show_default=True,
     help="Folder for the models, release.json and release.md.",
 )
-@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
-@click.option("--max-shard-size", metavar="SIZE", help="Largest file of weights, such as 2GB.")
+@dtype_option
+@shard_size_option
 @push_options
 @click.option("--force", is_flag=True, help="Start from scratch, whatever release.json says.")
 @click.option("--dry-run", is_flag=True, help="Show what is left to do; do nothing.")

@@ -3,11 +3,13 @@
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import click
 
+from converter.catalog import Task
 from converter.cli.session import Session, common_options, hub_options, progress_bar, threads_option
+from converter.configs import Dtype
 from converter.errors import UnreadableFileError
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--task",
-    type=click.Choice(["panoptic", "instance", "semantic"]),
+    type=click.Choice(get_args(Task)),
     help="What to segment. [default: what the model was converted for]",
 )
 @click.option(
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 @click.option("--device", help="As torch names it. [default: a GPU if there is one]")
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
+    type=click.Choice(get_args(Dtype)),
     help="Of the weights. [default: as in the file]",
 )
 @threads_option

@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO, get_args
 
 import click
 
+from converter.configs import Dtype
 from converter.errors import EomtConvertError, OutputsDifferError
 from converter.hub.access import check_endpoint, without_secrets
 from converter.outside import json_text, visible
@@ -295,6 +296,17 @@ class Commands(click.Group):
         except OSError as error:
             Session().output_failed(error)
 
+
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(get_args(Dtype)),
+    default="float32",
+    help="Type of the model's weights; they are added in float32 and rounded once.",
+)
+
+shard_size_option = click.option(
+    "--max-shard-size", metavar="SIZE", help="Largest file of weights, such as 2GB."
+)
 
 token_option = click.option(
     "--token",
