@@ -69,7 +69,7 @@ def test_an_answer_without_a_commit_makes_no_sense(
     answer = SimpleNamespace(id=REPO, sha=None, siblings=[], private=False)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: answer)
 
-    with pytest.raises(HubUnavailableError, match="makes no sense"):
+    with pytest.raises(HubUnavailableError, match=r"answer .* is invalid"):
         resolve(REPO, "main", Access())
 
 
@@ -192,7 +192,7 @@ def test_a_revision_that_is_not_there_leads_nowhere(
     fetch("config.json")
     (tmp_path / "home" / "secret").write_text(commit)
 
-    with pytest.raises(AccessError, match="there is other revisions of it"):
+    with pytest.raises(AccessError, match="only other revisions are"):
         resolve(REPO, revision, OFFLINE)
 
 
@@ -234,7 +234,7 @@ def test_a_small_file_that_stays_damaged_is_refused_and_stays_in_the_cache(
     with pytest.raises(UnreadableFileError, match=r"config\.json of owner/name arrived") as caught:
         fetch("config.json")
     assert len(fetched) == 2
-    assert f"stays in the cache, as {fetched[0]}" in caught.value.remedy
+    assert f"stays in the cache, at {fetched[0]}" in caught.value.remedy
     assert fetched[0].is_file()
 
 

@@ -285,7 +285,7 @@ def test_a_download_that_stays_wrong_is_refused_and_the_error_says_where_it_is(
 
     with pytest.raises(UnreadableFileError, match="meta/backbone arrived damaged twice") as caught:
         converter.convert("tiny_panoptic_64", tmp_path / "out", backbone="meta/backbone")
-    assert f"What arrived stays in the cache, as {damaged};" in caught.value.remedy
+    assert f"The damaged file stays in the cache, at {damaged};" in caught.value.remedy
     assert damaged.exists()
     assert not (tmp_path / "out").exists()
 

@@ -176,7 +176,7 @@ def test_offline_it_is_said_which_shards_are_missing(hub: Hub) -> None:
 def test_offline_another_revision_is_not_taken(repositories: Hub) -> None:
     fetch(HubSource(DELTA), Access())
 
-    with pytest.raises(AccessError, match=r"delta at v1 is not in the cache: there is other rev"):
+    with pytest.raises(AccessError, match=r"delta at v1 is not in the cache: only other rev"):
         fetch(HubSource(DELTA, "v1"), Access(local_files_only=True))
 
 
@@ -187,7 +187,7 @@ def test_offline_it_is_said_which_weights_are_missing(repositories: Hub) -> None
         fetch(HubSource(BACKBONE), Access(local_files_only=True))
     assert caught.value.message == (
         f"{BACKBONE} at main is not in the cache: model.safetensors or "
-        "model.safetensors.index.json or pytorch_model.bin is missing (files that are there: "
+        "model.safetensors.index.json or pytorch_model.bin is missing (files in the cache: "
         "config.json)."
     )
 
@@ -240,7 +240,7 @@ def test_a_gated_backbone_offers_the_copy_that_is_not(hub: Hub) -> None:
     with pytest.raises(AccessError) as caught:
         fetch(HubSource(repo), Access())
     assert "--backbone timm/vit_large_patch16_dinov3.lvd1689m" in caught.value.remedy
-    assert "licence holds" in caught.value.remedy
+    assert "licence still applies" in caught.value.remedy
 
 
 def test_every_published_backbone_has_a_copy_that_is_not_gated() -> None:
@@ -286,7 +286,7 @@ def test_a_hub_that_is_down_is_told_apart(monkeypatch: pytest.MonkeyPatch, hub: 
 
 
 def test_a_name_that_no_repository_can_have_is_wrong_usage(hub: Hub) -> None:
-    with pytest.raises(UsageError, match="no valid name"):
+    with pytest.raises(UsageError, match="not a valid name"):
         fetch(HubSource("tue--mps/..delta"), Access())
 
 

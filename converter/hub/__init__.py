@@ -1,1 +1,1 @@
-"""Fetching from the Hugging Face Hub: access, downloads, and what they are the sources of."""
+"""Fetching from the Hugging Face Hub: access, downloads, and the sources of a conversion."""

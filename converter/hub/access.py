@@ -1,4 +1,4 @@
-"""How the Hub is reached, and what to say when it does not do what it was asked."""
+"""How the Hub is reached, and the messages for requests that fail."""
 
 import base64
 import os
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 # such as: Request error: HTTP status client error (401 Unauthorized), domain: https://...
-_STATUS_TOLD_BY_XET = re.compile(r"HTTP status \w+ error \((\d{3}) ([\w ]+)\)")
+_STATUS_IN_XET_ERROR = re.compile(r"HTTP status \w+ error \((\d{3}) ([\w ]+)\)")
 
-_LONGEST = 300  # characters of a server's words that are shown
+_MAX_SHOWN = 300  # characters of a server's message that are shown
 
-# statuses of a server, or of what stands before it, that will answer later
-_DOWN = (500, 502, 503, 504)
+# statuses of a server, or of a proxy in front of it, that is down for some time
+_DOWN_STATUSES = (500, 502, 503, 504)
 
-# the same weights in repositories that are not gated
+# copies of the gated backbones: the same weights in repositories that are not gated
 OPEN_BACKBONES = {
     "facebook/dinov3-vits16-pretrain-lvd1689m": "timm/vit_small_patch16_dinov3.lvd1689m",
     "facebook/dinov3-vits16plus-pretrain-lvd1689m": "timm/vit_small_plus_patch16_dinov3.lvd1689m",
@@ -51,16 +51,16 @@ OPEN_BACKBONES = {
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A repository at one commit, as the Hub or the cache tells of it.
+    """A repository at one commit, as the Hub or the cache describes it.
 
     Attributes:
-        repo_id: as it was asked for.
-        revision: branch, tag or commit, as it was asked for.
-        commit: which that was at.
-        digests: of its files by name: SHA-256 of large files, git's blob ids of small ones, None
-            where the Hub gives neither. In the cache, of the files that are there.
+        repo_id: the name that was asked for.
+        revision: the branch, tag or commit that was asked for.
+        commit: the commit that this revision was at.
+        digests: of its files, by name: SHA-256 of large files, git's blob ids of small ones, None
+            if the Hub gives neither. From the cache, only files that are there.
         private: whether only members see the repository.
-        moved_to: the repository's name today, where it is not ``repo_id`` any more.
+        moved_to: the repository's present name, if it is no longer ``repo_id``.
     """
 
     repo_id: str
@@ -73,12 +73,12 @@ class Snapshot:
 
 @dataclass
 class Answers:
-    """What the Hub has answered to a command, so that it is asked but once.
+    """The Hub's answers to one command, kept so that nothing is asked twice.
 
     Attributes:
-        snapshots: what repositories have, by name and revision.
-        asked_by_branch: names and revisions that a file was fetched by.
-        login: who is logged in, as `HfApi.whoami` tells; None before that was asked.
+        snapshots: repositories, by name and revision.
+        asked_by_branch: names and revisions by which a file was fetched.
+        login: who is logged in, as `HfApi.whoami` returns it; None before the first request.
     """
 
     snapshots: dict[tuple[str, str], Snapshot] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class Access:
         token: overrides HF_TOKEN and the login file.
         cache_dir: overrides HF_HOME and HF_HUB_CACHE.
         local_files_only: whether only the cache is used.
-        answers: what was asked already.
+        answers: the answers so far.
     """
 
     token: str | None = field(default=None, repr=False)
@@ -109,7 +109,7 @@ class Access:
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
     ) -> "Access":
-        """The access of a function's parameters."""
+        """An access made from the parameters of a public function."""
         return cls(token, optional_path(cache_dir), local_files_only)
 
     @property
@@ -121,25 +121,25 @@ class Access:
 
     @property
     def offline(self) -> bool:
-        """Whether the Hub is not to be asked."""
+        """Whether requests to the Hub are switched off."""
         from huggingface_hub import is_offline_mode
 
         return self.local_files_only or is_offline_mode()
 
     @property
     def online(self) -> "Access":
-        """The same, for what the cache cannot do, such as a push."""
+        """The same access, but with requests to the Hub: a push, for example, needs them."""
         return replace(self, local_files_only=False)
 
     def login(self, repo_id: str) -> dict[str, Any]:
-        """Who is logged in, as `HfApi.whoami` tells.
+        """Who is logged in, as `HfApi.whoami` returns it.
 
         Args:
-            repo_id: the repository that errors say this is for.
+            repo_id: the repository to name in errors.
 
         Raises:
-            AccessError: nobody is, or the token is not valid any more.
-            HubUnavailableError: as `explained` tells.
+            AccessError: nobody is logged in, or the token is no longer valid.
+            HubUnavailableError: as in `explained`.
         """
         from huggingface_hub import HfApi
 
@@ -151,12 +151,12 @@ class Access:
 
 @contextmanager
 def explained(repo_id: str, revision: str = "main") -> Iterator[None]:
-    """Turns what huggingface_hub raises in this block into a sentence and a remedy.
+    """Turns errors that huggingface_hub raises in this block into a sentence and a remedy.
 
     Raises:
-        AccessError: the repository, revision or file is not there, or not for this login; a
-            NotFoundError where it is repository or revision that the Hub does not show.
-        HubUnavailableError: the Hub is down, out of reach, or asks to wait.
+        AccessError: the repository, revision or file does not exist, or this login may not see
+            it. It is a NotFoundError if the Hub does not show the repository or the revision.
+        HubUnavailableError: the Hub is down, cannot be reached, or asks to wait.
         UsageError: the name of the repository breaks the Hub's rules.
     """
     try:
@@ -171,7 +171,7 @@ def explained(repo_id: str, revision: str = "main") -> Iterator[None]:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Checks that a repository may have this name.
+    """Checks that this is a valid name of a repository.
 
     Raises:
         UsageError: it breaks the Hub's rules.
@@ -185,23 +185,25 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def without_secrets(text: str, token: str | None = None) -> str:
-    """A text without tokens and passwords: what is printed, logged or written passes here.
+    """Returns a text without tokens and passwords; applied to all that is printed or written.
+
+    It removes the tokens in HF_TOKEN and in the login file, and the user and password in
+    HF_ENDPOINT.
 
     Args:
         text: of any kind; an address keeps its host.
-        token: that was given, besides those of HF_TOKEN and the login file, and besides the user
-            and password in the address of HF_ENDPOINT.
+        token: another token to remove.
     """
     for login in _logins():
         text = text.replace(f"{login}@", "")
         password = login.partition(":")[2]
         basic = base64.b64encode(unquote(login).encode()).decode()
-        # the client quotes a part of an address that it cannot read
+        # the client's error messages quote the part of an address that it cannot parse
         for secret in {login, basic, password, unquote(password), *re.split("[/?#]", password)}:
             if secret:
                 text = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "[password]", text)
     tokens = {token, os.environ.get("HF_TOKEN")}
-    if hub := sys.modules.get("huggingface_hub"):  # else nobody has read the login file
+    if hub := sys.modules.get("huggingface_hub"):  # otherwise the login file was not read
         tokens.add(hub.get_token())
     for known in tokens:
         if known and (secret := known.strip()):
@@ -219,12 +221,12 @@ def _logins() -> set[str]:
     return {login for login in parts if login}
 
 
-def senseless_answer(repo: str, error: Exception | None = None) -> HubUnavailableError:
-    """What to say of an answer that the Hub cannot have given."""
-    said = f" ({type(error).__name__})" if error else ""
+def invalid_answer(repo: str, error: Exception | None = None) -> HubUnavailableError:
+    """The error for an answer that cannot come from the Hub."""
+    kind = f" ({type(error).__name__})" if error else ""
     return HubUnavailableError(
-        f"The answer of {endpoint_name()} about {repo} makes no sense{said}.",
-        "Run again; if it stays, a proxy may be answering in the Hub's place.",
+        f"The answer of {endpoint_name()} about {repo} is invalid{kind}.",
+        "Run again. If this error stays, a proxy may be answering instead of the Hub.",
     )
 
 
@@ -232,26 +234,26 @@ def check_endpoint() -> None:
     """Checks that HF_ENDPOINT is an address, before huggingface_hub is imported.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is not.
     """
     try:
-        urlsplit(os.environ.get("HF_ENDPOINT", "")).port  # noqa: B018  # which is read here
+        urlsplit(os.environ.get("HF_ENDPOINT", "")).port  # noqa: B018  # parsed only when read
     except ValueError as error:
         raise UsageError(
-            "HF_ENDPOINT is no address.",
-            "In a user's name or a password, write %2F for /, %3F for ?, %23 for # and %40 for @.",
+            "HF_ENDPOINT is not a valid address.",
+            "In a user name or a password, write %2F for /, %3F for ?, %23 for # and %40 for @.",
         ) from error
 
 
 def endpoint_name() -> str:
-    """The server that is asked: the host of HF_ENDPOINT, without a password that stands there."""
+    """The server that requests go to: the host in HF_ENDPOINT, without a password in it."""
     from huggingface_hub import constants
 
     return urlsplit(without_secrets(constants.ENDPOINT)).netloc or "the Hub"
 
 
 def _explanation(error: Exception, repo: str, revision: str) -> Exception:
-    """The sentence for an error; the error itself where it is none of the Hub's."""
+    """The error to raise instead; the error itself if the Hub did not cause it."""
     from huggingface_hub import errors
 
     match error:
@@ -259,7 +261,8 @@ def _explanation(error: Exception, repo: str, revision: str) -> Exception:
             return AccessError("Nobody is logged in to the Hub.", _sentence(LOG_IN))
         case errors.OfflineModeIsEnabled():
             return AccessError(
-                f"{repo} cannot be reached: HF_HUB_OFFLINE is set.", "Unset it for this."
+                f"{repo} cannot be reached: HF_HUB_OFFLINE is set.",
+                "Unset HF_HUB_OFFLINE, and run again.",
             )
         case errors.GatedRepoError():
             return AccessError(
@@ -267,7 +270,7 @@ def _explanation(error: Exception, repo: str, revision: str) -> Exception:
             )
         case errors.DisabledRepoError():
             return AccessError(f"{repo} has been disabled on the Hub.")
-        # of an expired token, the client says that the repository was not found
+        # for an expired token, the client says that the repository was not found
         case errors.RepositoryNotFoundError() if "is expired" in str(error):
             return _token_refused(repo)
         case errors.RepositoryNotFoundError():
@@ -282,11 +285,11 @@ def _explanation(error: Exception, repo: str, revision: str) -> Exception:
                 "Check the connection and HF_ENDPOINT.",
             )
         case errors.RemoteEntryNotFoundError():
-            return AccessError(f"A file of {repo} at {revision} is not there: {_words(error)}")
+            return AccessError(f"{repo} at {revision} lacks a file: {_words(error)}")
         case errors.FileMetadataError():
-            return senseless_answer(repo, error)
+            return invalid_answer(repo, error)
         case errors.HFValidationError():
-            return UsageError(f"{repo!r} is no valid name of a repository: {error}")
+            return UsageError(f"{repo!r} is not a valid name of a repository: {error}")
         case errors.HfHubHTTPError(response=response):
             return _by_status(
                 response.status_code,
@@ -296,29 +299,29 @@ def _explanation(error: Exception, repo: str, revision: str) -> Exception:
                 reading=response.request.method in ("GET", "HEAD")
                 and not response.request.url.path.endswith("/auth-check/write"),
             )
-        case ConnectionError() if told := _STATUS_TOLD_BY_XET.search(str(error)):
-            return _by_status(int(told[1]), repo, told[2])
-        # how the client tells of an upload, or of a download in a file's place, that failed
+        case ConnectionError() if status := _STATUS_IN_XET_ERROR.search(str(error)):
+            return _by_status(int(status[1]), repo, status[2])
+        # the client raises these if an upload fails, or a download that replaces a file
         case (
             RuntimeError(__cause__=Exception() as cause)
             | ValueError(__cause__=Exception() as cause)
-        ) if _is_the_clients(error):
+        ) if _is_from_client(error):
             explanation = _explanation(cause, repo, revision)
             return _broken_off(error, repo) if explanation is cause else explanation
         case OSError() if error.errno and not isinstance(error, ConnectionError | TimeoutError):
             return OutputError(f"{error.filename or 'The cache'} cannot be used: {error.strerror}.")
         case OSError():
             return _broken_off(error, repo)
-    # huggingface_hub lets errors of its HTTP library through, and has changed that library
+    # huggingface_hub lets errors of its HTTP library through, and has changed libraries before
     if type(error).__module__.startswith("http"):
         return HubUnavailableError(
             f"{endpoint_name()} could not be reached for {repo} ({type(error).__name__}).",
-            "Check the connection and HF_ENDPOINT; --offline uses the cache alone.",
+            "Check the connection and HF_ENDPOINT; --offline uses only the cache.",
         )
-    if not _is_the_clients(error):
+    if not _is_from_client(error):
         return error
     if isinstance(error, ValueError | KeyError | TypeError | AttributeError):
-        return senseless_answer(repo, error)
+        return invalid_answer(repo, error)
     return _broken_off(error, repo)  # hf_xet has no classes for most of its errors
 
 
@@ -326,14 +329,14 @@ def _broken_off(error: Exception, repo: str) -> HubUnavailableError:
     words = _shown(str(error))
     return HubUnavailableError(
         f"The transfer with {repo} broke off ({type(error).__name__}{words and f': {words}'}).",
-        "Run again: files that arrived whole are kept. --offline uses the cache alone.",
+        "Run again: files that arrived completely are kept. --offline uses only the cache.",
     )
 
 
-def _is_the_clients(error: Exception) -> bool:
-    """Whether an error was raised in huggingface_hub or in what it called, not in our own code.
+def _is_from_client(error: Exception) -> bool:
+    """Whether an error was raised in huggingface_hub or in code that it called, not in ours.
 
-    A call with wrong arguments, which is refused where the client's functions check them, is ours.
+    An error about the arguments of a call counts as ours, although the client raises it.
     """
     frames = traceback.walk_tb(error.__traceback__)
     modules = [str(frame.f_globals.get("__name__")) for frame, _ in frames]
@@ -349,24 +352,24 @@ def _by_status(
     if status == 403 and reading:
         return AccessError(
             f"This login may not read {repo}: {words}",
-            "A fine-grained token needs the right to read that repository, gated ones apart: "
-            "https://huggingface.co/settings/tokens.",
+            "A fine-grained token needs the right to read that repository, and a separate one for "
+            "gated repositories: https://huggingface.co/settings/tokens.",
         )
     if status == 403:
         return AccessError(
-            f"This login may not do that with {repo}.",
-            "The token needs the right to write there, and the account to be a member of "
+            f"This login has no permission to do this with {repo}.",
+            "The token needs the right to write to it, and the account must be a member of "
             f"{repo.partition('/')[0]}.",
         )
     if status == 429:
         return HubUnavailableError(
-            f"The Hub has had too many requests from here, the last one for {repo}.",
+            f"The Hub got too many requests from this machine, the last one for {repo}.",
             f"Run again in {wait} seconds." if wait.isdecimal() else "Run again in a few minutes.",
         )
-    if status in _DOWN:
+    if status in _DOWN_STATUSES:
         return HubUnavailableError(
             f"{endpoint_name()} is down: status {status} for {repo}.",
-            "Run again later; https://status.huggingface.co tells how the Hub is.",
+            "Run again later; https://status.huggingface.co shows the state of the Hub.",
         )
     refusal = f"{endpoint_name()} answered {status} for {repo}: {words}"
     return HubUnavailableError(refusal) if status >= 500 else AccessError(refusal)
@@ -381,10 +384,10 @@ def _token_refused(repo: str) -> AccessError:
 
 
 def not_found(repo: str) -> NotFoundError:
-    """What to say of a repository that the Hub does not show."""
+    """The error for a repository that the Hub does not show."""
     return NotFoundError(
-        f"There is no repository {repo}, or it is private and this login does not see it.",
-        f"Check the name; for a private one, {LOG_IN}.",
+        f"There is no repository {repo}, or it is private and this login may not see it.",
+        f"Check the name; for a private repository, {LOG_IN}.",
     )
 
 
@@ -393,24 +396,24 @@ def _sentence(words: str) -> str:
 
 
 def _words(error: "HfHubHTTPError") -> str:
-    """The server's own words on a refusal, without the address that was asked."""
+    """The server's message about an error, without the address of the request."""
     return _shown((error.server_message or "").strip() or error.response.reason_phrase)
 
 
 def _shown(text: str) -> str:
-    """The first line of a text from outside, fit for a terminal: visible, and not too long."""
+    """The first line of a text from outside, safe for a terminal: visible, and not too long."""
     from huggingface_hub import constants
 
     line = without_secrets(text.partition("\n")[0])
     line = line.replace(without_secrets(constants.ENDPOINT), endpoint_name())
-    return visible(line, _LONGEST)
+    return visible(line, _MAX_SHOWN)
 
 
 def _ask_for_access(repo: str) -> str:
     remedy = f"Ask for access at https://huggingface.co/{repo}, then {LOG_IN}."
     if open_repo := OPEN_BACKBONES.get(repo):
         remedy += (
-            f"\nOr take timm's copy, which is not gated: --backbone {open_repo}. DINOv3's licence "
-            "holds for it and for the merged weights all the same."
+            f"\nOr use timm's copy, which is not gated: --backbone {open_repo}. DINOv3's licence "
+            "still applies to it and to the merged weights."
         )
     return remedy

@@ -1,7 +1,7 @@
 """The picture that published outputs were recorded on, from COCO's bucket.
 
-The certificate of images.cocodataset.org is Amazon's and does not have that name, so over https the
-bucket is asked for by Amazon's name for it.
+The certificate of images.cocodataset.org is Amazon's and does not include that name, so for https
+the address uses Amazon's name of the bucket.
 """
 
 import hashlib
@@ -24,11 +24,11 @@ _REMEDY = "Give the picture with --image."
 
 
 def recorded_picture(access: Access) -> Path:
-    """The picture in the cache, held against its SHA-256; downloaded where it is not there.
+    """The picture in the cache, checked by its SHA-256; downloaded if it is missing or damaged.
 
     Raises:
-        AccessError: it is not in the cache and may not or cannot be downloaded, what is at its
-            address is something else, or the cache cannot be used.
+        AccessError: it is not in the cache and may not or cannot be downloaded, its address serves
+            something else, or the cache cannot be used.
     """
     from huggingface_hub import cached_assets_path
 
@@ -44,23 +44,23 @@ def recorded_picture(access: Access) -> Path:
         content = _download()
         with replacing(picture) as file:
             file.write(content)
-    # of a file where a folder should be, huggingface_hub raises a ValueError
+    # huggingface_hub raises a ValueError if there is a file in place of the folder
     except (OSError, ValueError) as error:
         raise AccessError(f"{PICTURE_URL} cannot be cached: {error}.", _REMEDY) from error
     return picture
 
 
 def _download() -> bytes:
-    """What is at the picture's address, if it is the picture.
+    """Downloads the picture and checks its SHA-256.
 
     Raises:
-        AccessError: it is not, or there was no answer.
+        AccessError: its address serves something else, or does not answer.
     """
     try:
         with urlopen(PICTURE_URL, timeout=_TIMEOUT) as response:
             content: bytes = response.read(_LIMIT + 1)
     except HTTPError as error:
-        error.close()  # it is the response too
+        error.close()  # the error is also the response
         raise _not_downloaded(f"status {error.code}") from error
     except (OSError, HTTPException) as error:
         reason = getattr(error, "reason", error)
@@ -69,8 +69,8 @@ def _download() -> bytes:
     found = hashlib.sha256(content).hexdigest()
     if found != PICTURE_SHA256:
         raise AccessError(
-            f"What was downloaded from {PICTURE_URL} is not the picture that outputs were recorded "
-            f"on: its SHA-256 is {found}, expected {PICTURE_SHA256}.",
+            f"The download from {PICTURE_URL} is not the picture that outputs were recorded on: "
+            f"its SHA-256 is {found}, expected {PICTURE_SHA256}.",
             _REMEDY,
         )
     return content

@@ -1,4 +1,4 @@
-"""From what a user names - a file, a folder, a Hub repository - to files on this machine."""
+"""Finds or downloads the files of a source: a file, a folder or a Hub repository."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,10 +33,10 @@ class Fetched:
         config: the config.json beside it, if there is one.
         repo_id: the repository they come from; None for local files.
         revision: its commit; None for local files.
-        shards: the files that ``weights`` is the index of, if it is one.
-        digests: of its files by name, where the Hub told them: SHA-256 of large files, git's blob
-            ids of small ones.
-        moved_to: the repository's name today, where it is not ``repo_id`` any more.
+        shards: the files that ``weights`` lists, if it is an index.
+        digests: of its files, by name, as far as the Hub gives them: SHA-256 of large files, git's
+            blob ids of small ones.
+        moved_to: the repository's present name, if it is no longer ``repo_id``.
     """
 
     weights: Path
@@ -53,10 +53,10 @@ class Fetched:
         return sum(path.stat().st_size for path in self.shards or (self.weights,))
 
     def damaged(self, suspect: Path) -> list[str]:
-        """Names of its files of weights that are not what the Hub lists.
+        """Names of its files of weights whose digest differs from the Hub's.
 
         Args:
-            suspect: the only file that is read for that; an index stands for all its shards.
+            suspect: the only file that is checked; for an index, all its shards are.
         """
         parts = self.shards or (self.weights,)
         return [
@@ -69,7 +69,7 @@ class Fetched:
 
     @property
     def title(self) -> str:
-        """What to call it in a sentence: the repository or the path of the file."""
+        """Its name in a sentence: the repository or the path of the file."""
         return self.repo_id or str(self.weights)
 
 
@@ -80,24 +80,24 @@ def fetch(
     beside: Sequence[str] = (),
     check_weights: bool = True,
 ) -> Fetched:
-    """Finds a source's file of weights and its config.json, downloading what is not here yet.
+    """Finds a source's file of weights and its config.json; downloads files that are missing here.
 
-    Files of a repository are held against the digests that the Hub gives; a damaged one is fetched
-    once more.
+    The digests of a repository's files are compared with the Hub's; a damaged file is fetched once
+    more.
 
     Args:
         source: a file, a folder or a repository.
         access: how the Hub is reached.
-        beside: other files to download from a repository, where it has them.
-        check_weights: whether weights are held against their digests; not for whoever digests them
-            while they are read.
+        beside: other files to download from a repository, if it has them.
+        check_weights: whether the digests of weights are compared with the Hub's; not needed if
+            the caller computes them while it reads the weights.
 
     Raises:
-        UnreadableFileError: a local file is missing, a folder has no weights or several, or a file
-            of a repository is damaged and one more download is no better.
+        UnreadableFileError: a local file is missing, a folder has no file of weights or several, or
+            a file of a repository is damaged and arrived damaged again.
         AccessError: a repository or a file in it is missing, gated, or not in the cache when only
-            that may be used.
-        HubUnavailableError: the Hub is down, out of reach, or asks to wait.
+            the cache may be used.
+        HubUnavailableError: the Hub is down, cannot be reached, or asks to wait.
     """
     if isinstance(source, LocalSource):
         return _find(source.path)
@@ -108,7 +108,8 @@ def fetch_config(source: LocalSource | HubSource, access: Access) -> Path | None
     """Finds a source's config.json, without its weights; None if it has none.
 
     Raises:
-        AccessError: a repository is missing, gated, or not in the cache when only that may be used.
+        AccessError: a repository is missing, gated, or not in the cache when only the cache may be
+            used.
     """
     if isinstance(source, LocalSource):
         folder = source.path if source.path.is_dir() else source.path.parent
@@ -122,7 +123,7 @@ def fetch_first(source: HubSource, names: Sequence[str], access: Access) -> Path
     """Fetches the first of these files that a repository has; None if it has none of them.
 
     Raises:
-        AccessError, HubUnavailableError: as `explained` tells.
+        AccessError, HubUnavailableError: as in `explained`.
     """
     found = resolve(source.repo_id, source.revision, access)
     name = next((name for name in names if name in found.digests), None)
@@ -130,7 +131,10 @@ def fetch_first(source: HubSource, names: Sequence[str], access: Access) -> Path
 
 
 def fetched_already(source: LocalSource | HubSource | None, access: Access) -> Fetched | None:
-    """What this command has fetched of a repository; None for local files, and if it was not all.
+    """The files that this command has fetched from a repository.
+
+    Returns:
+        None for local files, and if not all files were fetched.
 
     Raises:
         UnreadableFileError: a small file of it is damaged in the cache.
@@ -146,22 +150,22 @@ def fetched_already(source: LocalSource | HubSource | None, access: Access) -> F
 
 
 def fetch_again(files: Sequence[tuple[Fetched, str]], access: Access) -> None:
-    """Downloads damaged files of repositories in place of those that are in the cache.
+    """Replaces files that are damaged in the cache: downloads them once more.
 
     Args:
-        files: by source and name.
+        files: the source and the name of each.
         access: how the Hub is reached.
 
     Raises:
         UnreadableFileError: only the cache may be used.
-        AccessError, HubUnavailableError: as `explained` tells.
+        AccessError, HubUnavailableError: as in `explained`.
     """
     for found, name in files:
         download_again(found.title, name, str(found.revision), access)
 
 
 def listed_digests(source: LocalSource | HubSource, access: Access) -> list[str]:
-    """SHA-256 of a source's weights, without fetching them; empty where nothing tells.
+    """SHA-256 of a source's weights, without fetching them; empty if the Hub does not give it.
 
     Raises:
         UnreadableFileError: local weights cannot be read.
@@ -203,7 +207,7 @@ def _named_shards(weights: Path) -> Sequence[str]:
 def _no_weights(place: str, names: Sequence[str]) -> str:
     weights = [name for name in names if name.endswith(WEIGHT_SUFFIXES)]
     if weights:
-        return f"{place} has several files of weights ({', '.join(weights[:5])}): name one of them."
+        return f"{place} has several files of weights ({', '.join(weights[:5])}): give one of them."
     return f"{place} has no file of weights ({', '.join(USUAL_NAMES)} or another *.safetensors)."
 
 
@@ -215,7 +219,7 @@ def _download(
     if name is None:
         raise _without_weights(found, access)
 
-    # small files first, so that what goes wrong does before gigabytes are fetched
+    # small files first, so that most errors come before gigabytes are fetched
     for other in beside:
         if other in found.digests:
             download(found, other, access)
@@ -242,7 +246,7 @@ def _download(
 
 
 def _without_weights(found: Snapshot, access: Access) -> AccessError:
-    """What to say of a repository in which no file of weights can be chosen."""
+    """The error for a repository in which no file of weights can be chosen."""
     names = sorted(found.digests)
     if access.offline and not any(name.endswith(WEIGHT_SUFFIXES) for name in names):
         return _without(found, " or ".join(USUAL_NAMES), access)
@@ -250,10 +254,10 @@ def _without_weights(found: Snapshot, access: Access) -> AccessError:
 
 
 def _without(found: Snapshot, missing: str, access: Access) -> AccessError:
-    """What to say of a repository, or of what the cache has of it, that lacks a file."""
+    """The error for a file that a repository lacks, or that the cache lacks if offline."""
     if not access.offline:
         return AccessError(f"{found.repo_id} at {found.revision} lacks {missing}.")
     there = ", ".join(sorted(found.digests)) or "none"
     return not_in_cache(
-        found.repo_id, found.revision, f"{missing} is missing (files that are there: {there})"
+        found.repo_id, found.revision, f"{missing} is missing (files in the cache: {there})"
     )
