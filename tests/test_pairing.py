@@ -170,7 +170,7 @@ def test_a_meta_file_that_is_not_what_its_name_says_is_refused(tmp_path: Path) -
     path = tmp_path / "dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd.pth"
     shutil.copy(TINY / "backbone_meta" / "tiny_panoptic_64.pth", path)
 
-    with pytest.raises(MismatchError, match="SHA-256 that begins with 8aa4cbdd"):
+    with pytest.raises(MismatchError, match=r"SHA-256 of .* expected 8aa4cbdd"):
         converter.convert("tiny_panoptic_64", tmp_path / "out", backbone=str(path))
     conversion = converter.convert(
         "tiny_panoptic_64", tmp_path / "out", backbone=str(path), allow_mismatch=True
@@ -186,7 +186,7 @@ def test_a_meta_file_that_is_what_its_name_says_passes(tmp_path: Path) -> None:
     conversion = converter.convert("tiny_panoptic_64", tmp_path / "out", backbone=str(path))
 
     assert conversion.pair[0] == PairCheck(
-        "file-name", "passed", f"The SHA-256 begins with {path.stem[-8:]}, as its name says."
+        "file-name", "passed", f"The file's SHA-256 begins with {path.stem[-8:]}, as its name says."
     )
 
 
@@ -205,7 +205,7 @@ def test_a_meta_file_trained_on_other_data_is_refused_by_its_name(
 
     assert check.status == "failed"
     assert (
-        "trained on sat493m, the delta was made from weights trained on lvd1689m" in check.finding
+        "trained on sat493m; the delta was made from weights trained on lvd1689m" in check.finding
     )
 
 

@@ -141,7 +141,7 @@ def test_a_size_that_is_not_published_needs_a_config() -> None:
     for name in [name for name in base if name.startswith("layer.11.")]:
         del base[name]
 
-    with pytest.raises(PlanError, match=r"384 wide, 11 layers.*none of the published"):
+    with pytest.raises(PlanError, match=r"384 wide, 11 layers.*no published backbone"):
         make_plan(tensors(SMALL["delta"]), base, None)
 
 
@@ -226,8 +226,8 @@ def test_a_delta_for_another_backbone_is_refused_with_both_sizes() -> None:
 
     assert "[1, 1, 384]" in caught.value.message
     assert "[1, 1, 768]" in caught.value.message
-    assert "it is of ViT-S (384 wide, 12 layers)" in caught.value.remedy
-    assert "the backbone given is ViT-B (768 wide, 12 layers)" in caught.value.remedy
+    assert "it fits ViT-S (384 wide, 12 layers)" in caught.value.remedy
+    assert "the given backbone is ViT-B (768 wide, 12 layers)" in caught.value.remedy
 
 
 def test_a_gated_backbone_of_the_same_width_is_refused() -> None:
@@ -242,7 +242,7 @@ def test_swapped_files_are_refused_as_swapped() -> None:
 
 def test_a_config_of_another_backbone_than_its_weights_is_named_as_the_cause() -> None:
     with pytest.raises(
-        PlanError, match=r"config\.json describes ViT-B .* its weights are of ViT-S"
+        PlanError, match=r"config\.json describes ViT-B .* its weights are those of ViT-S"
     ):
         make_plan(tensors(SMALL["delta"]), backbone("vits16"), config("vitb16"))
 
@@ -273,21 +273,21 @@ def test_a_missing_delta_tensor_is_named(name: str) -> None:
 def test_a_tensor_that_is_left_over_is_named() -> None:
     delta = tensors(SMALL["delta"] | {"network.surprise": [3, 4]})
 
-    with pytest.raises(PlanError, match=r"network\.surprise \[3, 4\] in the delta is left over"):
+    with pytest.raises(PlanError, match=r"network\.surprise \[3, 4\] in the delta is unexpected"):
         plan_of_small(delta=delta)
 
 
 def test_a_layer_too_many_is_left_over() -> None:
     extra = {"network.encoder.backbone.blocks.12.norm1.bias": [384]}
 
-    with pytest.raises(PlanError, match=r"blocks\.12\.norm1\.bias \[384\] .* left over"):
+    with pytest.raises(PlanError, match=r"blocks\.12\.norm1\.bias \[384\] .* unexpected"):
         plan_of_small(delta=tensors(SMALL["delta"] | extra))
 
 
 def test_a_wrong_shape_is_named_with_both_shapes() -> None:
     delta = tensors(SMALL["delta"] | {"network.q.weight": [200, 383]})
 
-    with pytest.raises(PlanError, match=r"\[200, 383\], the model needs \[200, 384\]"):
+    with pytest.raises(PlanError, match=r"\[200, 383\], expected \[200, 384\]"):
         plan_of_small(delta=delta)
 
 
@@ -295,7 +295,7 @@ def test_whole_numbers_are_no_weights() -> None:
     delta = tensors(SMALL["delta"])
     delta["network.q.weight"] = TensorInfo("I64", (200, 384), 0)
 
-    with pytest.raises(PlanError, match=r"network\.q\.weight in the delta holds I64"):
+    with pytest.raises(PlanError, match=r"network\.q\.weight in the delta has dtype I64, expected"):
         plan_of_small(delta=delta)
 
 

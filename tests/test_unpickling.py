@@ -410,5 +410,5 @@ def test_a_program_made_to_take_long_is_done_with_soon(program: bytes) -> None:
 
 def test_an_object_numbered_beyond_the_program_is_refused() -> None:
     for number in (b"p-1\n", b"p1000\n", b"r\xff\xff\xff\xff"):
-        with pytest.raises(ValueError, match="numbers more objects"):
+        with pytest.raises(ValueError, match="invalid number for an object"):
             read_pickle(b"N" + number + b".")

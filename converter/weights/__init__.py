@@ -1,1 +1,1 @@
-"""Files of weights: read, told apart, planned, merged and written."""
+"""Files of weights: read, recognised, planned, merged and written."""

@@ -1,4 +1,4 @@
-"""The published DINOv3 backbones: what their shapes do not tell, and what is known of their files.
+"""The published DINOv3 backbones: what their shapes do not show, and what is known of their files.
 
 Data from github.com/facebookresearch/dinov3 (README.md, hubconf.py) and, for the recorded outputs,
 huggingface/transformers models/dinov3_vit/convert_dinov3_vit_to_hf.py.
@@ -34,13 +34,14 @@ class KnownBackbone:
 
     Attributes:
         name: Meta's name for it.
-        title: what a sentence calls it.
-        hidden_size, num_hidden_layers, use_gated_mlp: by which it is recognised.
-        num_attention_heads: which no shape tells.
-        query_value_bias: whether queries and values have biases; a file may leave out zeros.
+        title: its name in a sentence.
+        hidden_size, num_hidden_layers, use_gated_mlp: the values by which it is recognised.
+        num_attention_heads: the shapes do not show it.
+        query_value_bias: whether queries and values have biases; a file may leave out biases that
+            are all zeros.
         meta_files: Meta's names of its files, by the data it was trained on; the eight digits
             before .pth are the first of the file's SHA-256.
-        outputs: what the weights trained on lvd1689m put out.
+        outputs: the outputs of the weights that were trained on lvd1689m.
     """
 
     name: str
@@ -55,7 +56,7 @@ class KnownBackbone:
 
     @property
     def size(self) -> tuple[int, int, bool]:
-        """(hidden size, layers, gated MLP), which tells the architectures apart."""
+        """(hidden size, layers, gated MLP): different for every architecture."""
         return self.hidden_size, self.num_hidden_layers, self.use_gated_mlp
 
 
@@ -226,12 +227,12 @@ KNOWN_BACKBONES: tuple[KnownBackbone, ...] = (
 
 
 def find_backbone(size: tuple[int, int, bool]) -> KnownBackbone | None:
-    """The published architecture of a size, as `KnownBackbone.size` gives it."""
+    """The published architecture of a size like `KnownBackbone.size`; None if there is none."""
     return next((known for known in KNOWN_BACKBONES if known.size == size), None)
 
 
 def size_of(weights: Translation) -> tuple[int, int, bool]:
-    """(hidden size, layers, gated MLP), as far as the shapes tell."""
+    """(hidden size, layers, gated MLP), by names and shapes of tensors; zeros if there are none."""
     norm = weights.shape("layernorm.weight") or (0,)
     layers = {split_number(name)[1] for name in weights.parts if name.startswith("layers.")}
     gated = any(name.endswith("mlp.gate_proj.weight") for name in weights.parts)
@@ -239,7 +240,7 @@ def size_of(weights: Translation) -> tuple[int, int, bool]:
 
 
 def size_in(config: Dinov3Config) -> tuple[int, int, bool]:
-    """(hidden size, layers, gated MLP), as a configuration says."""
+    """(hidden size, layers, gated MLP) by a configuration."""
     return config.hidden_size, config.num_hidden_layers, config.use_gated_mlp
 
 
@@ -254,17 +255,17 @@ def describe(size: tuple[int, int, bool]) -> str:
 def config_from_shapes(weights: Translation) -> Dinov3Config:
     """The configuration of a backbone that comes without a config.json.
 
-    Sizes are read off the shapes; the heads and the biases are those of the published architecture
-    of this size. Rotary base, epsilon and activations are the same in all of them.
+    Sizes are read from the shapes; the number of heads and the biases are those of the published
+    architecture of this size. Rotary base and epsilon are the same in all architectures.
 
     Raises:
-        PlanError: no published architecture has this size, or tensors that tell it are missing.
+        PlanError: no published architecture has this size, or tensors that show sizes are missing.
     """
     known = find_backbone(size_of(weights))
     if known is None:
         raise PlanError(
-            f"The backbone is {describe(size_of(weights))}, none of the published ones, and shapes "
-            "do not tell the number of its heads.",
+            f"The backbone is {describe(size_of(weights))}; no published backbone has this size, "
+            "and shapes do not show the number of heads.",
             "Give its config.json in transformers' format with --backbone-config.",
         )
     patches = weights.shape("embeddings.patch_embeddings.weight")
@@ -288,10 +289,10 @@ def config_from_shapes(weights: Translation) -> Dinov3Config:
 
 
 def published_repo(sha256: str) -> str | None:
-    """Where a file of Meta's is published in transformers' layout; None if the file is not known.
+    """The repository with a file of Meta's in transformers' layout; None if the file is unknown.
 
     Args:
-        sha256: of the file, whose first digits Meta's names carry.
+        sha256: of the file. Meta's file names contain its first digits.
     """
     for known in KNOWN_BACKBONES:
         for data, name in known.meta_files.items():

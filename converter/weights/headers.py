@@ -1,7 +1,7 @@
-"""What is in a file of tensors, read from its header: safetensors' and torch's formats.
+"""Reads the header of a file of tensors, in safetensors' or torch's format.
 
-What a header claims is checked against the file before anything is allocated for it, and nothing in
-a file is ever executed: these files come from strangers.
+These files come from strangers. So the claims of a header are checked against the file before
+memory is allocated for them, and nothing in a file is ever executed.
 """
 
 import json
@@ -28,9 +28,9 @@ from converter.weights.unpickling import (
 )
 from converter.zips import open_zip
 
-# Largest header, pickle, index or directory of a zip file, in bytes: ViT-7B's header has a fiftieth
-# of this, its pickle with an optimizer's state an eighth. What is parsed takes up to a hundred
-# times as much memory.
+# Largest header, pickle, index or directory of a zip file, in bytes. ViT-7B's header has a fiftieth
+# of this size, its pickle with an optimizer's state an eighth. Parsing takes up to a hundred times
+# as much memory.
 MAX_DESCRIPTION = 4 << 20
 
 _FETCH_AGAIN = "It may be damaged or cut off: fetch or copy it again."
@@ -57,14 +57,14 @@ ITEM_SIZES = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of a tensor.
+    """What a header says about a tensor.
 
     Attributes:
         dtype: safetensors' name of the element type, such as ``F32``.
         shape: its shape.
         offset: where its bytes begin in the file.
-        axes: the order in which its axes lie in the file, outermost first, where that is not their
-            own order (torch keeps the strides of a tensor in channels-last format, say).
+        axes: the order of its axes in the file, outermost first; None if it is the order of the
+            shape. It is not for a tensor that torch saved in channels-last format, for example.
     """
 
     dtype: str
@@ -89,8 +89,8 @@ class Record:
 
     Attributes:
         begin: where its bytes begin in the file.
-        length: how many there are.
-        crc32: of its bytes, by the zip file's directory; 0 where torch was told to write none.
+        length: the number of bytes.
+        crc32: of its bytes, by the zip file's directory; 0 if torch was set to write none.
     """
 
     begin: int
@@ -100,7 +100,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file of tensors holds.
+    """The content of a file of tensors.
 
     Attributes:
         format: ``safetensors`` or ``torch``.
@@ -114,15 +114,15 @@ class Header:
 
 
 def read_header(file: BinaryIO, size: int, path: Path) -> Header:
-    """Reads what a file holds, from its first byte on.
+    """Reads the header of a file that is open at its first byte.
 
     Args:
-        file: the file, open.
+        file: the open file.
         size: its size in bytes.
-        path: what to call it in messages.
+        path: its name in messages.
 
     Raises:
-        UnreadableFileError: it is of neither format, or breaks the rules of its own.
+        UnreadableFileError: it has neither format, or breaks the rules of its format.
     """
     start = file.read(8)
     if size == 0:
@@ -137,8 +137,8 @@ def read_header(file: BinaryIO, size: int, path: Path) -> Header:
         return Header("safetensors", _read_safetensors_header(file, size, path))
     if start[:1] == b"\x80":
         raise UnreadableFileError(
-            f"{path} is in torch's format from before version 1.6, or a plain pickle.",
-            "Load it with a torch that you trust it to, and torch.save it again.",
+            f"{path} is a plain pickle, or has torch's format from before version 1.6.",
+            "If you trust the file, load it with torch.load and save it again with torch.save.",
         )
     raise UnreadableFileError(
         f"{path} is neither a safetensors file nor a torch zip file.", _FETCH_AGAIN
@@ -153,7 +153,7 @@ def _invalid(path: Path, file_format: str, reason: str) -> UnreadableFileError:
 
 
 def _read_safetensors_header(file: BinaryIO, size: int, path: Path) -> Mapping[str, TensorInfo]:
-    """Reads a header as https://huggingface.co/docs/safetensors#format states it."""
+    """Reads a header in the format of https://huggingface.co/docs/safetensors#format."""
     broken = partial(_invalid, path, "safetensors")
     file.seek(0)
     start = file.read(8)
@@ -163,19 +163,19 @@ def _read_safetensors_header(file: BinaryIO, size: int, path: Path) -> Mapping[s
     if length > size - 8:
         raise broken(f"its header claims {length} bytes, the file has {size}")
     if length > MAX_DESCRIPTION:
-        raise broken(f"its header of {length} bytes is larger than any model's")
+        raise broken(f"its header has {length:,} bytes, the limit is {MAX_DESCRIPTION:,}")
     try:
         header = parse_json_object(file.read(length))
     except ValueError as error:
-        raise broken(f"its header is not the JSON that it should be ({error})") from error
+        raise broken(f"its header is not valid JSON ({error})") from error
 
     metadata = header.pop("__metadata__", {})
     if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
-        raise broken("its metadata is more than text")
+        raise broken("its metadata holds values that are not text")
     tensors = {}
     for name, entry in header.items():
         if not is_name(name):
-            raise broken(f"{shortened(name)} is no name of a tensor")
+            raise broken(f"{shortened(name)} is not a valid name of a tensor")
         try:
             dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         except (TypeError, KeyError, ValueError) as error:
@@ -184,7 +184,7 @@ def _read_safetensors_header(file: BinaryIO, size: int, path: Path) -> Mapping[s
             raise broken(f"{name!r} has the unknown dtype {shortened(dtype)}")
         if not (is_shape(shape) and is_count(begin) and is_count(end)):
             offsets = shortened([begin, end])
-            raise broken(f"{name!r} has the shape {shortened(shape)} and the offsets {offsets}")
+            raise broken(f"{name!r} has an invalid shape or offsets: {shortened(shape)}, {offsets}")
         tensors[name] = TensorInfo(dtype, tuple(shape), 8 + length + begin)
         if tensors[name].nbytes != end - begin:
             raise broken(
@@ -196,7 +196,11 @@ def _read_safetensors_header(file: BinaryIO, size: int, path: Path) -> Mapping[s
 
 
 def parse_json_object(data: bytes) -> dict[str, Any]:
-    """Parses a JSON object; a ValueError says why it is none, or has a name twice."""
+    """Parses a JSON object.
+
+    Raises:
+        ValueError: it is not a JSON object, or has a name twice.
+    """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = dict(pairs)
@@ -207,9 +211,9 @@ def parse_json_object(data: bytes) -> dict[str, Any]:
     try:
         content = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
     except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
+        raise ValueError("it is nested too deeply") from error
     if not isinstance(content, dict):
-        raise ValueError("it is no object")
+        raise ValueError("it is not an object")
     return content
 
 
@@ -222,7 +226,7 @@ def _check_without_gaps(
     position = begin
     for name, info in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if info.offset != position:
-            raise broken(f"{name!r} overlaps another tensor, or there is a gap before it")
+            raise broken(f"{name!r} overlaps another tensor, or has a gap before it")
         position += info.nbytes
     if position != end:
         raise broken(f"its tensors end at byte {position}, the file at byte {end}")
@@ -232,19 +236,20 @@ def _check_without_gaps(
 
 # https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT, 4.3.7 and 4.4.4
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
-_ENCRYPTED = 1 << 0 | 1 << 6 | 1 << 13  # of the flags: the record, strongly, the directory
-_SIZES_FOLLOW = 1 << 3  # as torch writes it, with zeros for the sizes in the header
+# bits of the flags
+_ENCRYPTED = 1 << 0 | 1 << 6 | 1 << 13  # the record, the record strongly, the directory
+_SIZES_FOLLOW = 1 << 3  # torch sets it, and writes zeros as the sizes in the header
 _UTF_8 = 1 << 11
-_ZIP64 = 2**32 - 1  # instead of a size that is in the extra field
+_ZIP64 = 2**32 - 1  # in place of a size that is in the extra field
 
 
 def _read_torch_header(file: BinaryIO, path: Path) -> Header:
-    """Reads where torch.save put each tensor: a bare state dict, or one under ``state_dict``."""
+    """Reads where torch.save put each tensor of a state dict, or of one under ``state_dict``."""
     broken = partial(_invalid, path, "torch")
     records = _zip_records(file, broken)
     roots = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(roots) != 1:
-        raise broken("it is a zip file without the one data.pkl that torch writes")
+        raise broken(f"it is a zip file with {len(roots)} files data.pkl, expected one")
     root = roots[0].removesuffix("data.pkl")
 
     order = records.get(f"{root}byteorder", Record(0, 0, 0))
@@ -253,13 +258,13 @@ def _read_torch_header(file: BinaryIO, path: Path) -> Header:
         raise broken("its numbers are not little-endian")
     pickle = records[f"{root}data.pkl"]
     if pickle.length > MAX_DESCRIPTION:
-        raise broken(f"its pickle of {pickle.length} bytes is larger than any checkpoint's")
+        raise broken(f"its pickle has {pickle.length:,} bytes, the limit is {MAX_DESCRIPTION:,}")
     file.seek(pickle.begin)
     try:
         content = read_pickle(file.read(pickle.length))
     except UnsafePickleError as error:
         raise UnreadableFileError(
-            f"{path} asks to run code when it is loaded: it names {error}. Nothing of it was run.",
+            f"{path} would run code when it is loaded: it names {error}. None of it was run.",
             "Weights never need that. Do not load this file with torch.load either.",
         ) from error
     except ValueError as error:
@@ -269,20 +274,21 @@ def _read_torch_header(file: BinaryIO, path: Path) -> Header:
         content = content["state_dict"]
     if not isinstance(content, dict) or not content:
         raise UnreadableFileError(
-            f"{path} holds neither a state dict nor one under 'state_dict'.",
+            f"{path} holds no state dict, neither at its top level nor under 'state_dict'.",
             "Save model.state_dict(), not the model.",
         )
     tensors = {}
     for name, value in content.items():
         if not is_name(name):
-            raise broken(f"{shortened(name)} is no name of a tensor")
+            raise broken(f"{shortened(name)} is not a valid name of a tensor")
         if isinstance(value, Inert):
             raise UnreadableFileError(
-                f"{name} in {path} needs {value.name}, which no plain tensor does; it was refused.",
+                f"{name} in {path} is not a plain tensor: loading it needs {value.name}, which is "
+                "not supported.",
                 "Save the weights as plain tensors: {k: v.detach() for k, v in ...items()}.",
             )
         if not isinstance(value, PickledTensor):
-            raise broken(f"the entry {name!r} of its state dict is no tensor")
+            raise broken(f"the entry {name!r} of its state dict is not a tensor")
         tensors[name] = _torch_tensor(name, value, records, root, broken)
     return Header("torch", tensors, records)
 
@@ -296,7 +302,7 @@ def _torch_tensor(
 ) -> TensorInfo:
     storage = tensor.storage
     if f"{root}data/{storage.key}" not in records:
-        raise broken(f"the numbers of {name!r} (record {shortened(storage.key)}) are not in it")
+        raise broken(f"it lacks the record {shortened(storage.key)}, the elements of {name!r}")
     record = records[f"{root}data/{storage.key}"]
     item_size = ITEM_SIZES[storage.dtype]
     axes = _axes_by_stride(tensor.shape, tensor.stride)
@@ -321,7 +327,7 @@ def _torch_tensor(
 
 
 def _axes_by_stride(shape: Sequence[int], stride: Sequence[int]) -> list[int] | None:
-    """The axes from the outermost to the innermost in memory; None if that has gaps or repeats."""
+    """The axes from outermost to innermost in memory; None if the memory has gaps or repeats."""
     axes = sorted(range(len(shape)), key=lambda axis: -stride[axis])
     if 0 in shape:
         return sorted(axes)
@@ -335,11 +341,11 @@ def _axes_by_stride(shape: Sequence[int], stride: Sequence[int]) -> list[int] | 
 
 
 def _zip_records(file: BinaryIO, broken: Callable[[str], UnreadableFileError]) -> dict[str, Record]:
-    """Where each record of an uncompressed zip file lies, of which nothing is said twice over."""
+    """Where each record of an uncompressed zip file is; its headers agree with its directory."""
     try:
         with open_zip(file, MAX_DESCRIPTION) as archive:
             entries, directory = archive.infolist(), archive.start_dir
-    # what zipfile was seen to raise on damaged files, beside its own exception
+    # exceptions that zipfile was seen to raise on damaged files, besides its own
     except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, OSError) as error:
         raise broken(f"its zip directory cannot be read ({error})") from error
     except (struct.error, OverflowError, LookupError) as error:
@@ -348,9 +354,14 @@ def _zip_records(file: BinaryIO, broken: Callable[[str], UnreadableFileError]) -
     position = 0
     for entry in sorted(entries, key=lambda entry: entry.header_offset):
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & _ENCRYPTED:
-            raise broken(f"record {entry.filename!r} is compressed or encrypted, torch's never are")
+            raise broken(
+                f"record {entry.filename!r} is compressed or encrypted; torch does neither"
+            )
         if entry.compress_size != entry.file_size:
-            raise broken(f"record {entry.filename!r} has two different sizes")
+            raise broken(
+                f"record {entry.filename!r} is not compressed, but has two different sizes, "
+                f"{entry.compress_size} and {entry.file_size}"
+            )
         if entry.filename in records:
             raise broken(f"record {entry.filename!r} occurs twice")
         if entry.header_offset < position:
@@ -361,7 +372,7 @@ def _zip_records(file: BinaryIO, broken: Callable[[str], UnreadableFileError]) -
             header = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
             signature, *_, name_length, extra_length = header
             if signature != b"PK\x03\x04":
-                raise broken(f"record {entry.filename!r} has no header of its own")
+                raise broken(f"record {entry.filename!r} has no header before it")
             begin = position + name_length + extra_length
             position = begin + entry.file_size
             records[entry.filename] = Record(begin, entry.file_size, entry.CRC)
@@ -377,10 +388,10 @@ def _zip_records(file: BinaryIO, broken: Callable[[str], UnreadableFileError]) -
 
 
 def _contradiction(file: BinaryIO, entry: zipfile.ZipInfo) -> str:
-    """How the header before a record differs from its entry in the directory; empty if nowhere.
+    """How the header before a record differs from its entry in the directory; empty if it agrees.
 
-    Of two things that a file says, its readers take different ones: what was checked by one is not
-    what another loads.
+    If the two differ, some readers follow the header and others the directory, and a reader may
+    load something else than was checked here.
     """
     file.seek(entry.header_offset)
     header = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
@@ -401,14 +412,14 @@ def _contradiction(file: BinaryIO, entry: zipfile.ZipInfo) -> str:
         return f"its CRC-32 is {crc32:08x}, not {entry.CRC:08x}"
     file.seek(entry.file_size, os.SEEK_CUR)
     descriptor = file.read(24)
-    if follow and descriptor.startswith(b"PK\x07\x08"):  # which empty records lack
+    if follow and descriptor.startswith(b"PK\x07\x08"):  # empty records have no descriptor
         short = entry.file_size % 2**32
         right = (
             struct.pack("<4xLLL", entry.CRC, short, short),
             struct.pack("<4xLQQ", entry.CRC, entry.file_size, entry.file_size),
         )
         if not (bytes(4) + descriptor[4:]).startswith(right):
-            return "the CRC-32 or the sizes that follow the record are others"
+            return "the CRC-32 or the sizes that follow the record differ"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""What is in a file of weights: its layout, its tensors, and whether it is a delta."""
+"""Inspects a file of weights: its layout, its tensors, and whether it is a delta."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ WeightsKind = Literal["delta", "absolute"]
 
 @dataclass(frozen=True)
 class Sign:
-    """One sign of whether EoMT weights are a delta to a backbone or absolute.
+    """One sign that EoMT weights are a delta to a backbone, or that they are absolute.
 
     Attributes:
         finding: what was found, in a sentence.
-        speaks_for: what it is a sign of.
+        speaks_for: the kind of weights that it is a sign of.
     """
 
     finding: str
@@ -29,17 +29,17 @@ class Sign:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a file of weights is.
+    """What was found in a file of weights.
 
     Attributes:
         format: ``safetensors`` or ``torch``.
-        layout: name of the layout, None if it is none that is known.
-        title: what a sentence calls it.
-        weights: whether the weights are a delta or absolute; None where that cannot be told.
-        evidence: the signs that this was decided from.
-        tensors: name, dtype and shape of every tensor.
+        layout: name of the layout; None if it is not a supported one.
+        title: the layout in words.
+        weights: whether the weights are a delta or absolute; None if that cannot be decided.
+        evidence: the signs that decide this.
+        tensors: dtype and shape of every tensor, by name.
         parameters: number of elements of all tensors.
-        wrong_checksums: records of a torch file that have another CRC-32 than it names.
+        wrong_checksums: records of a torch file whose CRC-32 differs from the file's directory.
     """
 
     format: str
@@ -68,10 +68,10 @@ class Inspection:
 
 
 def inspect(file: TensorFile | ShardedTensorFile) -> Inspection:
-    """Looks at a file's header, at the small tensors that tell a delta, and at the checksums.
+    """Inspects a file's header, the small tensors that distinguish a delta, and the checksums.
 
     Raises:
-        UnreadableFileError: the file ends before one of these tensors does.
+        UnreadableFileError: one of these tensors cannot be read.
     """
     layout = recognise(file.tensors)
     evidence = signs_of_a_delta(file) if layout is EOMT_TUE else ()
@@ -81,7 +81,7 @@ def inspect(file: TensorFile | ShardedTensorFile) -> Inspection:
     return Inspection(
         format=file.format,
         layout=layout.name if layout else None,
-        title=layout.title if layout else "no layout that is known",
+        title=layout.title if layout else "not a supported layout",
         weights=kind,
         evidence=evidence,
         tensors={name: (info.dtype, info.shape) for name, info in file.tensors.items()},
@@ -91,7 +91,7 @@ def inspect(file: TensorFile | ShardedTensorFile) -> Inspection:
 
 
 def signs_of_a_delta(file: TensorFile | ShardedTensorFile) -> tuple[Sign, ...]:
-    """Signs of whether weights in TU/e's layout are a delta to a backbone, or absolute."""
+    """Signs that weights in TU/e's layout are a delta to a backbone, or that they are absolute."""
     import numpy as np
 
     names = {plain_name(name): name for name in file.tensors}
@@ -100,9 +100,11 @@ def signs_of_a_delta(file: TensorFile | ShardedTensorFile) -> tuple[Sign, ...]:
         std = file.read(names["network.encoder.pixel_std"]).reshape(-1)
         values = ", ".join(f"{value:g}" for value in std[:3])
         if not std.any():
-            signs.append(Sign(f"pixel_std is {values}: the same as the backbone's", "delta"))
+            finding = f"pixel_std is {values}: no difference from the backbone's"
+            signs.append(Sign(finding, "delta"))
         elif (std > 0).all():
-            signs.append(Sign(f"pixel_std is {values}: a deviation of pixels", "absolute"))
+            finding = f"pixel_std is {values}: a standard deviation of pixels"
+            signs.append(Sign(finding, "absolute"))
 
     norms = [
         name
@@ -114,7 +116,7 @@ def signs_of_a_delta(file: TensorFile | ShardedTensorFile) -> tuple[Sign, ...]:
         weights = np.concatenate([file.read(name).reshape(-1) for name in norms])
         mean, positive = float(weights.mean()), float((weights > 0).mean())
         finding = f"layer norm weights have the mean {mean:.2f}, {positive:.0%} are positive"
-        # Trained layer norms scale by positive numbers; what training changed has either sign.
+        # Trained layer norm weights are positive; the changes by training have either sign.
         if positive > 0.95 and mean > 0.1:
             signs.append(Sign(finding, "absolute"))
         elif positive < 0.8:
@@ -123,6 +125,6 @@ def signs_of_a_delta(file: TensorFile | ShardedTensorFile) -> tuple[Sign, ...]:
 
 
 def decide(evidence: Sequence[Sign]) -> WeightsKind | None:
-    """What the evidence speaks for; None if there is none or it is mixed."""
+    """The kind of weights that all signs agree on; None if there are no signs or they are mixed."""
     kinds = {sign.speaks_for for sign in evidence}
     return kinds.pop() if len(kinds) == 1 else None

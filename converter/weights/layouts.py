@@ -1,8 +1,8 @@
-"""The layouts that weights come in: one table each, from its names to the canonical ones.
+"""The layouts of weights: one table for each, from its names to the canonical ones.
 
-The canonical names are those of transformers' `EomtDinov3ForUniversalSegmentation`. In a table the
-upstream name stands on the left; on the right stands the canonical name, several of them for a
-fused tensor, or why a tensor is dropped. ``{}`` is the number of a layer or block.
+The canonical names are those of transformers' `EomtDinov3ForUniversalSegmentation`. The left side
+of a table has the upstream name. The right side has the canonical name, several names for a fused
+tensor, or the reason why the tensor is dropped. ``{}`` is the number of a layer or block.
 """
 
 import re
@@ -19,14 +19,14 @@ Kind = Literal["backbone", "eomt"]
 
 @dataclass(frozen=True)
 class Dropped:
-    """Why a tensor has no place in a converted model."""
+    """The reason why a converted model does not have a tensor."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Fused:
-    """Tensors that are stored as one, along its first axis, in equal parts."""
+    """Tensors that are stored as one, as equal parts of its first axis."""
 
     parts: tuple[str | Dropped, ...]
 
@@ -39,10 +39,10 @@ class Layout:
     """A layout of weights.
 
     Attributes:
-        name: what ``inspect`` calls it.
-        title: what a sentence calls it.
+        name: its name in the output of ``inspect``.
+        title: its name in a sentence.
         kind: whether such a file is a backbone or a whole segmentation model.
-        signature: names that are all in such a file, and not all in a file of another layout.
+        signature: names that all occur in such a file; a file of another layout lacks some.
         table: upstream name -> canonical name, or why it is dropped.
     """
 
@@ -53,7 +53,7 @@ class Layout:
     table: Mapping[str, Target]
 
     def target(self, name: str) -> tuple[str | Dropped, ...]:
-        """What becomes of a tensor, or of each part of a fused one; nothing if it is unknown."""
+        """The canonical name of each part of a tensor, or why it is dropped; () if unknown."""
         pattern, number = (name, "") if name in self.table else split_number(name)
         target = self.table.get(pattern)
         if target is None:
@@ -63,12 +63,12 @@ class Layout:
 
 
 def split_number(name: str) -> tuple[str, str]:
-    """Takes the first number out of a name: ``layer.7.norm.bias`` -> ``layer.{}.norm.bias``, 7."""
+    """Splits the first number from a name: ``layer.7.norm.bias`` -> ``layer.{}.norm.bias``, 7."""
     match = re.fullmatch(r"(.*?\.)(\d+)(\..*)", name)
     return (f"{match[1]}{{}}{match[3]}", match[2]) if match else (name, "")
 
 
-# The names inside a layer are the same everywhere but in Meta's and timm's files: TU/e trains
+# The names inside a layer are the same in all layouts but Meta's and timm's: TU/e trains
 # transformers' backbone.
 LAYER = (
     "norm1.weight",
@@ -94,9 +94,9 @@ LAYER = (
 )
 
 _MASK_TOKEN = Dropped("only masked image modelling uses it")
-_LOCAL_NORM = Dropped("only training normalises local crops")
+_LOCAL_NORM = Dropped("only training uses it, for local crops")
 _MASK_SCHEDULE = Dropped("masked attention fades out in training; the model gets zeros (off)")
-_PIXEL_STATISTICS = Dropped("preprocessor_config.json has mean and deviation")
+_PIXEL_STATISTICS = Dropped("preprocessor_config.json has the mean and standard deviation")
 
 _QKV_WEIGHT = Fused(
     (
@@ -142,11 +142,11 @@ DINOV3_META = Layout(
         "blocks.{}.attn.qkv.bias": Fused(
             (
                 "layers.{}.attention.q_proj.bias",
-                Dropped("the key has no bias: bias_mask switches it off"),
+                Dropped("keys have no bias: bias_mask switches it off"),
                 "layers.{}.attention.v_proj.bias",
             )
         ),
-        "blocks.{}.attn.qkv.bias_mask": Dropped("what it switches off is dropped"),
+        "blocks.{}.attn.qkv.bias_mask": Dropped("the bias that it switches off is dropped"),
         "blocks.{}.attn.proj.weight": "layers.{}.attention.o_proj.weight",
         "blocks.{}.attn.proj.bias": "layers.{}.attention.o_proj.bias",
         "blocks.{}.ls1.gamma": "layers.{}.layer_scale1.lambda1",
@@ -252,8 +252,8 @@ class ModelTensor:
     """A tensor of the model, described by the fields of its configuration.
 
     Attributes:
-        shape: numbers, and the fields that hold them.
-        only_if: the fields that must all be true for the model to have it.
+        shape: the length of each axis: a number, or the name of the field that holds it.
+        only_if: fields; the model has the tensor only if they are all true.
     """
 
     shape: tuple[str | int, ...]
@@ -316,7 +316,7 @@ MODEL: Mapping[str, ModelTensor] = {
     "upscale_block.block.{}.layernorm2d.weight": _tensor("hidden_size"),
 }
 
-# how many there are of what is numbered
+# the field with the number of layers or blocks, by the beginning of a numbered name
 _COUNTS = {"layers": "num_hidden_layers", "upscale_block": "num_upscale_blocks"}
 
 
@@ -357,7 +357,7 @@ def recognise(names: Iterable[str]) -> Layout | None:
 
 
 def plain_name(name: str) -> str:
-    """A name without the prefix that torch.compile gives the modules it wraps."""
+    """A name without the prefix that torch.compile adds to the modules that it wraps."""
     return name.replace("_orig_mod.", "")
 
 
@@ -367,8 +367,8 @@ class Part:
 
     Attributes:
         name: its name in the file.
-        index: which part, from 0.
-        count: of how many parts along the first axis; 1 for the whole tensor.
+        index: number of the part, from 0.
+        count: number of equal parts along the first axis; 1 for the whole tensor.
     """
 
     name: str
@@ -385,10 +385,10 @@ class Translation:
 
     Attributes:
         layout: the file's layout.
-        tensors: what its header says, by its own names.
-        parts: where each canonical tensor is in it.
-        dropped: what is left out, and why.
-        unknown: names that the layout does not have.
+        tensors: what its header says, by the names in the file.
+        parts: where each canonical tensor is in the file.
+        dropped: tensors that are left out, and why.
+        unknown: names in the file that the layout does not have.
     """
 
     layout: Layout
@@ -403,7 +403,8 @@ class Translation:
         if part is None:
             return None
         shape = self.tensors[part.name].shape
-        # a fused tensor that does not divide keeps its shape, which no tensor of the model has
+        # A fused tensor whose first axis cannot be divided keeps its shape. It then differs from
+        # the model's, which is reported.
         if part.count > 1 and shape and shape[0] % part.count == 0:
             return (shape[0] // part.count, *shape[1:])
         return shape
@@ -424,7 +425,9 @@ def translate(tensors: Mapping[str, TensorInfo], layout: Layout) -> Translation:
             if isinstance(target, Dropped):
                 dropped.append((part, target.reason))
             elif target in parts:
-                raise PlanError(f"{parts[target]} and {part} are both {target}.")
+                raise PlanError(
+                    f"{parts[target]} and {part} are both {target}, expected one of them."
+                )
             else:
                 parts[target] = part
         if not targets:

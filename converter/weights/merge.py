@@ -1,4 +1,4 @@
-"""Carries a plan out: one row at a time, in a memory that does not grow with the model."""
+"""Carries out a plan row by row, so that memory use does not grow with the model."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
@@ -17,11 +17,11 @@ from converter.weights.writing import Sharding, WeightsWriter, shard
 if TYPE_CHECKING:
     from converter.weights.tensorfiles import Array
 
-# elements that are read, added, digested and written at a time: 2 MiB of float32, so that the few
-# buffers they pass through stay in the processor's cache
+# number of elements that are read, added, digested and written at a time: 2 MiB of float32, so that
+# the few buffers for them stay in the processor's cache
 CHUNK = 1 << 19
 
-# tensors that do not count as parameters of a model
+# tensors that are not parameters of the model
 BUFFERS = ("attn_mask_probs", "criterion.empty_weight")
 
 Files = Mapping[Source, TensorFile | ShardedTensorFile]
@@ -29,14 +29,14 @@ Files = Mapping[Source, TensorFile | ShardedTensorFile]
 
 @dataclass(frozen=True)
 class Merged:
-    """What was written.
+    """The digests of the files that `merge` wrote and read.
 
     Attributes:
         files: size and digest of every file that was written.
         tensors: digest of every tensor's little-endian bytes, by name.
         inputs: size and digest of every file that was read, by source.
-        wrong_checksums: names of records whose bytes have not the CRC-32 that their torch file
-            names, by source.
+        wrong_checksums: records of torch files whose CRC-32 differs from the file's directory, by
+            source.
     """
 
     files: Digests
@@ -46,7 +46,7 @@ class Merged:
 
 
 def sharding_of(plan: Plan, max_shard_size: int | None = None) -> Sharding:
-    """The files that a plan's tensors go to, none of them larger than this many bytes."""
+    """The files for a plan's tensors, with at most ``max_shard_size`` bytes of tensors in each."""
     return shard(
         {row.name: (row.dtype, row.shape) for row in plan.rows},
         max_shard_size,
@@ -65,26 +65,26 @@ def merge(
 ) -> Merged:
     """Writes a plan's tensors to a folder, as model.safetensors or its shards.
 
-    Sums are taken in float32 and rounded once, to the plan's type. Digests of the inputs, of every
-    tensor and of the outputs are computed on the way.
+    Sums are computed in float32 and rounded once, to the plan's type. Digests of the inputs, of
+    every tensor and of the outputs are computed at the same time.
 
     Args:
-        plan: what to write.
+        plan: the rows to write.
         files: the sources that its rows name.
         folder: where to write.
-        max_shard_size: bytes of tensors in a file; None for one file.
+        max_shard_size: limit for the bytes of tensors in a file; None for one file.
         allow_nonfinite: whether weights may be NaN or infinite.
-        advance: called with the number of bytes written since it was called last.
+        advance: called with the number of bytes that were written since its last call.
 
     Raises:
-        UnreadableFileError: a source was changed meanwhile, or a weight is NaN, infinite or too
-            large for its type.
+        UnreadableFileError: a source was changed during the merge, or a weight is NaN, infinite or
+            too large for its type.
         OSError: a file cannot be written.
     """
     digests = {row.name: hashlib.sha256() for row in plan.rows}
-    # SHA-256 takes most of the time and leaves the interpreter free: two threads for each input
-    # read it for digest and checksums, while the one that computes hands each chunk to two that
-    # digest and write it.
+    # SHA-256 takes most of the time, and releases the interpreter lock. So two threads for each
+    # input read it for its digest and its checksums. This thread computes the chunks, and two more
+    # threads digest and write them.
     with (
         WeightsWriter(folder, sharding_of(plan, max_shard_size)) as writer,
         ThreadPoolExecutor(2 * len(files) + 2) as threads,  # ends before the writer
@@ -114,9 +114,9 @@ def _finish(pending: list[Future[None]]) -> None:
 
 
 def _chunks(plan: Plan, files: Files, allow_nonfinite: bool) -> Iterator[tuple[Row, "Array"]]:
-    """The elements of every row, a chunk at a time, as flat arrays of the row's type.
+    """The elements of every row in chunks, as flat arrays of the row's type.
 
-    A chunk is overwritten when the one after the next is asked for.
+    There are two buffers: a chunk stays valid while the next one is computed, and no longer.
     """
     import numpy as np
 
@@ -124,7 +124,7 @@ def _chunks(plan: Plan, files: Files, allow_nonfinite: bool) -> Iterator[tuple[R
     for row in plan.rows:
         for start in range(0, row.size, CHUNK):
             stop = min(start + CHUNK, row.size)
-            # what overflows is an error below, or was asked for
+            # an overflow is an error below, unless allow_nonfinite is set
             with np.errstate(over="ignore", invalid="ignore"):
                 chunk = compute(row, files, start, stop, buffer, addend)
                 rounded = round_to(chunk, row.dtype)
@@ -137,7 +137,7 @@ def _chunks(plan: Plan, files: Files, allow_nonfinite: bool) -> Iterator[tuple[R
 def compute(
     row: Row, files: Files, start: int, stop: int, buffer: "Array", addend: "Array"
 ) -> "Array":
-    """Elements [start, stop) of a row in float32, in ``buffer`` if they can be put there."""
+    """Computes elements [start, stop) of a row in float32, in ``buffer`` if possible."""
     import numpy as np
 
     values = buffer[: stop - start]
@@ -164,9 +164,9 @@ def compute(
 def read_operand(
     operand: Operand, row: Row, files: Files, start: int, stop: int, out: "Array | None" = None
 ) -> "Array":
-    """Elements [start, stop) of an operand, which has as many as its row, in float32.
+    """Reads elements [start, stop) of a row's operand in float32; it has the size of the row.
 
-    They are read into ``out`` where they fit, as in `TensorFile.read`.
+    They are read into ``out`` if possible, as in `TensorFile.read`.
     """
     import numpy as np
 
@@ -178,7 +178,12 @@ def read_operand(
 
 
 def round_to(values: "Array", dtype: str) -> "Array":
-    """Rounds float32 numbers to the nearest of a type, ties to even; bfloat16 comes as its bits."""
+    """Rounds float32 to the nearest number of a type, ties to even; bfloat16 is returned as bits.
+
+    Args:
+        values: in float32.
+        dtype: F32, F16 or BF16.
+    """
     import numpy as np
 
     if dtype == "F32":
@@ -187,7 +192,7 @@ def round_to(values: "Array", dtype: str) -> "Array":
         return values.astype(np.float16)
     bits = values.view(np.uint32)
     rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
-    # rounding up could carry a NaN's last bits into a number
+    # rounding up could turn the bits of a NaN into those of a number
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
@@ -196,31 +201,31 @@ def _check_finite(
 ) -> None:
     import numpy as np
 
-    # A finite sum has only finite terms, and is cheaper to take than a mask of every element.
+    # If the sum is finite, so are its terms; it is cheaper to compute than a mask of all elements.
     if np.isfinite(chunk.sum()) or np.isfinite(chunk).all():
         if row.dtype == "F32" or _all_finite(rounded):
             return
         raise UnreadableFileError(
             f"{row.name} overflows {row.dtype}: its largest value is {np.abs(chunk).max():.3g}.",
-            "Choose --dtype bfloat16 or float32; --allow-nonfinite converts it all the same.",
+            "Choose --dtype bfloat16 or float32; --allow-nonfinite converts it anyway.",
         )
     for operand in row.operands:
         if not np.isfinite(read_operand(operand, row, files, start, stop)).all():
             path = files[operand.source].path
             raise UnreadableFileError(
                 f"{operand.part} in the {operand.source} ({path.name}) holds NaN or infinity.",
-                "The file may be damaged; --allow-nonfinite converts it all the same.",
+                "The file may be damaged; --allow-nonfinite converts it anyway.",
                 damaged=path,
             )
     raise UnreadableFileError(
         f"{row.name} overflows float32: {row.recipe}.",
-        "--allow-nonfinite converts it all the same.",
+        "--allow-nonfinite converts it anyway.",
     )
 
 
 def _all_finite(rounded: "Array") -> bool:
     import numpy as np
 
-    if rounded.dtype == np.uint16:  # bfloat16: an exponent of ones is what is not finite
+    if rounded.dtype == np.uint16:  # bfloat16: NaN and infinity have an exponent of only ones
         return not bool(((rounded & 0x7F80) == 0x7F80).any())
     return bool(np.isfinite(rounded).all())

@@ -1,7 +1,7 @@
-"""Does the pair belong together? What can be known of it before anyone loads the result.
+"""Checks whether a delta and a backbone belong together, without running the result.
 
-Shapes agree for any two trainings of one architecture, so a delta can be added to backbone weights
-that it was not made from. The result runs, and segments nonsense.
+The shapes of any two trainings of one architecture agree, so a delta can be added to backbone
+weights that it was not made from. The result runs, but its segments are nonsense.
 """
 
 import math
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 File = TensorFile | ShardedTensorFile
 
-# Of the largest tensors, this many are looked at, and of each this many elements.
+# how many of the largest tensors are checked, and how many elements of each
 _TENSORS, _ELEMENTS = 12, 1 << 16
 
-# Standard deviations by which a right pair must stand out from other weights.
+# number of standard deviations by which a right pair must differ from other weights
 _SIGNIFICANT = 6.0
 
 
@@ -40,8 +40,8 @@ class PairCheck:
 
     Attributes:
         check: its name.
-        status: what came of it; ``flagged`` is what statistics say, which may have their reasons.
-        finding: what was found, or why nothing could be, in a sentence.
+        status: its result; ``flagged`` if statistics are unusual, which can have other causes.
+        finding: what was found, or why nothing could be checked, in a sentence.
     """
 
     check: str
@@ -56,14 +56,14 @@ class PairCheck:
 def check_pair(
     backbone: File, delta: File, plan: Plan, *, expected_data: str | None
 ) -> tuple[PairCheck, ...]:
-    """Every check that needs nothing but the two files.
+    """Runs every check that needs only the two files.
 
     Args:
         backbone: the backbone's file.
         delta: the delta's file.
         plan: how they are added.
-        expected_data: the data that the delta's backbone was trained on, such as ``lvd1689m``,
-            where that is known.
+        expected_data: the data that the delta's backbone was trained on, such as ``lvd1689m``; None
+            if that is not known.
     """
     return (
         check_file_name(backbone, expected_data),
@@ -74,7 +74,7 @@ def check_pair(
 
 
 def check_absolute(evidence: Sequence[Sign]) -> PairCheck:
-    """Whether weights that are said to be absolute look like a delta."""
+    """Checks whether weights that were given as absolute look like a delta."""
     kind = decide(evidence)
     findings = "; ".join(sign.finding for sign in evidence)
     if kind == "delta":
@@ -85,18 +85,18 @@ def check_absolute(evidence: Sequence[Sign]) -> PairCheck:
 
 
 def check_file_name(backbone: File, expected_data: str | None) -> PairCheck:
-    """Holds the digits in the name of one of Meta's files against the file's SHA-256."""
+    """Compares the digits in the name of one of Meta's files with the file's SHA-256."""
     name = backbone.path.name
     match = re.search(r"-([0-9a-f]{8})\.pth$", name)
     if match is None or isinstance(backbone, ShardedTensorFile):
-        return PairCheck("file-name", "not checked", "Only Meta's file names carry a digest.")
+        return PairCheck("file-name", "not checked", "Only Meta's file names contain a digest.")
     digest = backbone.sha256()
     if not digest.startswith(match[1]):
         return PairCheck(
             "file-name",
             "failed",
-            f"{name} should have a SHA-256 that begins with {match[1]}; it is {digest[:8]}...: the "
-            "file is damaged, or another one was given its name.",
+            f"The SHA-256 of {name} is {digest[:8]}..., expected {match[1]}...: the file is "
+            "damaged, or it is another file under this name.",
         )
     data = {
         file[-12:-4]: data for known in KNOWN_BACKBONES for data, file in known.meta_files.items()
@@ -105,40 +105,48 @@ def check_file_name(backbone: File, expected_data: str | None) -> PairCheck:
         return PairCheck(
             "file-name",
             "failed",
-            f"{name} was trained on {data}, the delta was made from weights trained on "
+            f"{name} was trained on {data}; the delta was made from weights trained on "
             f"{expected_data}.",
         )
     return PairCheck(
-        "file-name", "passed", f"The SHA-256 begins with {match[1]}, as its name says."
+        "file-name", "passed", f"The file's SHA-256 begins with {match[1]}, as its name says."
     )
 
 
 def check_local_norm(backbone: File, expected_data: str | None) -> PairCheck:
-    """Of Meta's ViT-L files, the one trained on sat493m has local_cls_norm, the other has not."""
+    """Checks which data one of Meta's ViT-L files was trained on: sat493m has local_cls_norm."""
     layout = recognise(backbone.tensors)
     if layout is not DINOV3_META:
         return PairCheck("local-cls-norm", "not checked", "Only Meta's layout has local_cls_norm.")
     size = size_of(translate(backbone.tensors, layout))
     known = find_backbone(size)
     if known is None or known.name != "vitl16":
-        return PairCheck("local-cls-norm", "not checked", f"It tells nothing of {describe(size)}.")
+        return PairCheck(
+            "local-cls-norm",
+            "not checked",
+            f"local_cls_norm shows the data of ViT-L only; the backbone is {describe(size)}.",
+        )
     data = "sat493m" if "local_cls_norm.weight" in backbone.tensors else "lvd1689m"
     finding = f"The backbone was trained on {data}"
     if expected_data is None:
         return PairCheck(
-            "local-cls-norm", "not checked", f"{finding}; what the delta needs is not known."
+            "local-cls-norm",
+            "not checked",
+            f"{finding}; it is not known which data the delta needs.",
         )
     if data != expected_data:
         return PairCheck(
-            "local-cls-norm", "failed", f"{finding}, the delta was made from {expected_data}."
+            "local-cls-norm",
+            "failed",
+            f"{finding}; the delta was made from weights trained on {expected_data}.",
         )
-    return PairCheck("local-cls-norm", "passed", f"{finding}, as the delta needs it.")
+    return PairCheck("local-cls-norm", "passed", f"{finding}, as the delta expects.")
 
 
 def check_norms(backbone: File, delta: File, plan: Plan) -> PairCheck:
     """Compares layer norm weights of the sum with the backbone's.
 
-    Training changes them by a fraction. Absolute weights added to a backbone about double them.
+    Training changes them by a fraction. Absolute weights, added to a backbone, about double them.
     """
     import numpy as np
 
@@ -148,26 +156,29 @@ def check_norms(backbone: File, delta: File, plan: Plan) -> PairCheck:
         if base.any()
     ]
     if not ratios:
-        return PairCheck("layer-norms", "not checked", "There is no layer norm to compare.")
+        return PairCheck("layer-norms", "not checked", "There are no layer norms to compare.")
     ratio = float(np.median(ratios))
     finding = f"Layer norm weights of the sum are {ratio:.2f} times the backbone's"
     if ratio > 1.7:
         return PairCheck(
-            "layer-norms", "flagged", f"{finding}: absolute weights may be taken for a delta."
+            "layer-norms", "flagged", f"{finding}: the delta may in fact be absolute weights."
         )
     if ratio < 0.3:
-        return PairCheck("layer-norms", "flagged", f"{finding}: this may be no delta to it.")
+        return PairCheck(
+            "layer-norms", "flagged", f"{finding}: the delta may not be one to this backbone."
+        )
     return PairCheck("layer-norms", "passed", f"{finding}.")
 
 
 def check_rounding(backbone: File, delta: File, plan: Plan) -> PairCheck:
     """Looks for the trace that a subtraction leaves in the last bits of a delta.
 
-    A delta is trained - base, rounded to float32. Where the two are within a factor of two that is
-    exact (Sterbenz' lemma), so that the delta is a multiple of the spacing of numbers around the
-    base, and adding it back needs no rounding. To weights of another training it adds up without
-    rounding no more often than to its base with neighbours swapped, which have the same sizes.
-    Weights that were fine-tuned from the base can't be told from it in this way.
+    A delta is trained - base, rounded to float32. If the two differ by at most a factor of two, the
+    difference is exact (Sterbenz' lemma). Then the delta is a multiple of the spacing of float32
+    numbers near the base, and adding it to the base needs no rounding. As a control, the delta is
+    added to the base with neighbouring elements swapped, which keeps their sizes. For weights of
+    another training, the sum is exact no more often than for this control. The check does not
+    distinguish the base from weights that were fine-tuned from it.
     """
     traces = [_trace(base, change) for base, change in _pairs(backbone, delta, _large_rows(plan))]
     traces = [trace for trace in traces if trace.count]
@@ -176,9 +187,9 @@ def check_rounding(backbone: File, delta: File, plan: Plan) -> PairCheck:
     unlike = sum(not trace.significant for trace in traces)
     total = sum(trace.count for trace in traces)
     finding = (
-        f"{sum(trace.exact for trace in traces) / total:.1%} of the delta's elements add up "
-        f"without rounding, to other weights {sum(trace.control for trace in traces) / total:.1%} "
-        "would"
+        f"{sum(trace.exact for trace in traces) / total:.1%} of the delta's elements add to the "
+        "backbone without rounding, to other weights "
+        f"{sum(trace.control for trace in traces) / total:.1%} would"
     )
     if not unlike:
         return PairCheck("rounding", "passed", f"{finding}.")
@@ -187,19 +198,19 @@ def check_rounding(backbone: File, delta: File, plan: Plan) -> PairCheck:
     return PairCheck(
         "rounding",
         "flagged",
-        f"{finding}: {unlike} of {len(traces)} large tensors may be made from other weights.",
+        f"{finding}: {unlike} of {len(traces)} large tensors may come from other weights.",
     )
 
 
 @dataclass(frozen=True)
 class _Trace:
-    """Elements of one tensor, counted.
+    """Counts of elements of one tensor.
 
     Attributes:
-        count: of the delta, that are not zero.
-        exact: that add up with the base without rounding.
-        control: likewise, with the base after its neighbours were swapped.
-        coarse: that have no more significant bits than float16 has.
+        count: elements of the delta that are not zero.
+        exact: those among them that add up with the base without rounding.
+        control: those that add up without rounding after neighbours in the base were swapped.
+        coarse: those that have no more significant bits than float16.
     """
 
     count: int
@@ -209,7 +220,7 @@ class _Trace:
 
     @property
     def significant(self) -> bool:
-        """Whether the base stands out from the control."""
+        """Whether sums with the base are exact significantly more often than with the control."""
         share, chance = self.exact / self.count, self.control / self.count
         # the standard deviation of the difference of two shares
         deviation = math.sqrt((share * (1 - share) + chance * (1 - chance)) / self.count)
@@ -231,7 +242,7 @@ def _trace(base: "Array", change: "Array") -> _Trace:
 
 def _added_exactly(base: "Array", change: "Array") -> int:
     total = base + change
-    # the error of a float32 sum is what float64 still sees of it
+    # a float32 sum is exact if it equals the sum in float64
     return int((total.astype("f8") == base.astype("f8") + change.astype("f8")).sum())
 
 

@@ -1,8 +1,8 @@
 """The plan of a conversion: a table with one row for every tensor of the model.
 
-It is made from names and shapes alone, before a weight is read, and is complete or is not made:
-every input tensor is used by a row or dropped for a reason, and every tensor that the model needs
-has exactly one row.
+It is made only from names and shapes, before any weight is read. It is complete, or making it
+fails: a row uses every input tensor, or the tensor is dropped for a reason, and every tensor that
+the model needs has exactly one row.
 """
 
 import math
@@ -32,16 +32,16 @@ from converter.weights.layouts import (
 )
 from reference_model.config import Dinov3Config, EomtDinov3Config, unnamed_labels
 
-# where a tensor comes from: a delta is added to a backbone, absolute weights stand alone
+# where a tensor comes from: a backbone, a delta to it, or absolute weights, which need no backbone
 Source = Literal["backbone", "delta", "weights"]
 Operation = Literal["add", "copy", "zeros", "class weights"]
 Tensors = Mapping[str, TensorInfo]
 
-# what files leave out where it is all zeros
-_ZERO_UNLESS_THERE = ("attention.q_proj.bias", "attention.v_proj.bias")
+# tensors that backbone files leave out if they are all zeros
+_ZERO_IF_MISSING = ("attention.q_proj.bias", "attention.v_proj.bias")
 
-# of a long list of wrong tensors, this many are named
-_SHOWN = 5
+# how many wrong tensors an error names
+_MAX_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Operand:
 
     Attributes:
         source: which file it is in.
-        part: where it is in that file; None stands for zeros that the file leaves out.
+        part: where it is in that file; None for zeros that the file leaves out.
     """
 
     source: Source
@@ -62,7 +62,7 @@ class Operand:
 
 @dataclass(frozen=True)
 class Row:
-    """How one tensor of the model comes about.
+    """How one tensor of the model is made.
 
     Attributes:
         name: canonical name.
@@ -70,7 +70,7 @@ class Row:
         dtype: its element type, as safetensors names it.
         operation: ``add`` (the operands, in float32), ``copy`` (the operand), ``zeros``, or
             ``class weights`` (ones, and the weight of "no object" last).
-        operands: what it is made from.
+        operands: the tensors that it is made from.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Row:
 
     @property
     def renamed(self) -> bool:
-        """Whether it has another name than in the file it comes from."""
+        """Whether its name differs from the name in a file that it comes from."""
         return any(operand.part and operand.part.name != self.name for operand in self.operands)
 
     @property
@@ -175,14 +175,14 @@ def make_plan(
     Args:
         eomt: tensors of the file with EoMT's weights.
         backbone: tensors of the backbone that they are a delta to; None if they are absolute.
-        config: the backbone's config.json; None to read the sizes off the shapes of a backbone
-            that is published.
-        backbone_layout: the backbone's layout; by default the one that its names are of.
+        config: the backbone's config.json; None to read the sizes from the shapes, which works
+            for the published backbones.
+        backbone_layout: the backbone's layout; by default it is recognised by the tensor names.
         dtype: element type of the model, as safetensors names it.
 
     Raises:
-        PlanError: a tensor is missing, left over or of a wrong shape, or a file is of another
-            layout than it should be. The message names tensors, shapes and the likeliest cause.
+        PlanError: a tensor is missing, unexpected or has a wrong shape, or a file has a wrong or
+            unsupported layout. The message names tensors, shapes and the likeliest cause.
     """
     base = None
     if backbone is not None:
@@ -190,7 +190,7 @@ def make_plan(
     head = _Weights("delta" if base else "weights", eomt, "eomt")
     if base and head.translation.layout is EOMT_TRANSFORMERS:
         raise PlanError(
-            f"The {head.source} is {EOMT_TRANSFORMERS.title}: converted already, not a delta.",
+            f"The {head.source} is {EOMT_TRANSFORMERS.title}: it is converted already.",
             "Convert it again with --weights absolute, or check it with eomt-convert verify.",
         )
     if config is None:
@@ -226,9 +226,9 @@ class _Weights:
         layout = layout or recognise(tensors)
         wanted = "a DINOv3 backbone" if kind == "backbone" else "EoMT weights"
         if layout is None:
-            first = ", ".join(list(tensors)[:3]) or "no tensor at all"
+            first = f"{', '.join(list(tensors)[:3])}, ..." if tensors else "no tensors."
             raise PlanError(
-                f"The {source}'s layout is not supported: it has {first}, ...",
+                f"The {source}'s layout is not supported: it has {first}",
                 f"Expected {wanted}. eomt-convert inspect shows what is in a file.",
             )
         if layout.kind != kind:
@@ -246,21 +246,21 @@ class _Weights:
         ]
 
     def operand(self, name: str, shape: tuple[int, ...]) -> Operand | str:
-        """Where a canonical tensor is, or what is wrong with it."""
+        """Where a canonical tensor is, or a sentence on what is wrong with it."""
         part = self.translation.parts.get(name)
         if part is None:
-            if self.source == "backbone" and name.endswith(_ZERO_UNLESS_THERE):
+            if self.source == "backbone" and name.endswith(_ZERO_IF_MISSING):
                 return Operand(self.source, None)
             return f"{name} {list(shape)} is missing from the {self.source}"
         found = self.translation.shape(name)
         if found != shape:
             return (
-                f"{part} in the {self.source} has the shape {list(found or ())}, the model needs "
+                f"{part} in the {self.source} has the shape {list(found or ())}, expected "
                 f"{list(shape)}"
             )
         dtype = self.translation.tensors[part.name].dtype
         if not dtype.startswith(("F", "BF")):
-            return f"{part} in the {self.source} holds {dtype}, not floating point numbers"
+            return f"{part} in the {self.source} has dtype {dtype}, expected floating point numbers"
         return Operand(self.source, part)
 
     def left_over(self, needed: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -268,13 +268,13 @@ class _Weights:
         extra += [Part(name) for name in self.translation.unknown]
         return [
             f"{part} {list(self.translation.tensors[part.name].shape)} in the {self.source} is "
-            "left over: the model has no place for it"
+            "unexpected: the model has no such tensor"
             for part in extra
         ]
 
 
 def _row(name: str, shape: tuple[int, ...], dtype: str, sources: list[_Weights]) -> Row | list[str]:
-    """The row of a tensor; a list of what is wrong if it cannot be made."""
+    """The row of a tensor, or sentences on why it cannot be made."""
     if name == "attn_mask_probs":
         return Row(name, shape, dtype, "zeros", ())
     if name == "criterion.empty_weight" and name not in sources[0].translation.parts:
@@ -288,9 +288,9 @@ def _row(name: str, shape: tuple[int, ...], dtype: str, sources: list[_Weights])
 
 
 def _model_config(backbone: Dinov3Config, head: _Weights, cause: str) -> EomtDinov3Config:
-    """The configuration of a backbone with the sizes that EoMT's weights add."""
+    """The model's configuration: the backbone's with the sizes of EoMT's weights."""
     weights = head.translation
-    # dropped or replaced by zeros, but its length is the number of blocks
+    # the tensor itself is replaced by zeros, but its length is the number of blocks
     blocks = next(
         (
             info.shape
@@ -325,19 +325,19 @@ def _likeliest_cause(base: _Weights | None, head: _Weights, config: Dinov3Config
     found = size_of(base.translation) if base else wanted
     if found != size_in(config):
         return (
-            f"The backbone's config.json describes {describe(size_in(config))}, its weights are of "
-            f"{describe(found)}: they do not belong together."
+            f"The backbone's config.json describes {describe(size_in(config))}, its weights are "
+            f"those of {describe(found)}: they do not belong together."
         )
     if found != wanted:
         return (
-            f"The delta was made for another backbone: it is of {describe(wanted)}, the backbone "
-            f"given is {describe(found)}."
+            f"The delta was made for another backbone: it fits {describe(wanted)}, the given "
+            f"backbone is {describe(found)}."
         )
     return "A file may be incomplete, or saved by another version of the training code."
 
 
 def _list_of(problems: list[str]) -> str:
-    shown = [f"  {problem}" for problem in problems[:_SHOWN]]
-    if len(problems) > _SHOWN:
-        shown.append(f"  and {len(problems) - _SHOWN} more")
+    shown = [f"  {problem}" for problem in problems[:_MAX_SHOWN]]
+    if len(problems) > _MAX_SHOWN:
+        shown.append(f"  and {len(problems) - _MAX_SHOWN} more")
     return "The weights do not add up to a model:\n" + "\n".join(shown)

@@ -1,6 +1,6 @@
-"""Files of tensors, read in ranges when they are asked for: single files, and shards with an index.
+"""Reads ranges of tensors on demand, from single files and from shards with an index.
 
-A header says where each tensor lies, so that nothing else is read before it is needed.
+Opening a file reads only its header, which says where each tensor is.
 """
 
 import hashlib
@@ -25,23 +25,23 @@ if TYPE_CHECKING:
 
     Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
-# what transformers looks for in the folder of a model: one file, or shards and their index
+# the files that transformers looks for in the folder of a model: one, or the index of shards
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 _MODEL_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
-# the file names that weights are published under, the safer format first
+# the names of published files of weights, the safer format first
 USUAL_NAMES = (WEIGHTS, WEIGHTS_INDEX, "pytorch_model.bin")
 
 
 def choose_weights(names: Collection[str]) -> str | None:
-    """The file of weights among those of a folder or repository: a usual name, or the only one.
+    """Chooses a folder's or repository's file of weights: a usual name, or the only file.
 
     Args:
         names: of the files, relative to the folder or repository.
 
     Returns:
-        Its name; None where there is none, or several without a usual name.
+        Its name; None if there is no such file, or several without a usual name.
     """
     for usual in USUAL_NAMES:
         if usual in names:
@@ -51,22 +51,22 @@ def choose_weights(names: Collection[str]) -> str | None:
 
 
 def find_weights(folder: Path) -> Path:
-    """The file of a converted model's weights, or the index of its shards.
+    """Finds the file of a converted model's weights, or the index of its shards.
 
     Raises:
-        UnreadableFileError: there is none.
+        UnreadableFileError: the folder has neither.
     """
     for name in (WEIGHTS, WEIGHTS_INDEX):
         if (folder / name).is_file():
             return folder / name
     raise UnreadableFileError(
-        f"{folder} is no folder with a {WEIGHTS}, or its shards.",
+        f"{folder} has no {WEIGHTS}, and no index of its shards.",
         "Give the folder of a converted model.",
     )
 
 
 def is_model_file(name: str) -> bool:
-    """Whether a file is one of a model's weights: all of them, a shard, or the index of those."""
+    """Whether a file has a name of a model's weights: the only file, a shard, or the index."""
     return _MODEL_FILE.fullmatch(name) is not None
 
 
@@ -74,18 +74,18 @@ def open_tensors(path: Path) -> "TensorFile | ShardedTensorFile":
     """Opens a file of weights, or the shards of a ``.safetensors.index.json``.
 
     Raises:
-        UnreadableFileError: there is no such file, or one of the files breaks the rules of its
-            format.
+        UnreadableFileError: a file is missing, or breaks the rules of its format.
     """
     return ShardedTensorFile(path) if path.suffix == ".json" else TensorFile(path)
 
 
 def damage(path: Path, wrong_checksums: Sequence[str]) -> str:
-    """A sentence on the records of a file that have another CRC-32 than it names."""
-    more = f" So have {len(wrong_checksums) - 1} more." if wrong_checksums[1:] else ""
+    """A sentence on the records of a file whose CRC-32 differs from the file's directory."""
+    more = len(wrong_checksums) - 1
+    others = f" (so do {more} more)" if more else ""
     return (
-        f"{wrong_checksums[0]!r} in {path} has another CRC-32 than the file names for it.{more} "
-        "The file may be damaged."
+        f"The CRC-32 of {wrong_checksums[0]!r} in {path} differs from the one in the file's "
+        f"directory{others}. The file may be damaged."
     )
 
 
@@ -95,14 +95,14 @@ class TensorFile(AbstractContextManager["TensorFile"]):
     Attributes:
         path: the file.
         format: ``safetensors`` or ``torch``.
-        tensors: what is in it, by name, in the file's own order.
+        tensors: by name, in the file's own order.
     """
 
     def __init__(self, path: Path) -> None:
         """Opens a file and reads its header.
 
         Raises:
-            UnreadableFileError: there is no such file, or it breaks the rules of its format.
+            UnreadableFileError: the file is missing, or breaks the rules of its format.
         """
         self.path = path
         self._file = _open(path)
@@ -127,18 +127,18 @@ class TensorFile(AbstractContextManager["TensorFile"]):
 
         Args:
             name: the tensor.
-            start: first element.
-            stop: the element behind the last; None for all of them.
-            out: a flat array to read into, where it has the tensor's type and is large enough.
-                Fresh memory costs as much as reading does.
+            start: index of the first element.
+            stop: index after the last element; None for the end of the tensor.
+            out: a flat array to read into, used if it has the tensor's type and is large enough.
+                Allocating new memory takes as much time as reading.
 
         Returns:
-            Elements in the tensor's own type, bfloat16 widened to float32 (which is exact), in the
-            tensor's shape if the whole of it was asked for.
+            Elements in the tensor's own type, but bfloat16 as float32 (which is exact). The array
+            has the tensor's shape if the whole tensor was asked for, else it is flat.
 
         Raises:
             UnreadableFileError: the file was changed after it was opened, or the tensor's element
-                type has no place in these models.
+                type is not supported.
         """
         import numpy as np
 
@@ -148,7 +148,8 @@ class TensorFile(AbstractContextManager["TensorFile"]):
         stored = np.dtype(_NUMPY_TYPES.get(info.dtype, "V1"))
         if stored.kind == "V":
             raise UnreadableFileError(
-                f"{name} in {self.path} holds {info.dtype} numbers, as no released checkpoint does."
+                f"{name} in {self.path} has dtype {info.dtype}, which is not supported: no "
+                "released checkpoint has it."
             )
         if info.axes is not None and not whole:
             return self.read(name).reshape(-1)[start:stop]
@@ -179,9 +180,9 @@ class TensorFile(AbstractContextManager["TensorFile"]):
         return digest.hexdigest()
 
     def wrong_checksums(self) -> tuple[str, ...]:
-        """Names of the records of a torch file that have another CRC-32 than its directory says.
+        """Names of the records of a torch file whose CRC-32 differs from the file's directory.
 
-        Reads all that have one there: torch can be told to write none.
+        Reads all records that have a CRC-32 in the directory: torch can be set to write none.
         """
         wrong = []
         for name, record in self._records.items():
@@ -194,7 +195,7 @@ class TensorFile(AbstractContextManager["TensorFile"]):
         return tuple(wrong)
 
     def _pieces(self, begin: int, end: int) -> Iterator[memoryview]:
-        """The bytes from one position to another, in pieces that each take the last one's place."""
+        """The bytes from one position to another, in pieces; each overwrites the one before."""
         # small enough to stay in the processor's cache between reading and digesting
         buffer = memoryview(bytearray(min(end - begin, 1 << 17)))
         while begin < end:
@@ -210,25 +211,27 @@ class TensorFile(AbstractContextManager["TensorFile"]):
         with readable(self.path):
             count = os.preadv(self._file.fileno(), [buffer], offset)
         if count == 0 or _state(self._file) != self._state:
-            raise UnreadableFileError(f"{self.path} was changed while it was read.")
+            raise UnreadableFileError(
+                f"{self.path} was changed while it was read.", "Run again, without changing it."
+            )
         return count
 
 
 class ShardedTensorFile(AbstractContextManager["ShardedTensorFile"]):
-    """Weights in several safetensors files, with an index of them; a context manager.
+    """Weights in several safetensors files that have an index; a context manager.
 
     It is used like a `TensorFile`.
 
     Attributes:
         path: the index.
         format: ``safetensors``.
-        tensors: what is in the shards, by name, in the index's order.
+        tensors: those of all shards, by name, in the index's order.
     """
 
     def __init__(self, path: Path) -> None:
         """Opens an index and its shards, and reads their headers.
 
-        Every tensor must be where the index says, and nowhere else.
+        Every tensor must be in the shard that the index names, and in no other one.
 
         Raises:
             UnreadableFileError: a file is missing, breaks the rules of its format, or contradicts
@@ -264,7 +267,7 @@ class ShardedTensorFile(AbstractContextManager["ShardedTensorFile"]):
         return self._shard_of[name].sha256(name)
 
     def wrong_checksums(self) -> tuple[str, ...]:
-        """None: safetensors files have no checksums."""
+        """An empty tuple: safetensors files have no checksums."""
         return ()
 
     def digests(self) -> dict[str, FileDigest]:
@@ -284,7 +287,7 @@ def _open(path: Path) -> BinaryIO:
 
 @dataclass(frozen=True)
 class _State:
-    """What changes when a file is written to."""
+    """Values that change when a file is written to."""
 
     size: int
     modified: int
@@ -314,23 +317,23 @@ _NUMPY_TYPES = {
 
 # shards and their index -------------------------------------------------------------------------
 
-# A plain name: no folder, no link's way out of one, nothing that steers a terminal.
+# a plain file name: no path to another folder, no control characters
 _SHARD_NAME = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 
 
 def shard_names(path: Path) -> list[str]:
-    """The names of the files that an index speaks of, which belong beside it.
+    """The names of the files that an index lists; they belong in the index's folder.
 
     Raises:
-        UnreadableFileError: there is no such file, or it is no index.
+        UnreadableFileError: the index is missing, or is not a valid one.
     """
     return sorted(set(_weight_map(_read_index(path), path).values()))
 
 
 def missing_shard(shard: Path, index: Path) -> UnreadableFileError:
-    """What to say of a shard that is not where its index has it."""
+    """The error for a shard that is listed in an index, but missing."""
     return UnreadableFileError(
-        f"{shard} is missing, a shard that {index.name} speaks of.",
+        f"{shard} is missing: {index.name} lists this shard.",
         "Fetch or copy all the shards.",
     )
 
@@ -339,12 +342,14 @@ def _read_index(path: Path) -> bytes:
     with _open(path) as file, readable(path):
         content = file.read(MAX_DESCRIPTION + 1)
     if len(content) > MAX_DESCRIPTION:
-        raise UnreadableFileError(f"{path} is larger than any model's index.")
+        raise UnreadableFileError(
+            f"{path} is larger than {MAX_DESCRIPTION:,} bytes, the limit for an index."
+        )
     return content
 
 
 def _weight_map(content: bytes, path: Path) -> dict[str, str]:
-    """Name of the shard by name of the tensor, from an index as huggingface_hub writes it."""
+    """The shard of every tensor, by name, from an index in huggingface_hub's format."""
 
     def broken(reason: str) -> UnreadableFileError:
         return UnreadableFileError(
@@ -355,23 +360,23 @@ def _weight_map(content: bytes, path: Path) -> dict[str, str]:
     try:
         weight_map = parse_json_object(content).get("weight_map")
     except ValueError as error:
-        raise broken(f"it is not the JSON that it should be ({error})") from error
+        raise broken(f"it is not valid JSON ({error})") from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise broken("it has no weight_map")
     for name, shard in weight_map.items():
         if not is_name(name):
-            raise broken(f"{shortened(name)} is no name of a tensor")
+            raise broken(f"{shortened(name)} is not a valid name of a tensor")
         if type(shard) is not str or not _SHARD_NAME.fullmatch(shard):
             raise broken(
-                f"{name!r} is said to be in {shortened(shard)}, no *.safetensors beside it"
+                f"the shard of {name!r} is {shortened(shard)}, expected a *.safetensors beside it"
             )
     return weight_map
 
 
 def _open_shard(index: Path, name: str) -> TensorFile:
-    """Opens a shard, which must lie in the index's folder, links followed.
+    """Opens a shard, which must be in the index's folder after links are followed.
 
-    The Hub's cache is made of links: snapshots/<commit>/<file> leads to the blobs of the
+    The Hub's cache consists of links: snapshots/<commit>/<file> leads to the blobs of the
     repository, or from there to those of the whole cache (huggingface_hub/utils/_shared_blobs.py).
     """
     path = index.parent / name
@@ -386,8 +391,8 @@ def _open_shard(index: Path, name: str) -> TensorFile:
     if not any(target.is_relative_to(place.resolve()) for place in places):
         shard.__exit__(None, None, None)
         raise UnreadableFileError(
-            f"{path} is a link to {target}, out of the index's folder.",
-            "Put the shard itself there, if this is meant.",
+            f"{path} is a link to {target}, which is outside the index's folder.",
+            "If this is the right file, copy it into that folder in place of the link.",
         )
     return shard
 
@@ -395,13 +400,15 @@ def _open_shard(index: Path, name: str) -> TensorFile:
 def _check_index(
     weight_map: Mapping[str, str], shards: Mapping[str, TensorFile], path: Path
 ) -> None:
-    remedy = "The files may be of different versions: fetch all of them again."
+    remedy = "The files may come from different versions: fetch all of them again."
     for name, shard in weight_map.items():
         if name not in shards[shard].tensors:
             raise UnreadableFileError(
-                f"{path} says that {name!r} is in {shard}; it is not.", remedy
+                f"{path} says that {name!r} is in {shard}, but it is not.", remedy
             )
     for shard, file in shards.items():
         for name in file.tensors:
             if weight_map.get(name) != shard:
-                raise UnreadableFileError(f"{name!r} is in {file.path}, not by the index.", remedy)
+                raise UnreadableFileError(
+                    f"{name!r} is in {file.path}, but the index does not say so.", remedy
+                )

@@ -1,9 +1,10 @@
-"""Reads what torch pickles, without unpickling: nothing named in a pickle is imported or called.
+"""Reads torch's pickles without unpickling: nothing that a pickle names is imported or called.
 
 A pickle is a program for a small stack machine. Python's own machine calls whatever the program
-names; this one knows how tensors are rebuilt (https://pytorch.org/docs/stable/notes/serialization),
-keeps every other object as an inert placeholder, and refuses a program that asks for the standard
-library's means of running code.
+names. The machine in this module rebuilds only descriptions of tensors
+(https://pytorch.org/docs/stable/notes/serialization) and keeps every other object as a placeholder
+that does nothing. It refuses a program that names anything of the standard library that is not
+known to be harmless.
 """
 
 import math
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# storage classes of torch, as pickles name them, and safetensors' names of their element types
+# safetensors' names of the element types, by the storage classes of torch that pickles name
 _STORAGE_DTYPES = {
     "DoubleStorage": "F64",
     "FloatStorage": "F32",
@@ -27,7 +28,7 @@ _STORAGE_DTYPES = {
     "BoolStorage": "BOOL",
 }
 
-# what checkpoints hold beside tensors and what does nothing by being there
+# names in the standard library that checkpoints contain, and that run no code by themselves
 _HARMLESS = {
     "_codecs.encode",
     "argparse.Namespace",
@@ -68,10 +69,10 @@ _HARMLESS = {
     "uuid.UUID",
 }
 
-# Python 2's names of modules, which pickles keep up to protocol 2, torch's own
+# Python 2's names of modules: pickles use them up to protocol 2, which is torch's default
 _PYTHON_2_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg", "commands": "subprocess"}
 
-# the limits of numpy and torch: axes of a tensor, and bytes of one
+# limits of numpy and torch: axes of a tensor, and bytes of a tensor
 _MAX_AXES = 64
 _MAX_BYTES = 2**63 - 1
 
@@ -79,19 +80,19 @@ _MAX_NAME = 500
 
 
 class UnsafePickleError(ValueError):
-    """A pickle that asks for something that runs code; the message is the name it asked for."""
+    """Raised for a pickle that names something that can run code; the message is that name."""
 
 
 @dataclass(frozen=True, eq=False)
 class Inert:
-    """A global that a pickle names, or an object built from one. It does nothing."""
+    """A placeholder for a global that a pickle names, or for an object built from one."""
 
     name: str
 
 
 @dataclass(frozen=True, eq=False)
 class Storage:
-    """A run of numbers in a record of its own.
+    """A flat array of elements, stored in its own record.
 
     Attributes:
         key: name of the record.
@@ -106,7 +107,7 @@ class Storage:
 
 @dataclass(frozen=True, eq=False)
 class PickledTensor:
-    """A view of a storage; offset and stride count elements."""
+    """A tensor as a view of a storage; offset and stride are in elements."""
 
     storage: Storage
     offset: int
@@ -115,14 +116,14 @@ class PickledTensor:
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value is a number of elements or bytes, or a position in a file."""
+    """Whether a value can be a number of elements or bytes, or a position in a file."""
     return type(value) is int and 0 <= value <= _MAX_BYTES
 
 
 def is_shape(value: Any) -> bool:
-    """Whether a value is the shape of a tensor that numpy can hold, whatever its element type.
+    """Whether a value is the shape of a tensor that numpy can hold, for every element type.
 
-    numpy counts an empty axis as one of length 1, and the largest elements have 8 bytes.
+    For numpy's limit, an empty axis counts as one of length 1. The largest elements have 8 bytes.
     """
     return (
         type(value) in (list, tuple)
@@ -133,7 +134,7 @@ def is_shape(value: Any) -> bool:
 
 
 def is_name(value: Any) -> bool:
-    """Whether a value can be shown as a name: not endless, nothing that steers a terminal."""
+    """Whether a value can be shown as a name: not too long, and without control characters."""
     return type(value) is str and len(value) <= _MAX_NAME and value.isprintable()
 
 
@@ -148,7 +149,7 @@ def read_pickle(data: bytes) -> Any:
         return _Machine().run(data)
     except ValueError:
         raise
-    # pickletools warns of an unknown escape in a text; whoever makes warnings errors gets this one
+    # pickletools warns about an unknown escape in a text, which is an error if warnings are errors
     except (LookupError, TypeError, AttributeError, OverflowError, DeprecationWarning) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
@@ -157,8 +158,8 @@ def _look_up(module: str, name: str) -> Inert:
     module = _PYTHON_2_MODULES.get(module, module)
     full = f"{module}.{name}"
     if not is_name(full):
-        raise ValueError("it names something that no module has")
-    # A name may have dots: what "os.system" means in the module torch, is os.system.
+        raise ValueError("it names something with an invalid name")
+    # a name may have dots: "os.system" in the module torch means os.system, as torch imports os
     modules = {module.partition(".")[0], *name.split(".")[:-1]}
     if modules & sys.stdlib_module_names and full not in _HARMLESS:
         raise UnsafePickleError(full)
@@ -167,7 +168,7 @@ def _look_up(module: str, name: str) -> Inert:
 
 def _call(function: Any, arguments: Any) -> Any:
     if not isinstance(function, Inert) or not isinstance(arguments, tuple):
-        raise ValueError("it calls something that is no function")
+        raise ValueError("it calls something that is not a function")
     match function.name:
         case "collections.OrderedDict" if not arguments:
             return {}
@@ -197,13 +198,13 @@ def _storage(identifier: Any) -> Storage | Inert:
     """A persistent id: ("storage", class, key, device, number of elements)."""
     kind, storage_class, key, _device, size = identifier
     if kind != "storage" or type(key) is not str or not is_count(size):
-        raise ValueError("a storage has another form than torch gives it")
+        raise ValueError("a storage is not in torch's form")
     dtype = _STORAGE_DTYPES.get(storage_class.name.removeprefix("torch."))
     return Storage(key, dtype, size) if dtype else Inert(storage_class.name)
 
 
 class _Machine:
-    """The pickle machine: a stack, the stacks below its marks, and a memo."""
+    """The stack machine: its stack, the stacks that marks put aside, and its memo."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -221,17 +222,17 @@ class _Machine:
             elif name in _CONSTANTS:
                 self.push(_CONSTANTS[name]())
             elif name in _MEMO_PUTS:
-                # text can hold any number, also such as collide in the hash table of the memo
+                # PUT's number is text of any size; numbers could be chosen to collide in the dict
                 if not 0 <= argument <= len(data):
-                    raise ValueError("it numbers more objects than it can hold")
+                    raise ValueError("it has an invalid number for an object in its memo")
                 self.memo[argument] = self.stack[-1]
             elif name in _MEMO_GETS:
                 self.push(self.memo[argument])
             elif name in _ACTIONS:
                 _ACTIONS[name](self, argument)
             elif name not in _NOTHING_TO_DO:
-                raise ValueError(f"opcode {name} has no place in a checkpoint")
-        raise ValueError("it ends before its STOP")
+                raise ValueError(f"opcode {name} is not supported")
+        raise ValueError("it ends without STOP")
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -259,7 +260,7 @@ class _Machine:
             self.stack[-1].extend(items)
 
     def set_items(self, items: list[Any]) -> None:
-        """Sets the items of a dict whose keys are text; no other is needed, or safe to hash."""
+        """Sets the items whose keys are text; others are not needed, and may be slow to hash."""
         if not isinstance(self.stack[-1], Inert):
             pairs = zip(items[::2], items[1::2], strict=True)
             self.stack[-1].update({key: value for key, value in pairs if type(key) is str})
@@ -284,7 +285,7 @@ class _Machine:
     def new_object(self, _: Any) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, Inert) or not isinstance(arguments, tuple):
-            raise ValueError("it builds an object of something that is no class")
+            raise ValueError("it builds an object from something that is not a class")
         self.push(Inert(function.name))
 
     def new_object_with_keywords(self, _: Any) -> None:
@@ -302,7 +303,7 @@ class _Machine:
     def look_up_on_stack(self, _: Any) -> None:
         name, module = self.stack.pop(), self.stack.pop()
         if type(name) is not str or type(module) is not str:
-            raise ValueError("it looks up something without a name")
+            raise ValueError("it looks up something whose name is not text")
         self.push(_look_up(module, name))
 
 
@@ -348,7 +349,7 @@ _ACTIONS: Mapping[str, Callable[[_Machine, Any], object]] = {
     "NEWOBJ_EX": _Machine.new_object_with_keywords,
     "INST": _Machine.old_instance,
     "OBJ": _Machine.old_object,
-    # the state of an object that does nothing, or the _metadata of a state dict
+    # drops the state of a placeholder, or the _metadata of a state dict
     "BUILD": lambda m, _: m.stack.pop(),
     "BINPERSID": lambda m, _: m.push(_storage(m.stack.pop())),
 }

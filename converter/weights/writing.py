@@ -22,10 +22,9 @@ TensorSpecs: TypeAlias = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 def safetensors_header(tensors: TensorSpecs) -> bytes:
-    """The first bytes of a safetensors file with these tensors.
+    """The header of a safetensors file with these tensors in this order, without gaps.
 
-    They follow in this order without gaps. The bytes are those that the safetensors library writes
-    for the same tensors in the same order.
+    The safetensors library writes the same bytes for the same tensors in the same order.
     """
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
@@ -47,9 +46,9 @@ class Sharding:
     """Which tensors go to which file.
 
     Attributes:
-        tensors: what is written, in this order.
+        tensors: all tensors, in the order in which they are written.
         files: the tensors of each safetensors file, by its name.
-        index: content of ``model.safetensors.index.json``; empty if there is but one file.
+        index: content of ``model.safetensors.index.json``; empty if there is only one file.
     """
 
     tensors: TensorSpecs
@@ -66,16 +65,15 @@ class Sharding:
 def shard(
     tensors: TensorSpecs, max_shard_size: int | None = None, *, parameters: int = 0
 ) -> Sharding:
-    """Spreads tensors over files as huggingface_hub and transformers do.
+    """Distributes tensors over files as huggingface_hub and transformers do.
 
-    Shards are filled in the given order. A tensor that is larger than a shard may be has one of its
-    own, numbered before the shard that was being filled.
+    Shards are filled in the given order. A tensor that is larger than the limit gets its own shard,
+    which is numbered before the shard that is being filled.
 
     Args:
         tensors: in the order in which they will be written.
-        max_shard_size: bytes of tensors in a file; None for one file.
-        parameters: how many parameters the model has, which does not count its buffers. The index
-            tells it.
+        max_shard_size: limit for the bytes of tensors in a file; None for one file.
+        parameters: number of the model's parameters, without its buffers, for the index.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
 
@@ -93,7 +91,7 @@ def shard(
     }
     if not split.is_sharded:
         return Sharding(tensors, files, b"")
-    # as transformers' save_pretrained writes it
+    # the same index as transformers' save_pretrained writes
     index = {
         "metadata": {"total_parameters": parameters, **split.metadata},
         "weight_map": split.tensor_to_filename,
@@ -102,11 +100,11 @@ def shard(
 
 
 class SafetensorsWriter(AbstractContextManager["SafetensorsWriter"]):
-    """Writes a safetensors file as a stream, its digest computed on the way; a context manager.
+    """Writes a safetensors file as a stream and computes its digest; a context manager.
 
     Attributes:
         path: the file.
-        size: its size in bytes once it is complete; it is closed then.
+        size: its size in bytes when complete; the file is then closed.
     """
 
     def __init__(self, path: Path, tensors: TensorSpecs) -> None:
@@ -143,21 +141,21 @@ class SafetensorsWriter(AbstractContextManager["SafetensorsWriter"]):
 
 
 class WeightsWriter(AbstractContextManager["WeightsWriter"]):
-    """Writes weights as a stream, into as many files as a `Sharding` has; a context manager.
+    """Writes weights as a stream to the files of a `Sharding`; a context manager.
 
-    At most two files are open at a time: the shard that is being filled, and one with a tensor of
-    its own.
+    At most two files are open at a time: the shard that is being filled, and the shard of one large
+    tensor.
     """
 
     def __init__(self, folder: Path, sharding: Sharding) -> None:
-        """Writes the index, if there is to be one; each other file is created in its turn."""
+        """Writes the index, if there is one; the other files are created when they are needed."""
         self._folder = folder
         self._sharding = sharding
         self._writers: dict[str, SafetensorsWriter] = {}
         self._stack = ExitStack()
         file_of = {name: file for file, tensors in sharding.files.items() for name in tensors}
         sizes = ((file_of[name], _nbytes(*spec)) for name, spec in sharding.tensors.items())
-        self._to_come = iter([(file, nbytes) for file, nbytes in sizes if nbytes])
+        self._remaining = iter([(file, nbytes) for file, nbytes in sizes if nbytes])
         self._file, self._left = "", 0
         if sharding.index:
             with (folder / WEIGHTS_INDEX).open("xb") as file:
@@ -171,7 +169,7 @@ class WeightsWriter(AbstractContextManager["WeightsWriter"]):
         view = _bytes_of(data)
         while len(view):
             if not self._left:
-                self._file, self._left = next(self._to_come, ("", 0))
+                self._file, self._left = next(self._remaining, ("", 0))
                 if not self._left:
                     raise ValueError("there are more bytes than the tensors have room for")
             count = min(self._left, len(view))
@@ -181,7 +179,7 @@ class WeightsWriter(AbstractContextManager["WeightsWriter"]):
 
     @property
     def files(self) -> dict[str, FileDigest]:
-        """Size in bytes and SHA-256 of every file by its name, once all are complete."""
+        """Size in bytes and SHA-256 of every file by its name; all must be complete."""
         writers = {file: self._writer(file) for file in self._sharding.files}
         files = {file: FileDigest(writer.size, writer.sha256()) for file, writer in writers.items()}
         if self._sharding.index:
@@ -199,5 +197,5 @@ class WeightsWriter(AbstractContextManager["WeightsWriter"]):
 
 def _bytes_of(data: "bytes | memoryview | Array") -> memoryview:
     view = memoryview(data if isinstance(data, bytes | memoryview) else data.data)
-    # a view of nothing cannot be cast
+    # an empty view cannot be cast
     return view.cast("B") if view.nbytes else memoryview(b"")
