@@ -1,4 +1,4 @@
-"""From TU/e's delta weights and a DINOv3 backbone to a checked model.
+"""Converts TU/e's delta weights and a DINOv3 backbone to a checked model.
 
 >>> import converter
 >>> conversion = converter.convert("shapes_panoptic_128", "model")

@@ -1,4 +1,4 @@
-"""The checkpoints that `eomt-convert` knows by name: TU/e's published ones and the offline ones.
+"""The checkpoints with names in `eomt-convert`: TU/e's published ones and the offline ones.
 
 Data from the model zoo (https://github.com/tue-mps/eomt, model_zoo/dinov3.md).
 """
@@ -21,7 +21,7 @@ class Metric:
     """A published figure.
 
     Attributes:
-        dataset: what it was measured on.
+        dataset: the data that it was measured on.
         name: PQ, mask AP or mIoU.
         value: in percent.
     """
@@ -39,14 +39,14 @@ class Checkpoint:
         name: the name that ``--checkpoint`` takes.
         task: what the model segments.
         image_size: (height, width) in pixels.
-        delta: Hub repository of the delta weights, or a folder of the offline checkpoints.
-        backbone: likewise, of the DINOv3 backbone in transformers' layout.
-        aliases: other names it goes by: repositories it is or was published under.
-        labels: name of the class names that come with the package; None where nobody named them.
-        stuff: ids of stuff classes, where there are no class names to tell.
+        delta: the Hub repository of the delta weights, or a folder of the offline checkpoints.
+        backbone: the same for the DINOv3 backbone in transformers' layout.
+        aliases: other names: the repositories that it is or was published under.
+        labels: the file of class names in the package; None if the classes have no names.
+        stuff: ids of stuff classes, if there is no file of class names that has them.
         metric: the published figure, if there is one.
-        note: what else a user should know.
-        offline: whether its files come with the package.
+        note: a remark for users, in the table of the catalogue.
+        offline: whether its files are part of the package.
     """
 
     name: str
@@ -63,14 +63,14 @@ class Checkpoint:
 
     @property
     def slug(self) -> str:
-        """Its name in the names of repositories, such as coco-panoptic-large-640."""
+        """Its name as a part of repository names, such as coco-panoptic-large-640."""
         prefix = "tue-mps/eomt-dinov3-"
         published = (name.removeprefix(prefix) for name in self.aliases if name.startswith(prefix))
         return next(published, self.name.replace("_", "-"))
 
     @property
     def recorded(self) -> Path | None:
-        """The folder of its recorded outputs, if they come with the package."""
+        """The folder of its recorded outputs, if they are part of the package."""
         return fixtures() / self.name if self.offline else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class Checkpoint:
         return LocalSource(fixtures() / place) if self.offline else HubSource(place)
 
     def class_names(self, count: int) -> ClassNames:
-        """Its class names; placeholders for ``count`` classes where nobody named them."""
+        """Its class names; ``count`` placeholders if the classes have no names."""
         return of_dataset(self.labels) if self.labels else unnamed(count, self.stuff)
 
 
@@ -195,13 +195,13 @@ CATALOG: tuple[Checkpoint, ...] = (
 
 
 def find(name: str) -> Checkpoint:
-    """The entry that a name means.
+    """The entry with a name.
 
-    Its own name, its delta repository, and the names it is published under all mean the same
-    entry, with or without ``tue-mps/``, in any case, with ``-`` for ``_``.
+    An entry's own name, its delta repository, and the names that it is published under are all
+    accepted, with or without ``tue-mps/``, in upper or lower case, with ``-`` or ``_``.
 
     Raises:
-        UsageError: no entry has this name; the nearest ones are suggested.
+        UsageError: no entry has this name; the message suggests similar names.
     """
     known = {
         _plain(alias): checkpoint
@@ -225,7 +225,7 @@ def _plain(name: str) -> str:
 
 
 def find_named(name: object) -> Checkpoint | None:
-    """The catalogue's entry of a name; None if it has none."""
+    """The catalogue's entry with a name; None if there is none."""
     try:
         return find(name) if isinstance(name, str) else None
     except UsageError:

@@ -26,28 +26,30 @@ class ClassNames:
 
 
 def unnamed(count: int, stuff: tuple[int, ...] = ()) -> ClassNames:
-    """Transformers' placeholder names, LABEL_0 and so on, for classes that nobody named."""
+    """Transformers' placeholder names, LABEL_0 and so on, for classes without names."""
     return ClassNames(tuple(f"LABEL_{i}" for i in range(count)), stuff)
 
 
 def of_dataset(name: str) -> ClassNames:
-    """The class names of a dataset that comes with the package, such as ``coco_panoptic``."""
+    """The class names of a dataset from the package's files, such as ``coco_panoptic``."""
     file = resources.files("converter") / "labels" / f"{name}.json"
     return _parse(file.read_text(encoding="utf-8"), f"{name}.json")
 
 
 def of_config(config: Mapping[str, Any], count: int) -> ClassNames:
-    """The class names in a model's config.json; placeholders where it has none.
+    """The class names in a model's config.json; placeholders if it has none.
 
     Raises:
-        UnreadableFileError: its id2label or stuff_classes have another form.
+        UnreadableFileError: its id2label or stuff_classes is not valid.
     """
     labels = config.get("id2label") or {str(i): name for i, name in enumerate(unnamed(count).names)}
     stuff = config.get("stuff_classes") or []
     try:
         names = tuple(labels[str(i)] for i in range(len(labels)))
     except (KeyError, TypeError) as error:
-        raise UnreadableFileError("config.json has an id2label of another form.") from error
+        raise UnreadableFileError(
+            "id2label in config.json is not valid; expected a name for every class id from 0 on."
+        ) from error
     if not isinstance(stuff, list) or not all(
         type(i) is int and 0 <= i < len(names) for i in stuff
     ):
@@ -60,11 +62,11 @@ def of_config(config: Mapping[str, Any], count: int) -> ClassNames:
 def read(path: Path) -> ClassNames:
     """Reads a file of class names.
 
-    Three forms are understood: one name a line; a JSON list of names; a JSON object with
+    Three forms are supported: one name per line; a JSON list of names; a JSON object with
     ``categories``, each with ``id``, ``name`` and, for panoptic data, ``isthing``.
 
     Raises:
-        UnreadableFileError: the file cannot be read or has none of these forms.
+        UnreadableFileError: the file cannot be read, or is in none of these forms.
     """
     try:
         text = read_text(path, encoding="utf-8-sig")
@@ -72,7 +74,7 @@ def read(path: Path) -> ClassNames:
         reason = error.strerror
         raise UnreadableFileError(
             f"The labels in {path} cannot be read: {reason}.",
-            "What a command prints can be read from a file: COMMAND > labels.txt."
+            "Write the output of the command to a file first: COMMAND > labels.txt."
             if path.is_fifo()
             else "",
         ) from error
@@ -102,15 +104,15 @@ def _from_categories(categories: Any, file: str) -> ClassNames:
         names = tuple(category["name"] for category in ordered)
         stuff = tuple(c["id"] for c in ordered if not c.get("isthing", True))
     except (TypeError, KeyError, AttributeError) as error:
-        raise UnreadableFileError(f"The labels in {file} have another form: {form}.") from error
+        raise UnreadableFileError(f"The categories in {file} are not valid: {form}.") from error
     if ids != list(range(len(ids))):
-        raise UnreadableFileError(f"The category ids in {file} have gaps or repeat: {form}.")
+        raise UnreadableFileError(f"The category ids in {file} have gaps or repeats: {form}.")
     return _checked(names, stuff, file)
 
 
 def _checked(names: tuple[Any, ...], stuff: tuple[int, ...], file: str) -> ClassNames:
     if not names:
-        raise UnreadableFileError(f"There is no class name in {file}.")
+        raise UnreadableFileError(f"There are no class names in {file}.")
     for name in names:
         if not isinstance(name, str):
             raise UnreadableFileError(f"A class name in {file} is not text: {shortened(name)}.")

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 Colour: TypeAlias = tuple[int, int, int]  # red, green, blue, from 0 to 255
 
-# Colours are points (lightness, a, b) of OKLab, where equal distances look equally large.
+# Colours are points (lightness, a, b) in OKLab, where equal distances look equally large.
 # Björn Ottosson, "A perceptual color space for image processing", 2020.
 _LMS_FROM_OKLAB = np.array(
     [
@@ -26,16 +26,16 @@ _LINEAR_RGB_FROM_LMS = np.array(
     ]
 )
 
-_PALETTE_SIZE = 256  # classes beyond share colours with earlier ones
-_LIGHTNESS_RANGE, _HUE_RANGE = 0.24, 0.7  # of a class's instances; the hue's in radians
-_WEIGHTS = (0.5, 1, 1)  # of OKLab's axes: the picture's own lightness shows through
+_PALETTE_SIZE = 256  # further classes share colours with earlier ones
+_LIGHTNESS_RANGE, _HUE_RANGE = 0.24, 0.7  # of the instances of one class; hue in radians
+_WEIGHTS = (0.5, 1, 1)  # of OKLab's axes: less for lightness, as the picture's shows through
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 def class_colour(class_id: int, instance: int = 0) -> Colour:
-    """A class's colour, the same in every picture; instances from 1 on get variations of it."""
+    """A class's colour, the same in every picture; instances from 1 on have variations of it."""
     lightness, a, b = _palette()[class_id % _PALETTE_SIZE]
-    # steps of irrational length: any number of instances spreads evenly
+    # steps of irrational length distribute any number of instances evenly
     lightness += _LIGHTNESS_RANGE * _centred(instance * _GOLDEN)
     turn = _HUE_RANGE * _centred(instance * math.sqrt(2))
     cos, sin = math.cos(turn), math.sin(turn)
@@ -45,7 +45,7 @@ def class_colour(class_id: int, instance: int = 0) -> Colour:
 
 @cache
 def _palette() -> NDArray[np.float64]:
-    """Colours (colours, 3) in OKLab, each as far as can be from all before it.
+    """Colours (colours, 3) in OKLab, each as far as possible from all earlier ones.
 
     Source: Glasbey, van der Heijden, Toh, Gray, "Colour displays for categorical images", 2007.
     Very dark, very light and greyish colours are left out.
@@ -80,5 +80,5 @@ def _to_rgb(oklab: NDArray[np.float64]) -> NDArray[np.uint8]:
 
 
 def _centred(turns: float) -> float:
-    """The fractional part, from -0.5 to 0.5, and 0 for 0."""
+    """The fractional part, shifted to the range from -0.5 to 0.5, so that 0 gives 0."""
     return (turns + 0.5) % 1 - 0.5

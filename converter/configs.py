@@ -1,4 +1,4 @@
-"""The configuration files: a backbone's config.json read, a model's two files written."""
+"""Reads a backbone's or model's config.json; makes the content of a model's two config files."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -16,7 +16,7 @@ DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-# what decides, with its tensors, what a model computes
+# the files that determine, together with the tensors, what a model computes
 PREPROCESSOR = "preprocessor_config.json"
 CONFIGS = ("config.json", PREPROCESSOR)
 
@@ -33,8 +33,8 @@ def read_backbone_config(path: Path) -> Dinov3Config:
     """Reads the config.json of a DINOv3 backbone in transformers' format.
 
     Raises:
-        UnreadableFileError: it cannot be read, is of another model, lacks a size, or has a value
-            that cannot work.
+        UnreadableFileError: it cannot be read, is for another kind of model, lacks a size, or has
+            an unsupported value.
     """
     return _read(
         path,
@@ -44,9 +44,9 @@ def read_backbone_config(path: Path) -> Dinov3Config:
 
 
 def find_backbone_config(path: Path | None) -> Dinov3Config | None:
-    """Reads a config.json beside a backbone; None where there is none in transformers' format.
+    """Reads the config.json of a backbone; None if it is missing or not in transformers' format.
 
-    timm's repositories have one in timm's format.
+    timm's repositories have a config.json in timm's format.
 
     Raises:
         UnreadableFileError: as in `read_backbone_config`.
@@ -60,19 +60,19 @@ def read_model_config(path: Path) -> EomtDinov3Config:
     """Reads the config.json of a converted model.
 
     Raises:
-        UnreadableFileError: it cannot be read, is of another model, or has a value that cannot
-            work.
+        UnreadableFileError: it cannot be read, is for another kind of model, or has an unsupported
+            value.
     """
     return _read(path, EomtDinov3Config, "Give the folder of an EoMT-DINOv3 model.")
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Reads the config.json of a model, with all its keys.
+    """Reads the config.json of a model and returns all its keys, also unknown ones.
 
-    Every command reads it here before anything is built of its numbers.
+    Every command calls this before it builds anything from the numbers in the file.
 
     Raises:
-        UnreadableFileError: it cannot be read, or has a value that cannot work.
+        UnreadableFileError: it cannot be read, or has an unsupported value.
     """
     content = read_json_object(path)
     _parse(content, EomtDinov3Config, path)
@@ -83,8 +83,7 @@ def _read(path: Path, kind: type[_Config], remedy: str) -> _Config:
     content = read_json_object(path)
     if content.get("model_type") != kind.model_type:
         raise UnreadableFileError(
-            f"{path} is the configuration of a {content.get('model_type')!r} model, not of a "
-            f"{kind.model_type!r}.",
+            f"model_type in {path} is {content.get('model_type')!r}, expected {kind.model_type!r}.",
             remedy,
         )
     return _parse(content, kind, path)
@@ -107,16 +106,16 @@ def model_config(
 ) -> dict[str, Any]:
     """The config.json of a converted model: an `EomtDinov3Config` as transformers 5.23 reads it.
 
-    What only training and losses use is left at transformers' defaults, but for the weight of "no
-    object", with which criterion.empty_weight is made.
+    Values that only training and losses use are left out, so that transformers' defaults apply. The
+    weight of "no object" is the exception, because criterion.empty_weight is made with it.
 
     Args:
         config: the sizes of the model.
-        image_size: (height, width) in pixels; a square one is written as one number. None to
-            keep the one of ``own``.
+        image_size: (height, width) in pixels; a square size is written as one number. None to
+            keep the value in ``own``.
         classes: one name per class.
         dtype: of the weights.
-        own: the config.json that the weights came with, whose other values are kept.
+        own: the config.json that came with the weights; its other values are kept.
     """
     values: dict[str, Any] = {
         "no_object_weight": config.no_object_weight,
@@ -142,9 +141,10 @@ def model_config(
 def preprocessor_config(task: Task, image_size: tuple[int, int]) -> dict[str, Any]:
     """The preprocessor_config.json of a converted model, for transformers' EomtImageProcessor.
 
-    Pictures for panoptic and instance segmentation are made to fit and padded. For semantic
-    segmentation the shorter side is made to fit and windows slide along the longer one, as
-    the original evaluates (github.com/tue-mps/eomt training/mask_classification_semantic.py).
+    For panoptic and instance segmentation, pictures are resized to fit the image size, and padded.
+    For semantic segmentation, the shorter side is resized to the image size, and windows slide
+    along the longer side, as in the original's evaluation (github.com/tue-mps/eomt
+    training/mask_classification_semantic.py).
     """
     height, width = image_size
     windows = task == "semantic"

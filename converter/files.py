@@ -1,4 +1,4 @@
-"""Files of one's own and from elsewhere: read within limits, and replaced as a whole."""
+"""Reads files up to a limit, and writes files so that they are replaced as a whole."""
 
 import hashlib
 import json
@@ -16,29 +16,29 @@ from reference_model.files import JSON_LIMIT as JSON_LIMIT
 from reference_model.files import open_regular as open_regular
 from reference_model.files import read_bytes as read_bytes
 
-# bytes of a picture's file: of 8-bit RGB, the largest that Pillow opens without a warning
-# (Image.MAX_IMAGE_PIXELS)
+# limit for files of pictures, in bytes: the size of the largest 8-bit RGB picture that Pillow opens
+# without a warning (Image.MAX_IMAGE_PIXELS)
 PICTURE_LIMIT = 2**28
 
 
 def user_path(given: str | Path) -> Path:
-    """A path as users write it, with ``~`` for a home folder, which stays where there is none."""
+    """Expands ``~`` in a path from a user; it stays unchanged if there is no home folder."""
     return Path(os.path.expanduser(given))  # noqa: PTH111  # pathlib's raises a RuntimeError
 
 
 def optional_path(given: str | Path | None) -> Path | None:
-    """The same for an option that need not be given; None where it is not."""
+    """The same as `user_path` for an option that may be left out; None if it is."""
     return user_path(given) if given else None
 
 
 def real_path(path: Path) -> Path:
-    """An absolute path without links, but for one that leads to itself, which stays."""
+    """An absolute path with all links followed, except a link that leads to itself."""
     return Path(os.path.realpath(path))
 
 
 @contextmanager
 def readable(path: str | Path) -> Iterator[None]:
-    """Says of a file what the system says of it, where reading it fails in this block.
+    """Turns an OSError in this block into an error that names the file that cannot be read.
 
     Raises:
         UnreadableFileError: for any OSError.
@@ -51,7 +51,7 @@ def readable(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def writable(place: Path, remedy: str = "") -> Iterator[None]:
-    """Says of a file or folder what the system says of it, where writing fails in this block.
+    """Turns an OSError in this block into an error that names the place that cannot be written.
 
     Raises:
         OutputError: for any OSError.
@@ -68,7 +68,7 @@ def read_text(path: str | Path, limit: int = JSON_LIMIT, encoding: str = "utf-8"
     """The text of a regular file.
 
     Raises:
-        OSError: it is no regular file, cannot be read, or is larger than the limit in bytes.
+        OSError: it is not a regular file, cannot be read, or is larger than the limit in bytes.
         UnicodeDecodeError: it is not in this encoding.
     """
     return read_bytes(path, limit).decode(encoding)
@@ -79,26 +79,29 @@ def read_json_object(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
 
     Args:
         path: of the file.
-        limit: of its size in bytes.
+        limit: largest size in bytes.
 
     Raises:
-        UnreadableFileError: there is no such file, it is no regular one or too large, or it holds
-            something else.
+        UnreadableFileError: the file is missing, too large or not a regular file, or its content is
+            not a JSON object in valid Unicode.
     """
     try:
         with readable(path):
             content = files.read_json_object(path, limit)
-        half = _half_character(content)
+        surrogate = _path_to_surrogate(content)
     except (ValueError, RecursionError) as error:
         raise UnreadableFileError(f"{path} is not valid JSON: {error}.") from error
-    if half is not None:
-        key = shortened(".".join(reversed(half)))
+    if surrogate is not None:
+        key = shortened(".".join(reversed(surrogate)))
         raise UnreadableFileError(f"{key} in {path} holds half of a character (a lone surrogate).")
     return content
 
 
-def _half_character(value: Any) -> list[str] | None:
-    """The keys to text that no encoding has, innermost first; None where there is none."""
+def _path_to_surrogate(value: Any) -> list[str] | None:
+    """The keys that lead to text with half of a character, innermost first; None if there is none.
+
+    Such halves (lone surrogates) can be written in JSON, but in no encoding.
+    """
     if isinstance(value, str):
         return None if is_unicode(value) else []
     entries: Iterable[tuple[str, Any]] = ()
@@ -107,14 +110,14 @@ def _half_character(value: Any) -> list[str] | None:
     elif isinstance(value, dict):
         entries = value.items()
     for key, entry in entries:
-        found = _half_character(entry) if is_unicode(key) else []
+        found = _path_to_surrogate(entry) if is_unicode(key) else []
         if found is not None:
             return [*found, key]
     return None
 
 
 def is_unicode(text: str) -> bool:
-    """Whether text can be written in UTF-8: JSON can also spell halves of characters."""
+    """Whether text can be written in UTF-8: text from JSON may hold halves of characters."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -144,7 +147,7 @@ def sha256(path: Path) -> str:
 
 
 class FileDigest(NamedTuple):
-    """What identifies a file's content.
+    """Size and SHA-256, which identify a file's content.
 
     Attributes:
         size: in bytes.
@@ -175,13 +178,13 @@ def digests_to_dict(digests: Digests) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Opens a new file, which takes a path's place when it is complete and on the disk.
+    """Opens a new file that replaces the one at a path when it is complete and on the disk.
 
-    It is made beside the path under a name that cannot be foreseen, so that no link that somebody
-    has put there is followed. What stands at the path stays until then, and if anything fails.
+    It is made beside the path under a name that cannot be foreseen, so that nobody can put a link
+    there that would be followed. If anything fails, the file at the path stays.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     new = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}")
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -199,30 +202,32 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def prepare_place(path: Path) -> None:
-    """Makes the folder that a file goes to, where it is missing, so that no work is done in vain.
+    """Makes the folder for a file if it is missing, and checks that the file can be written there.
+
+    It is called before long work, so that the work is not done in vain.
 
     Raises:
         OutputError: the folder cannot be made or written to, or a folder has the file's name.
     """
-    remedy = "Give a file in a folder that may be written to."
+    remedy = "Give a file in a folder that you may write to."
     with writable(path, remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
         is_folder = path.is_dir()
     if is_folder:
         raise OutputError(f"{path} cannot be written: it is a folder.", remedy)
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise OutputError(f"{path} cannot be written: its folder may not be written to.", remedy)
+        raise OutputError(f"{path} cannot be written: you may not write to its folder.", remedy)
 
 
 def sync(folder: Path) -> None:
-    """Has the names in a folder written to the disk, where the file system and the folder can.
+    """Flushes the names in a folder to the disk, if the file system and the permissions allow it.
 
     Raises:
-        OSError: the folder is not there.
+        OSError: the folder is missing.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except PermissionError:  # it may be written to, and not be listed
+    except PermissionError:  # a folder that may be written to, but not listed
         return
     try:
         with suppress(OSError):
@@ -232,7 +237,7 @@ def sync(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Has the files in a folder, and in those in it, written to the disk, and their names.
+    """Flushes all files in a folder and its subfolders, and their names, to the disk.
 
     Raises:
         OSError: the disk is full or broken.

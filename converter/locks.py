@@ -1,4 +1,4 @@
-"""One process at a time: a lock for every output, in a folder of the user's own."""
+"""One process at a time: a lock for every output, in a folder that only its user can write to."""
 
 import hashlib
 import os
@@ -16,20 +16,20 @@ from converter.files import read_text, replacing, user_path
 
 @contextmanager
 def locked(place: Path) -> Iterator[None]:
-    """Keeps other processes of this user from writing to an output.
+    """Keeps other processes of this user from writing to an output in this block.
 
-    The system releases the lock when the process that has it is gone. Its file stays: to remove a
-    file that others may be about to lock would let two of them in.
+    The system releases the lock when the process that holds it ends. The lock's file stays: if it
+    were removed while another process is about to lock it, two processes could hold a lock.
 
     Args:
         place: absolute path of the output, without links in it.
 
     Raises:
-        OutputError: another process has the lock, or there is no folder for it.
+        OutputError: another process holds the lock, or there is no folder for it.
         OSError: the lock cannot be written.
     """
     name = hashlib.sha256(os.fsencode(place)).hexdigest()
-    folder = _own_folder()
+    folder = _lock_folder()
     lock, holder = FileLock(folder / f"{name}.lock", timeout=0), folder / f"{name}.pid"
     try:
         lock.acquire()
@@ -51,20 +51,20 @@ def locked(place: Path) -> Iterator[None]:
         lock.release()
 
 
-def _own_folder() -> Path:
+def _lock_folder() -> Path:
     """The folder for locks, which no other user can write to.
 
     Raises:
-        OutputError: there is none.
+        OutputError: there is no such folder, and none can be made.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not cache.is_absolute():  # as the specification of XDG_CACHE_HOME says
+    if not cache.is_absolute():  # XDG's specification says to ignore relative paths
         cache = user_path("~/.cache")
     own, temporary = cache / "eomt-convert", Path(tempfile.gettempdir())
     folders = [own, temporary / f"eomt-convert-{os.geteuid()}"][not own.is_absolute() :]
     for folder in folders:
         with suppress(OSError):
-            folder.parent.mkdir(exist_ok=True)  # a home that is not there is not made
+            folder.parent.mkdir(exist_ok=True)  # without parents: a missing home is not made
             with suppress(FileExistsError):
                 folder.mkdir(mode=0o700)
             found = folder.lstat()
@@ -72,7 +72,7 @@ def _own_folder() -> Path:
             if ours and not found.st_mode & 0o077 and os.access(folder, os.W_OK | os.X_OK):
                 return folder
     raise OutputError(
-        "There is no folder for locks, which you may write to and nobody else (mode 0700); tried "
+        "There is no folder for locks that only you can write to (mode 0700); tried "
         f"{' and '.join(map(str, folders))}.",
-        "Set XDG_CACHE_HOME to a folder of yours.",
+        "Set XDG_CACHE_HOME to a folder that belongs to you.",
     )

@@ -1,4 +1,4 @@
-"""Converted models, opened by folder or Hub repository and ready to run."""
+"""Opens converted models, from a folder or a Hub repository, so that they can be run."""
 
 import os
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def fetch_model(model: str | Path, access: Access) -> Path:
         access: how the Hub is reached.
 
     Raises:
-        UnreadableFileError: it is no converted model, or a file arrived damaged, twice.
+        UnreadableFileError: it is not a converted model, or a file arrived damaged twice.
         AccessError, HubUnavailableError: the repository cannot be reached.
     """
     source = _source(model)
@@ -38,7 +38,7 @@ def fetch_model(model: str | Path, access: Access) -> Path:
         if not source.path.is_dir():
             raise UnreadableFileError(f"There is no folder {source.path}.")
         is_model = (source.path / PREPROCESSOR).is_file()
-    else:  # asked before gigabytes are fetched
+    else:  # checked before gigabytes are fetched
         is_model = fetch_first(source, (PREPROCESSOR,), access) is not None
         if access.offline and not is_model:
             reason = f"{PREPROCESSOR} is missing"
@@ -46,7 +46,7 @@ def fetch_model(model: str | Path, access: Access) -> Path:
     if not is_model:
         raise UnreadableFileError(
             f"{model} has no {PREPROCESSOR}: it is not a converted model.",
-            "eomt-convert makes one of a delta and a backbone.",
+            "eomt-convert makes a model from a delta and a backbone.",
         )
     if isinstance(source, LocalSource):
         folder = source.path
@@ -58,7 +58,7 @@ def fetch_model(model: str | Path, access: Access) -> Path:
 
 
 def repository_of(model: str | Path) -> str | None:
-    """The repository that a model is named by; None for a folder."""
+    """The repository of a model; None if the model is a folder."""
     source = _source(model)
     return source.repo_id if isinstance(source, HubSource) else None
 
@@ -70,10 +70,11 @@ def _source(model: str | Path) -> LocalSource | HubSource:
 
 
 def find_task(model: str | Path, folder: Path) -> str:
-    """What a model segments: panoptic, instance or semantic.
+    """A model's task: panoptic, instance or semantic.
 
-    Its conversion.json tells, or the catalogue by the repository's name; else windows are the mark
-    of a semantic model, and stuff classes that of a panoptic one.
+    It is taken from the model's conversion.json, or else from the catalogue's entry with the
+    repository's name. Otherwise a model with sliding windows is semantic, and one with stuff
+    classes is panoptic.
 
     Args:
         model: its folder or repository, as the user named it.
@@ -81,7 +82,7 @@ def find_task(model: str | Path, folder: Path) -> str:
 
     Raises:
         UnreadableFileError: one of its files cannot be read.
-        UsageError: nothing tells.
+        UsageError: nothing shows the task.
     """
     history = read_history(folder)
     if history and history.task:
@@ -93,25 +94,27 @@ def find_task(model: str | Path, folder: Path) -> str:
     if read_json_object(folder / "config.json").get("stuff_classes"):
         return "panoptic"
     raise UsageError(
-        f"Nothing in {model} tells what it segments.",
-        "--task says it: panoptic, instance or semantic.",
+        f"Nothing in {model} shows its task.",
+        "Give --task panoptic, --task instance or --task semantic.",
     )
 
 
 def load_model(
     folder: Path, *, device: str, dtype: str = "auto", windows: bool
 ) -> "tuple[EomtDinov3ForUniversalSegmentation, EomtImageProcessor]":
-    """The network and its image processor, which is set to do what the original does.
+    """Loads the network and its image processor, which is set to do what the original does.
 
     Args:
-        folder: of a converted model.
+        folder: the folder of a converted model.
         device: where the network runs, as torch names it.
-        dtype: of its weights, as torch names it, or ``auto`` for that of the file.
-        windows: whether windows slide over pictures, as for semantic segmentation; else they are
-            padded. The published preprocessor_config.json of a semantic model pads.
+        dtype: of its weights, as torch names it, or ``auto`` for the one in the file.
+        windows: whether windows slide over pictures, as for semantic segmentation; otherwise
+            pictures are padded. This overrides the published preprocessor_config.json of semantic
+            models, which pads.
 
     Raises:
-        UnreadableFileError: a file is missing or broken, or the two do not go together.
+        UnreadableFileError: a file is missing or broken, or network and image processor are for
+            different sizes.
     """
     from safetensors import SafetensorError
 
@@ -125,16 +128,17 @@ def load_model(
             folder, do_resize=True, do_split_image=windows, do_pad=not windows
         )
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise UnreadableFileError(f"{folder} is no usable model: {error}") from error
+        raise UnreadableFileError(f"The model in {folder} cannot be loaded: {error}") from error
     trained, made = network.config.input_size, processor.image_size
     if mismatch := size_mismatch(trained, made, folder / "config.json"):
         raise UnreadableFileError(
-            mismatch, "Give both the height and width in pixels that the model was trained with."
+            mismatch,
+            "Set both to the height and width in pixels that the model was trained with.",
         )
     if network.config.num_channels != 3:
         raise UnreadableFileError(
-            f"num_channels in {folder / 'config.json'} is {network.config.num_channels}; pictures "
-            "have 3."
+            f"num_channels in {folder / 'config.json'} is {network.config.num_channels}, expected "
+            "3 for pictures."
         )
     return network, processor
 
@@ -142,12 +146,12 @@ def load_model(
 def size_mismatch(
     trained: tuple[int, int], made: tuple[int, int], config: str | Path = "config.json"
 ) -> str:
-    """Says that a model and its image processor are for different sizes; empty if they are not.
+    """A sentence if a model and its image processor are for different sizes; empty otherwise.
 
     Args:
-        trained: (height, width) in pixels that the network takes.
-        made: (height, width) that the image processor makes pictures fit.
-        config: what to call the file that the first is from.
+        trained: (height, width) in pixels that the network expects.
+        made: (height, width) in pixels of the image processor's output.
+        config: the name of the file with ``trained``, for the sentence.
     """
     if made == trained:
         return ""
@@ -157,15 +161,15 @@ def size_mismatch(
 
 
 def choose_device(name: str | None) -> "torch.device":
-    """The device of a name, which becomes torch's current one if it is a GPU.
+    """The device with a name; if it is a GPU, it becomes torch's current device.
 
-    A GPU without a number is the one that torchrun gives this process.
+    A GPU without a number is the one that torchrun assigns to this process.
 
     Args:
         name: as torch names it; None for a GPU if there is one, else the CPU.
 
     Raises:
-        UsageError: it cannot be used.
+        UsageError: the device cannot be used.
     """
     import torch
 
@@ -185,14 +189,17 @@ def choose_device(name: str | None) -> "torch.device":
 
 @contextmanager
 def torch_device(name: str | None, threads: int | None) -> Iterator[str]:
-    """Finds out whether a device can be used, and gives torch so many CPU threads in this block.
+    """Checks that a device can be used, and sets torch's number of CPU threads in this block.
 
     Args:
         name: as torch names it; None for a GPU if there is one, else the CPU.
-        threads: None for as many as torch takes.
+        threads: number of CPU threads; None for torch's own choice.
+
+    Yields:
+        The device's name.
 
     Raises:
-        UsageError: there is no such device.
+        UsageError: the device cannot be used.
     """
     import torch
 

@@ -1,28 +1,28 @@
-"""Text from outside, made fit for the place where it is shown.
+"""Text from outside, made safe for the place where it is shown.
 
-Whatever a stranger may have written: names of files, pictures, classes, tensors, repositories and
-branches, keys and values of configuration files, messages of servers. None of it may act where it
-is shown: as a control sequence of a terminal, or as markup of Markdown. In a page of HTML, whose
-template escapes markup, `visible` is what remains to be done.
+Strangers may have written names of files, pictures, classes, tensors, repositories and branches,
+keys and values of configuration files, and messages of servers. Such text must have no effect where
+it is shown, neither as a control sequence in a terminal nor as markup in Markdown. The template of
+HTML pages escapes markup itself, so text for them needs only `visible`.
 """
 
 import json
 import re
 from urllib.parse import quote
 
-# characters of a line on a terminal, and of a cell of a table there
+# limits for a line on a terminal, and for a cell of a table there, in characters
 LONGEST_LINE, LONGEST_CELL = 1000, 200
 
 
 def visible(text: str, longest: int = LONGEST_LINE) -> str:
-    r"""A text as one line in which every character shows, and none acts.
+    r"""A text as one line in which every character is visible, and none has an effect.
 
     Control, escape, bidirectional and other invisible characters, line breaks and halves of
     characters are written as Python writes them: ``\x1b``, ``\n``, ``\u202e``, ``\ud800``.
 
     Args:
-        text: from wherever.
-        longest: characters that are shown; of a longer text, its beginning and its end are.
+        text: from any source.
+        longest: number of characters that are shown; a longer text is shown without its middle.
     """
     shown = text
     if not text.isprintable():
@@ -34,13 +34,14 @@ def visible(text: str, longest: int = LONGEST_LINE) -> str:
 
 
 def json_text(content: object, *, only_ascii: bool = False) -> str:
-    """JSON that says all of it, in characters that show; two spaces, keys as given.
+    """Complete JSON in visible characters, indented by two spaces, keys in the given order.
 
-    What `visible` makes visible is escaped as JSON escapes it, so that readers get it back.
+    Characters that `visible` would change are escaped as JSON escapes them, so that a parser
+    returns the original text.
 
     Args:
-        content: what is to be said.
-        only_ascii: whether everything beyond ASCII is escaped too.
+        content: the value to write.
+        only_ascii: whether all characters beyond ASCII are escaped too.
     """
     text = json.dumps(content, indent=2, ensure_ascii=only_ascii)
     return re.sub(
@@ -49,50 +50,50 @@ def json_text(content: object, *, only_ascii: bool = False) -> str:
 
 
 class Markdown(str):
-    """Text that is Markdown already: our own, or what came from outside made harmless."""
+    """Text that is safe as Markdown: our own, or text from outside that was escaped."""
 
     __slots__ = ()
 
 
 def prose(text: str) -> Markdown:
-    """A text for a sentence or a table of Markdown, where it shows as it is written."""
+    """Escapes a text for a sentence or a table of Markdown, so that it is shown literally."""
     shown = _ACTIVE.sub(r"\\\g<0>", visible(text))
     return Markdown(_FIRST.sub(r"\1\\\2", shown))
 
 
-# What means something within a line of Markdown, or would become a link of itself; _ between
-# letters means nothing. GitHub Flavored Markdown, https://github.github.com/gfm/
+# Characters with a meaning within a line of Markdown, or that turn an address into a link; _ has
+# none between letters. GitHub Flavored Markdown, https://github.github.com/gfm/
 _ACTIVE = re.compile(
     r"[\\`*\[\]<>|~&$@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.", re.IGNORECASE
 )
 
-# what means something at a line's beginning: headings and items of lists
+# characters with a meaning at the beginning of a line: for headings and items of lists
 _FIRST = re.compile(r"^(\s*|\s*\d+)([-+#=](?<!\d.)|(?<=\d)[.)])")
 
 
 def code(text: str) -> Markdown:
-    r"""A text as a code span of Markdown, in a sentence or a table; none for an empty one.
+    r"""A text as a code span of Markdown, in a sentence or a table; empty for an empty text.
 
-    Backticks and bars, which would end the span or the cell, are written as `visible` writes what
-    it makes visible: ``\x60``, ``\x7c``.
+    Backticks and bars, which would end the span or the cell, are written in the same way as
+    `visible` writes other characters: ``\x60``, ``\x7c``.
     """
     shown = _without_comments(text).replace("`", r"\x60").replace("|", r"\x7c")
     return Markdown(f"`{shown}`" if shown.strip() else "")
 
 
 def fenced(text: str) -> Markdown:
-    """A text of one line as a block of code, whatever backticks it has."""
+    """A text as a block of code with one line, which may contain any backticks."""
     fence = "`" * (1 + max([2, *map(len, re.findall("`+", text))]))
     return Markdown(f"{fence}\n{_without_comments(text)}\n{fence}")
 
 
 def _without_comments(text: str) -> str:
-    """A visible text in which no comment begins: a comment marks our part of a card."""
+    """A visible text without the beginning of a comment, as comments mark our part of a card."""
     return visible(text).replace("<!--", r"\x3c!--")
 
 
 def link(text: str, address: str) -> Markdown:
-    """A link of Markdown; no link, but the text, where the address is none of the web."""
+    """A link of Markdown; only the text if the address does not begin with http:// or https://."""
     if not re.match("https?://", address):
         return prose(text)
     return Markdown(f"[{prose(text)}]({quote(address, ':/?#@%&=+,;~', errors='replace')})")

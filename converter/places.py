@@ -1,4 +1,4 @@
-"""Where something is: a path on this machine, or a repository of the Hub."""
+"""Where something is: a path on this machine, or a repository on the Hub."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +9,14 @@ from converter.files import user_path
 # the file of recorded outputs
 RECORDED = "recorded.safetensors"
 
-# how files of weights end, and the index of several
+# endings of the names of weight files, and of an index of several
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 INDEX_SUFFIX = ".index.json"
 
 
 @dataclass(frozen=True)
 class LocalSource:
-    """A file of weights, or a folder that has one."""
+    """A file of weights, or a folder that contains one."""
 
     path: Path
 
@@ -35,7 +35,7 @@ class HubSource:
 
 
 def find_recorded(path: Path) -> Path:
-    """The recorded.safetensors in a folder, or the file itself.
+    """The recorded.safetensors in a folder; the path itself if it is a file.
 
     Raises:
         UnreadableFileError: there is no such file.
@@ -50,10 +50,10 @@ def find_recorded(path: Path) -> Path:
 
 
 def parse_source(text: str) -> LocalSource | HubSource:
-    """Tells a path from a repository.
+    """Decides whether a text is a path or a repository.
 
-    What exists, is absolute, begins with ``.`` or ``~``, or ends like a weight file is a path.
-    Anything else of the form owner/name, or owner/name@revision, is a repository.
+    It is a path if it exists, is absolute, begins with ``.`` or ``~``, or ends like a weight file.
+    Any other text of the form owner/name, or owner/name@revision, is a repository.
 
     Raises:
         UsageError: it is neither.
@@ -61,7 +61,7 @@ def parse_source(text: str) -> LocalSource | HubSource:
     path = user_path(text)
     if (
         path.exists()
-        or path.is_symlink()  # that leads nowhere
+        or path.is_symlink()  # a link whose target is missing
         or path.is_absolute()
         or text.startswith((".", "~"))
         or text.endswith((*WEIGHT_SUFFIXES, INDEX_SUFFIX))
@@ -70,7 +70,7 @@ def parse_source(text: str) -> LocalSource | HubSource:
     repo_id, _, revision = text.partition("@")
     if repo_id.count("/") != 1 or not all(repo_id.split("/")) or text.endswith("@"):
         raise UsageError(
-            f"{text!r} is no file or folder here, and not of the form owner/name or "
-            "owner/name@revision either."
+            f"{text!r} is neither a file or folder here, nor a repository of the form owner/name "
+            "or owner/name@revision."
         )
     return HubSource(repo_id, revision or "main")

@@ -1,16 +1,17 @@
-"""All or nothing: an output is made in a stage, and takes its place when it is finished.
+"""All or nothing: an output is made in a stage, and moved to its place when it is complete.
 
-A stage is a new folder ``.NAME.eomt-convert-RANDOM`` beside the output, or in it where the output
-is a mount point or the working directory, or its parent cannot be written. It holds:
+A stage is a new folder ``.NAME.eomt-convert-RANDOM`` beside the output. It is inside the output if
+that is a mount point or the working directory, or if the output's parent cannot be written. It
+holds:
 
-- ``stage.json``: that it is a stage, of which output, and the number of the folder on its disk,
-  which tells it from folders that came in an archive or a repository;
-- ``lock``: which a living run has;
-- ``output``: what is being made, for as long as it is not published;
+- ``stage.json``: the mark of a stage, the name of its output, and the folder's inode number, which
+  a copy of the folder, from an archive or a repository, does not have;
+- ``lock``: locked by a run that is using the stage;
+- ``output``: the new output, until it is published;
 - ``replaced``: the output that was there before, or the files in it;
-- ``moved.json``: files that go to an output file by file, and their numbers on the disk.
+- ``moved.json``: the files that are moved to an output one by one, with their inode numbers.
 
-So a stage that a run has left behind when it was killed tells what has to be undone.
+So if a run is killed, the stage that it leaves shows what has to be undone.
 """
 
 import errno
@@ -41,8 +42,8 @@ _MARKER, _LOCK, _OUTPUT, _REPLACED, _MOVED = (
     "moved.json",
 )
 
-# Names, relative to a folder, of the files in it that this tool has made, with the SHA-256 that
-# they had then; None where nothing tells.
+# Returns the names of the files in a folder that this tool has made, relative to the folder, with
+# the SHA-256 that they had then; None where that is not known.
 Made = Callable[[Path], Mapping[str, str | None]]
 
 
@@ -52,15 +53,15 @@ def _nothing(_: Path) -> Mapping[str, str | None]:
 
 @dataclass(frozen=True)
 class StagedOutput:
-    """A place to work in, on the same file system as the output.
+    """A stage: a folder to make an output in, on the output's file system.
 
     Attributes:
         folder: where the output is made.
-        area: the hidden folder around it, which goes away in the end.
-        place: where the output goes.
-        force: whether an output that is there is replaced.
-        made: tells what of it may be replaced.
-        last: the file without which an output is none.
+        area: the stage, a hidden folder that contains it and is removed at the end.
+        place: the output's final path.
+        force: whether an existing output is replaced.
+        made: returns which of its files this tool has made; only those are replaced.
+        last: the file that is moved last: without it, an output is not complete.
     """
 
     folder: Path
@@ -71,11 +72,11 @@ class StagedOutput:
     last: str
 
     def publish(self) -> None:
-        """Moves the finished output to its place. What it replaces goes away with the area.
+        """Moves the finished output to its place. What it replaces is removed with the area.
 
         Raises:
-            OutputError: something is there by now that must not be replaced.
-            OSError: it cannot be written to the disk, or moved.
+            OutputError: something that must not be replaced is there by now.
+            OSError: the output cannot be written to the disk, or moved.
         """
         sync_tree(self.folder)
         if self.area.parent == self.place:
@@ -87,14 +88,14 @@ class StagedOutput:
         if os.path.lexists(self.place):
             replaced = self.area / _REPLACED
             self.place.rename(replaced)
-            # looked at where nobody adds to it any more
+            # checked after the move, when nobody adds files to it any more
             ours = _check(replaced, self.place, force=self.force, made=self.made)
             _check_unchanged(replaced, self.place, ours)
         self.folder.rename(self.place)
         sync(self.place.parent)
 
     def _publish_inside(self) -> None:
-        """Moves file by file: the old last one goes first, and the new one comes last."""
+        """Moves file by file: ``last`` is moved away first, and the new one is moved in last."""
         ours = _check(self.place, self.place, force=self.force, made=self.made, area=self.area)
         _check_unchanged(self.place, self.place, ours)
         old = _in_order(_contents(self.place, self.area), self.last)
@@ -106,14 +107,16 @@ class StagedOutput:
             (self.place / name).rename(replaced / name)
         for name in new:
             if os.path.lexists(self.place / name):
-                raise OutputError(f"{self.place / name} was made meanwhile.", "Run again.")
+                raise OutputError(
+                    f"{self.place / name} was made by something else during this run.", "Run again."
+                )
             (self.folder / name).rename(self.place / name)
         sync(self.place)
         self.folder.rmdir()
 
 
 def put_back(place: Path) -> None:
-    """Clears up what a killed run has left of an output; puts back what it was about to replace.
+    """Removes what a killed run has left of an output, and puts back what it was replacing.
 
     Raises:
         OutputError: something else is there by now, or another process is writing there.
@@ -125,12 +128,12 @@ def put_back(place: Path) -> None:
 
 
 def check_place(place: Path, *, force: bool, made: Made = _nothing) -> None:
-    """Checks that an output may go to a place; clears up first what a killed run has left of it.
+    """Checks that an output may go to a place, after removing what a killed run has left of it.
 
     Args:
         place: absolute path of the output.
-        force: whether an output that is there is replaced.
-        made: tells what of it this tool has made; nothing else is ever replaced.
+        force: whether an existing output is replaced.
+        made: returns which of its files this tool has made; nothing else is ever replaced.
 
     Raises:
         OutputError: something is there that must not be replaced, or another process is writing
@@ -152,18 +155,20 @@ def staged(
     made: Made = _nothing,
     last: str = "config.json",
 ) -> Iterator[StagedOutput]:
-    """Opens a stage for an output; closing it leaves nothing but what was published.
+    """Opens a stage for an output; when it is closed, only what was published remains.
 
-    Only one process at a time has the stage of a place. What a process that died has left there is
-    cleared, and an output that it was about to replace is put back. Whether files of that output
-    were changed, which takes reading them, is left to `check_place` and to `publish`.
+    Only one process at a time can have a stage for a place. If a killed run has left a stage there,
+    it is removed, and an output that it was replacing is put back. This function does not check
+    whether files of that output were changed, because it would have to read them: `check_place` and
+    `publish` do.
 
     Args:
         place: absolute path of the output.
         size: bytes that will be needed.
-        force: whether an output that is there is replaced.
-        made: tells what of it this tool has made; nothing else is ever replaced.
-        last: the file without which an output is none, which comes last where files go one by one.
+        force: whether an existing output is replaced.
+        made: returns which of its files this tool has made; nothing else is ever replaced.
+        last: the file without which an output is not complete. If files are moved one by one, it is
+            moved last.
 
     Raises:
         OutputError: another process is writing there, something is there that must not be replaced,
@@ -199,15 +204,15 @@ def _os_errors(place: Path) -> Iterator[None]:
         ) from error
     except NotImplementedError as error:  # from filelock
         raise OutputError(
-            f"{place} cannot be written: its disk, or that of the folder for locks, has no locks, "
-            "which keep two runs from writing to one output.",
+            f"{place} cannot be written: its disk, or the one with the folder for locks, does not "
+            "support locks, which keep two runs from writing to one output.",
             "Choose an output on another disk, or set XDG_CACHE_HOME to a folder on another disk.",
         ) from error
 
 
 @contextmanager
 def _parents(place: Path) -> Iterator[None]:
-    """Makes the folders that a place needs; removes those that nothing was put into."""
+    """Makes the parent folders of a place; removes those that are empty at the end."""
     missing = [path for path in place.parents if not path.exists()]  # innermost first
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -224,20 +229,20 @@ def _parents(place: Path) -> Iterator[None]:
 def _check(
     folder: Path, place: Path, *, force: bool, made: Made, area: Path | None = None
 ) -> Mapping[str, str | None]:
-    """Checks that what is in a folder may be replaced, as far as names tell.
+    """Checks by names alone that the content of a folder may be replaced.
 
     Args:
-        folder: to look into.
-        place: the output that it is, for the message.
-        force: whether an output is replaced.
-        made: tells what of it this tool has made.
-        area: the stage in it, if there is one.
+        folder: the folder to check.
+        place: the output's path, for the message.
+        force: whether an existing output is replaced.
+        made: returns which of its files this tool has made.
+        area: the stage in the folder, if there is one.
 
     Returns:
-        What this tool has made of it.
+        The files that this tool has made.
 
     Raises:
-        OutputError: it may not.
+        OutputError: it may not be replaced.
     """
     if not os.path.lexists(folder):
         return {}
@@ -247,36 +252,35 @@ def _check(
     ours = made(folder)
     others = [name for name in _others(folder, ours) if PurePath(name).parts[0] in there]
     if others:
-        raise _kept(place, "that eomt-convert has not made", others)
+        raise _not_replaced(place, "that eomt-convert did not make", others)
     if there and not force:
-        raise OutputError(f"{place} exists.", "--force replaces it.")
+        raise OutputError(f"{place} exists already.", "--force replaces it.")
     return ours
 
 
 def _check_unchanged(folder: Path, place: Path, ours: Mapping[str, str | None]) -> None:
-    """Checks that files are as this tool has made them; reads all of them.
+    """Checks that files were not changed since this tool made them; reads all of them.
 
-    One that was changed is, for example, a model that was trained further and saved under the same
-    names.
+    A model that was trained further and saved under the same names, for example, was changed.
 
     Args:
-        folder: to look into.
-        place: the output that it is, for the message.
+        folder: the folder with the files.
+        place: the output's path, for the message.
         ours: SHA-256 by name; None for a file that may be changed.
 
     Raises:
-        OutputError: one is not.
+        OutputError: a file was changed.
     """
     changed = [name for name, digest in ours.items() if digest and _differs(folder / name, digest)]
     if changed:
-        raise _kept(place, "that were changed since eomt-convert made them", changed)
+        raise _not_replaced(place, "that were changed since eomt-convert made them", changed)
 
 
-def _kept(place: Path, which: str, names: Collection[str]) -> OutputError:
+def _not_replaced(place: Path, which: str, names: Collection[str]) -> OutputError:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return OutputError(
-        f"{place} has files in it {which} ({', '.join(sorted(names)[:3])}{more}); --force does not "
-        "replace that.",
+        f"{place} contains files {which} ({', '.join(sorted(names)[:3])}{more}); --force does not "
+        "replace them.",
         "Move them away, or choose another output.",
     )
 
@@ -286,13 +290,13 @@ def _differs(path: Path, digest: str) -> bool:
 
 
 def _contents(folder: Path, area: Path | None) -> set[str]:
-    """Names in a folder, without a stage in it and what comes with a file system mounted there."""
+    """Names in a folder, without a stage in it, and without lost+found in a mount point."""
     names = _names(folder) - {area.name if area else ""}
     return names - {"lost+found"} if _is_mount(folder) else names
 
 
 def _others(folder: Path, names: Collection[str]) -> Iterator[str]:
-    """What is in a folder besides these files, and the folders around them."""
+    """The files and folders in a folder, except these files and the folders that contain them."""
     around = {str(path) for name in names for path in PurePath(name).parents}
 
     def walk(inner: Path) -> Iterator[str]:
@@ -313,11 +317,11 @@ def _others(folder: Path, names: Collection[str]) -> Iterator[str]:
 
 
 def _prefix(place: Path) -> str:
-    return f".{place.name[:50]}.eomt-convert-"  # the name of a file has 255 bytes
+    return f".{place.name[:50]}.eomt-convert-"  # the name of a file has at most 255 bytes
 
 
 def _make_area(place: Path) -> Path:
-    # a folder that somebody works in is not exchanged for another one
+    # a mount point or the working directory stays the same folder: only its files are replaced
     if not (_is_mount(place) or (place.exists() and place.samefile(os.curdir))):
         try:
             return Path(mkdtemp(prefix=_prefix(place), dir=place.parent))
@@ -331,7 +335,7 @@ def _make_area(place: Path) -> Path:
 def _is_mount(place: Path) -> bool:
     if os.path.ismount(place):
         return True
-    # a folder of the same file system, mounted here: only Linux tells
+    # a mount of a folder of the same file system (a bind mount): only Linux lists these
     name = os.fsencode(place)
     for character in b"\\ \t\n":
         name = name.replace(bytes([character]), b"\\%03o" % character)
@@ -346,7 +350,7 @@ def _marker(area: Path, place: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    """Writes a new file of a stage, with names of any bytes in it."""
+    """Writes a new JSON file of a stage; its names may be any bytes, so it is in ASCII."""
     with path.open("x", encoding="ascii") as file:
         json.dump(content, file)
         file.flush()
@@ -357,14 +361,14 @@ def _is_stage(area: Path, place: Path) -> bool:
     """Whether a folder is a stage that this user made for an output.
 
     Raises:
-        OSError: it cannot be looked into, or is gone.
+        OSError: the folder cannot be read, or is gone.
     """
     found = area.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         return False
     names = _names(area)
     if names <= {_LOCK, _MARKER} and not any((area / name).lstat().st_size for name in names):
-        return not found.st_mode & 0o077  # as a run leaves it that was killed at once
+        return not found.st_mode & 0o077  # as left by a run that was killed right at its start
     try:
         ours = read_json_object(area / _MARKER) == _marker(area, place)
     except UnreadableFileError:
@@ -373,15 +377,15 @@ def _is_stage(area: Path, place: Path) -> bool:
 
 
 def _clear(place: Path) -> None:
-    """Undoes and removes what runs for an output have left that were killed.
+    """Undoes and removes what killed runs have left of an output.
 
     Raises:
-        OutputError: what was to be replaced cannot be put back, as something else is there by now.
+        OutputError: what was replaced cannot be put back, because something else is there by now.
     """
     for folder in (place.parent, place):
         try:
             names = _names(folder)
-        except OSError:  # it is not there, or is not for this user to see
+        except OSError:  # the folder is missing, or this user may not read it
             continue
         for area in (folder / name for name in names if name.startswith(_prefix(place))):
             lock = FileLock(area / _LOCK, timeout=0)
@@ -389,7 +393,7 @@ def _clear(place: Path) -> None:
                 if not _is_stage(area, place):
                     continue
                 lock.acquire()
-            except OSError:  # another run has it, with its locks elsewhere, or has removed it
+            except OSError:  # another run, whose locks are elsewhere, uses it or has removed it
                 continue
             try:
                 _dispose(area, place)
@@ -398,23 +402,23 @@ def _clear(place: Path) -> None:
 
 
 def _dispose(area: Path, place: Path) -> None:
-    """Removes a stage. What was not published is undone."""
+    """Removes a stage, after undoing what was not published."""
     unpublished = (area / _OUTPUT).is_dir()
     if unpublished:
         _undo(area, place)
     try:
-        for part in (_REPLACED, _OUTPUT):  # before the marker, so that a stage stays known as one
+        for part in (_REPLACED, _OUTPUT):  # before the marker, by which a stage is recognised
             if (area / part).is_dir():
                 _remove(area / part)
         _remove(area)
     except OSError:
         if unpublished:
             raise
-        # the output is in its place; what it replaced stays in the stage, and in nobody's way
+        # the output is in its place; what it replaced stays in the stage, where it does no harm
 
 
 def _remove(folder: Path) -> None:
-    """Removes a folder of a stage, and in it what is in folders that may not be written to."""
+    """Removes a folder of a stage, with the content of read-only folders in it."""
 
     def retry(function: Callable[[str], object], path: str, _: object) -> None:
         Path(path).parent.chmod(0o700)
@@ -424,7 +428,7 @@ def _remove(folder: Path) -> None:
 
 
 def _undo(area: Path, place: Path) -> None:
-    """Takes back what has been moved into a place, and puts back what was moved away."""
+    """Takes back files that were moved into a place, and puts back those that were moved away."""
     replaced = area / _REPLACED
     moves = [(replaced, place)] if os.path.lexists(replaced) else []
     if area.parent == place:
@@ -442,8 +446,8 @@ def _undo(area: Path, place: Path) -> None:
                 back.rmdir()
         if os.path.lexists(back):
             raise OutputError(
-                f"{back} was to be replaced by a run that was stopped, and is now at {old}; "
-                f"something else is at {back}.",
+                f"A run that was stopped had moved {back} to {old}, to replace it; something else "
+                f"is at {back} now.",
                 "Move one of the two away.",
             )
         old.rename(back)
@@ -461,6 +465,6 @@ def _check_space(area: Path, place: Path, size: int) -> None:
     free = shutil.disk_usage(area).free
     if free < size:
         raise OutputError(
-            f"{place} needs {size_text(size, 'GB')}, its disk has {size_text(free, 'GB')} left.",
+            f"{place} needs {size_text(size, 'GB')}, its disk has {size_text(free, 'GB')} free.",
             "Free some space, or choose an output on another disk.",
         )

@@ -1,4 +1,4 @@
-"""What a project that uses a converted model can say in its own tests.
+"""An assertion for the tests of projects that use a converted model.
 
 >>> from converter.testing import assert_matches_recorded
 >>> assert_matches_recorded("model", "recorded")
@@ -11,9 +11,9 @@ from converter.report import verdict
 
 
 def assert_matches_recorded(model: str | Path, path: str | Path, *, device: str = "cpu") -> None:
-    """Asserts that a model's files are sound and that it computes what was recorded.
+    """Asserts that a model's files are valid and that it computes the recorded outputs.
 
-    Recorded pictures, and so how the model's image processor prepares them, are not checked:
+    Recorded pictures are not checked, and so neither is the model's image processor:
     `converter.verify` does that.
 
     Args:
@@ -22,7 +22,8 @@ def assert_matches_recorded(model: str | Path, path: str | Path, *, device: str 
         device: where the model runs.
 
     Raises:
-        AssertionError: it does not; the message says where it departs, and why if that was found.
+        AssertionError: the check fails; the message says where the outputs begin to differ, and the
+            cause if it was found.
         EomtConvertError: the model or the recording cannot be read.
     """
     found = verify(model, recorded=path, device=device, level=3)

@@ -1,25 +1,25 @@
-"""Zip files from outside: their directories are read up to a limit."""
+"""Opens zip files from outside, whose directories are read up to a limit."""
 
 import zipfile
 from typing import Any, BinaryIO
 
 
 def open_zip(file: BinaryIO, limit: int) -> zipfile.ZipFile:
-    """Opens a zip file whose directory has no more than so many bytes.
+    """Opens a zip file whose directory has at most ``limit`` bytes.
 
-    What is made of a directory takes eight times its size in memory, and a second for 3 MB.
+    A parsed directory takes eight times its size in memory; parsing 3 MB takes a second.
 
     Raises:
-        zipfile.BadZipFile: the directory is larger, or it is no zip file.
+        zipfile.BadZipFile: the directory is larger, or the file is not a zip file.
     """
     limited: Any = _Limited(file, limit)
     archive = zipfile.ZipFile(limited)
-    limited.limit = -1  # the members have limits of their own
+    limited.limit = -1  # no limit for the members: whoever reads them sets one
     return archive
 
 
 class _Limited:
-    """A file that refuses to read more than so much at once: zipfile reads a directory at once."""
+    """A file that refuses to read more than a limit at once: zipfile reads a directory at once."""
 
     def __init__(self, file: BinaryIO, limit: int) -> None:
         self.file = file

@@ -42,11 +42,11 @@ def test_names_for_classes_that_nobody_named() -> None:
     ("text", "complaint"),
     [
         ("", "no class name"),
-        ("[]", "no class name"),
+        ("[]", "no class names"),
         ("[1]", "not text"),
         ("[[", "not valid JSON"),
-        ('{"names": ["cat"]}', "another form"),
-        ('{"categories": [{"id": 0}]}', "another form"),
+        ('{"names": ["cat"]}', "categories in .* are not valid"),
+        ('{"categories": [{"id": 0}]}', "categories in .* are not valid"),
         ('{"categories": [{"id": 1, "name": "cat"}]}', "gaps"),
     ],
 )
@@ -63,6 +63,6 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_a_pipe_is_refused_with_the_way_to_do_without(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
 
-    with pytest.raises(UnreadableFileError, match="no regular file") as refused:
+    with pytest.raises(UnreadableFileError, match="not a regular file") as refused:
         read(tmp_path / "pipe")
     assert refused.value.remedy.endswith("COMMAND > labels.txt.")

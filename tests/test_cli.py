@@ -126,7 +126,7 @@ def test_an_image_size_of_another_form_is_wrong_usage(command: Command, size: st
         (["--checkpoint", "tiny_panoptic_64", "--output", "/dev/null/out"], 1, "cannot be written"),
         (["verify", "."], 1, "has no preprocessor_config.json"),
         (["inspect", "nothing.bin"], 1, "no file or folder nothing.bin"),
-        (["inspect", "nothing"], 2, "not of the form owner/name"),
+        (["inspect", "nothing"], 2, "nor a repository of the form owner/name"),
     ],
 )
 def test_exit_codes_and_messages(

@@ -46,7 +46,7 @@ def test_the_rotary_base_is_found_where_transformers_5_keeps_it(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"model_type": "vit"}, "configuration of a 'vit' model"),
+        ({"model_type": "vit"}, "is 'vit', expected 'dinov3_vit'"),
         ({"hidden_size": "absent"}, "lacks hidden_size"),
         ({"hidden_size": "64"}, "hidden_size is '64'; expected an integer"),
         ({"hidden_size": True}, "hidden_size is True; expected an integer"),

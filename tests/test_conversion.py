@@ -302,7 +302,7 @@ def test_files_that_others_put_into_an_output_stop_the_run(
     converter.convert("tiny_panoptic_64", tmp_path / "out")
     (tmp_path / "out" / "notes.txt").write_text("precious")
 
-    with pytest.raises(OutputError, match=r"has not made \(notes\.txt\)"):
+    with pytest.raises(OutputError, match=r"did not make \(notes\.txt\)"):
         converter.convert("tiny_panoptic_64", tmp_path / "out", force=force, exist_ok=exist_ok)
 
     assert (tmp_path / "out" / "notes.txt").read_text() == "precious"
@@ -330,7 +330,7 @@ def test_force_replaces_no_folder_without_our_conversion_json(
     if history:
         (tmp_path / "conversion.json").write_text(history)
 
-    with pytest.raises(OutputError, match=r"config\.json.*force does not replace that"):
+    with pytest.raises(OutputError, match=r"config\.json.*force does not replace them"):
         converter.convert("tiny_panoptic_64", tmp_path, force=True)
 
     assert (tmp_path / "config.json").read_text() == "{}"
@@ -344,7 +344,7 @@ def test_no_file_elsewhere_is_one_that_conversion_json_can_name(tmp_path: Path) 
     (tmp_path / "out" / "mine").mkdir()
     (tmp_path / "out" / "mine" / "thesis.tex").write_text("precious")
 
-    with pytest.raises(OutputError, match=r"has not made \(mine\)"):
+    with pytest.raises(OutputError, match=r"did not make \(mine\)"):
         converter.convert("tiny_panoptic_64", tmp_path / "out", force=True)
 
 

@@ -381,7 +381,7 @@ def test_weights_that_are_broken_are_refused(shapes: Path, tmp_path: Path) -> No
     shutil.copytree(shapes, model)
     (model / "model.safetensors").write_bytes(b"nothing")
 
-    with pytest.raises(UnreadableFileError, match="no usable model"):
+    with pytest.raises(UnreadableFileError, match="cannot be loaded"):
         evaluate(model, "coco-panoptic", SHAPES)
 
 

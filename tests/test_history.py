@@ -116,5 +116,5 @@ def test_a_config_that_no_conversion_wrote_is_refused(model: Path, changes: dict
 def test_a_folder_that_no_conversion_made_is_no_output_to_go_on_with(model: Path) -> None:
     (model / "conversion.json").write_text('{"command": []}')
 
-    with pytest.raises(OutputError, match="has not made"):
+    with pytest.raises(OutputError, match="did not make"):
         converter.convert("tiny_panoptic_64", model, exist_ok=True)

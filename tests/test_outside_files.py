@@ -245,7 +245,7 @@ def test_an_output_that_is_a_link_to_itself_is_refused(
 
 
 def test_the_root_of_the_file_system_is_no_output(command: Command) -> None:
-    assert "--force does not replace that" in error_of(command, *CONVERT[:-1], "/")
+    assert "--force does not replace them" in error_of(command, *CONVERT[:-1], "/")
 
 
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(2**50), lambda: bytes(2**60)])
@@ -429,7 +429,9 @@ def test_a_model_of_other_channels_than_pictures_have_is_refused(
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     edit(model / "config.json", num_channels=1)
 
-    assert "num_channels in model/config.json is 1; pictures have 3." in error_of(command, *SEGMENT)
+    assert "num_channels in model/config.json is 1, expected 3 for pictures." in error_of(
+        command, *SEGMENT
+    )
 
 
 def test_a_layer_scale_that_is_a_whole_number_is_one(command: Command, model: Path) -> None:

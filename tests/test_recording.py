@@ -454,7 +454,7 @@ def test_force_replaces_what_recorded_json_names(model: Path, tmp_path: Path) ->
     record(model, recorded, random=1)
     (recorded / "recorded.json").unlink()
 
-    with pytest.raises(OutputError, match=r"has not made \(recorded\.safetensors\)"):
+    with pytest.raises(OutputError, match=r"did not make \(recorded\.safetensors\)"):
         record(model, recorded, random=1, force=True)
 
 

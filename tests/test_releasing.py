@@ -299,7 +299,7 @@ def test_files_that_others_put_into_a_converted_folder_are_kept(hub: Hub, output
 
     released = release(output, NAMES[0], force=True)
 
-    assert "has not made (notes.txt)" in (released.steps[0].error or "")
+    assert "did not make (notes.txt)" in (released.steps[0].error or "")
     assert (output / NAMES[0] / "notes.txt").read_text() == "precious"
 
 

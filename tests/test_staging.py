@@ -93,7 +93,7 @@ def test_an_empty_folder_may_become_the_output(tmp_path: Path) -> None:
 def test_force_does_not_replace_a_folder_that_holds_no_model(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
 
-    with pytest.raises(OutputError, match=r"thesis\.tex.*--force does not replace that"):
+    with pytest.raises(OutputError, match=r"thesis\.tex.*--force does not replace them"):
         check_place(tmp_path, force=True)
 
 
@@ -189,9 +189,9 @@ def test_only_what_this_tool_made_is_replaced(tmp_path: Path, stray: str, force:
         (place / stray).write_text("years of work")
     first = Path(stray).parts[0]
 
-    with pytest.raises(OutputError, match=rf"has not made \({first}.*force does not replace that"):
+    with pytest.raises(OutputError, match=rf"did not make \({first}.*force does not replace them"):
         check_place(place, force=force, made=lambda _: MADE)
-    with pytest.raises(OutputError, match=rf"has not made \({first}"):
+    with pytest.raises(OutputError, match=rf"did not make \({first}"):
         make(place, force=force)
 
     assert (place / stray).exists()
@@ -260,7 +260,7 @@ def test_what_somebody_adds_to_an_output_meanwhile_is_not_replaced(
     monkeypatch.setattr(os.path, "ismount", lambda path: inside and Path(path) == place)
 
     with (
-        pytest.raises(OutputError, match=r"has not made \(thesis\.tex\)"),
+        pytest.raises(OutputError, match=r"did not make \(thesis\.tex\)"),
         staged(place, size=0, force=True, made=lambda _: MADE) as stage,
     ):
         (stage.folder / "config.json").write_text("new")
@@ -333,7 +333,7 @@ def test_what_comes_with_a_file_system_is_not_in_the_way(
 ) -> None:
     place = tmp_path / "out"
     (place / "lost+found").mkdir(parents=True)
-    with pytest.raises(OutputError, match="has not made"):
+    with pytest.raises(OutputError, match="did not make"):
         make(place, force=False)
 
     monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == place)
@@ -624,7 +624,7 @@ def test_a_disk_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         raise NotImplementedError
 
     monkeypatch.setattr(FileLock, "acquire", fail)
-    with pytest.raises(OutputError, match=r"its disk, or .* has no locks"):
+    with pytest.raises(OutputError, match=r"its disk, or .* does not support locks"):
         make(tmp_path / "out")
 
 
@@ -715,7 +715,7 @@ def test_what_is_there_instead_of_an_output_that_is_to_be_put_back_is_kept(tmp_p
     make(tmp_path / "other", "other")
     (tmp_path / "other").rename(place)
 
-    with pytest.raises(OutputError, match=r"out was to be replaced .* is now at .*replaced"):
+    with pytest.raises(OutputError, match=r"had moved .*out to .*replaced, to replace it"):
         make(place)
     assert contents(place) == {"config.json": "other", "weights": "other"}
 
