@@ -167,7 +167,7 @@ def _read_safetensors_header(file: BinaryIO, size: int, path: Path) -> Mapping[s
     try:
         header = parse_json_object(file.read(length))
     except ValueError as error:
-        raise broken(f"its header is not valid JSON ({error})") from error
+        raise broken(f"its header cannot be parsed ({error})") from error
 
     metadata = header.pop("__metadata__", {})
     if type(metadata) is not dict or not all(type(value) is str for value in metadata.values()):
@@ -264,7 +264,7 @@ def _read_torch_header(file: BinaryIO, path: Path) -> Header:
         content = read_pickle(file.read(pickle.length))
     except UnsafePickleError as error:
         raise UnreadableFileError(
-            f"{path} would run code when it is loaded: it names {error}. None of it was run.",
+            f"{path} asks to run code when it is loaded: it names {error}. None of it was run.",
             "Weights never need that. Do not load this file with torch.load either.",
         ) from error
     except ValueError as error:

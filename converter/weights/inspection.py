@@ -39,7 +39,7 @@ class Inspection:
         evidence: the signs that decide this.
         tensors: dtype and shape of every tensor, by name.
         parameters: number of elements of all tensors.
-        wrong_checksums: records of a torch file whose CRC-32 differs from the file's directory.
+        wrong_checksums: records of a torch file whose CRC-32 differs from the zip directory's.
     """
 
     format: str

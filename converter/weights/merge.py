@@ -35,7 +35,7 @@ class Merged:
         files: size and digest of every file that was written.
         tensors: digest of every tensor's little-endian bytes, by name.
         inputs: size and digest of every file that was read, by source.
-        wrong_checksums: records of torch files whose CRC-32 differs from the file's directory, by
+        wrong_checksums: records of torch files whose CRC-32 differs from the zip directory's, by
             source.
     """
 

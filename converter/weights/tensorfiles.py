@@ -80,11 +80,11 @@ def open_tensors(path: Path) -> "TensorFile | ShardedTensorFile":
 
 
 def damage(path: Path, wrong_checksums: Sequence[str]) -> str:
-    """A sentence on the records of a file whose CRC-32 differs from the file's directory."""
+    """A sentence on the records of a file whose CRC-32 differs from the zip directory's."""
     more = len(wrong_checksums) - 1
     others = f" (so do {more} more)" if more else ""
     return (
-        f"The CRC-32 of {wrong_checksums[0]!r} in {path} differs from the one in the file's "
+        f"The CRC-32 of {wrong_checksums[0]!r} in {path} differs from the one in its zip "
         f"directory{others}. The file may be damaged."
     )
 
@@ -180,7 +180,7 @@ class TensorFile(AbstractContextManager["TensorFile"]):
         return digest.hexdigest()
 
     def wrong_checksums(self) -> tuple[str, ...]:
-        """Names of the records of a torch file whose CRC-32 differs from the file's directory.
+        """Names of the records of a torch file whose CRC-32 differs from the zip directory's.
 
         Reads all records that have a CRC-32 in the directory: torch can be set to write none.
         """
@@ -360,7 +360,7 @@ def _weight_map(content: bytes, path: Path) -> dict[str, str]:
     try:
         weight_map = parse_json_object(content).get("weight_map")
     except ValueError as error:
-        raise broken(f"it is not valid JSON ({error})") from error
+        raise broken(f"it cannot be parsed ({error})") from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise broken("it has no weight_map")
     for name, shard in weight_map.items():
