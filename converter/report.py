@@ -94,7 +94,7 @@ def verdict(found: Verdict) -> list[str]:
     """A line per check with its largest differences, then the diagnosis if it failed."""
     lines = _wrapped(f"verdict   {found.verdict}" + (f": {found.reason}" if found.reason else ""))
     if found.basis:
-        lines += _wrapped(f"basis     {found.basis}: checked against {found.held_against}")
+        lines += _wrapped(f"basis     {found.basis}: compared with {found.compared_with}")
     for level in found.levels:
         said = _finding(level)
         if level.reason and (level.reason != found.reason or level.status == "not checked"):

@@ -75,7 +75,7 @@ def test_a_model_cannot_certify_itself(
     arguments = ("--delta", wrong, "--recorded", tmp_path / "own", "--output", "again")
     result = command(*arguments)
     assert result.exit_code == 0, result.output
-    assert "basis     reference: checked against outputs of the reference model" in result.stdout
+    assert "basis     reference: compared with outputs of the reference model" in result.stdout
     assert command(*arguments, "--force", "--require-verified").exit_code == 1
 
     pushed = command("push", "again", "me/model", "--license-file", FIXTURES.parent / "LICENSE")
@@ -109,7 +109,9 @@ def test_a_recording_hands_on_what_its_model_was_shown_to_be(
 ) -> None:
     """But only for the tensors that were recorded."""
     record(converted(name), tmp_path / "own", random=1)
-    assert converter.verify(converted(name), recorded=tmp_path / "own").basis == "original"
+    verdict = converter.verify(converted(name), recorded=tmp_path / "own")
+    assert verdict.basis == "original"
+    assert verdict.compared_with.startswith("outputs of the reference model, recorded from exactly")
 
     other = own_copy(converted, name, tmp_path)
     (other / "conversion.json").unlink()
@@ -138,7 +140,7 @@ def test_a_recording_without_a_word_of_who_made_it_is_of_unknown_origin(
     found = converter.verify(converted("tiny_panoptic_64"), recorded=tmp_path / "own")
 
     assert found.basis == "reference"
-    assert found.held_against.startswith("outputs of unknown origin")
+    assert found.compared_with.startswith("outputs of unknown origin")
 
 
 def test_a_recording_under_another_name_is_not_what_recorded_json_is_of(
@@ -260,6 +262,7 @@ def test_published_numbers_are_a_basis_with_every_tensor_proven() -> None:
     verdict = Verdict(levels(True))
 
     assert (verdict.verdict, verdict.basis, verdict.proven) == ("passed", "published", True)
+    assert "every tensor is proven to come" in verdict.compared_with
 
 
 @pytest.mark.parametrize(("of_published", "arithmetic"), [(False, "passed"), (True, "not checked")])

@@ -328,9 +328,9 @@ def test_it_is_said_which_classes_the_means_are_over(
     assert content["metrics"][metric] == pytest.approx(np.mean(counted))
     assert content["means_over"].startswith(f"the {len(counted)} of {len(values)} classes ")
     assert content["means_over"].endswith(
-        "as in the original"
+        "the original does the same"
         if dataset == "coco-instance"
-        else "the original counts the others as 0"
+        else "the original counts the other classes as 0"
     )
     assert f"means over {content['means_over']}" in table.stdout.splitlines()
 

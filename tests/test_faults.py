@@ -120,7 +120,7 @@ def test_a_release_keeps_its_tag_when_somebody_commits_on_top(
 def test_what_comes_back_is_held_against_recorded_outputs_of_ones_own(
     hub: Hub, derived: Path
 ) -> None:
-    with pytest.raises(OutputsDifferError, match="nothing recorded"):
+    with pytest.raises(OutputsDifferError, match="No recorded outputs"):
         converter.publish(derived, MODEL, verify_remote=True)
     published = converter.publish(
         derived, MODEL, verify_remote=True, recorded=FIXTURES / "tiny_panoptic_64"

@@ -217,8 +217,8 @@ def test_means_are_over_classes_that_occur() -> None:
     assert figures.overall["PQ"] == 50.0  # the mean of person and grass, without dog and sky
     assert (figures.overall["PQ_things"], figures.overall["PQ_stuff"]) == (100.0, 0.0)
     assert figures.means_over == (
-        "the 2 of 4 classes with a segment that counts, annotated or predicted; "
-        "the original counts the others as 0"
+        "the 2 of 4 classes that have at least one counted segment, annotated or predicted; "
+        "the original counts the other classes as 0"
     )
 
 
@@ -438,9 +438,9 @@ def test_mean_ap_is_over_classes_with_an_annotated_object_that_is_no_crowd() -> 
     assert [np.isnan(row["AP"]) for row in figures.per_class] == [False, True, True]
     assert figures.overall["AP"] == pytest.approx(100)
     assert figures.means_over == (
-        "the 1 of 3 classes with an annotated object that is no crowd; "
-        "AP_small, AP_medium and AP_large over those with an object of that size; "
-        "as in the original"
+        "the 1 of 3 classes that have an annotated object that is not a crowd; "
+        "AP_small, AP_medium and AP_large are means over the classes that have an object of that "
+        "size; the original does the same"
     )
 
 
@@ -510,8 +510,8 @@ def test_a_class_that_is_only_predicted_has_an_iou_of_zero() -> None:
     figures = metric.compute()
     assert figures.overall["mIoU"] == pytest.approx((200 / 3 + 0) / 2)
     assert figures.means_over == (
-        "the 2 of 3 classes annotated or predicted in annotated pixels; "
-        "the original counts the others as 0"
+        "the 2 of 3 classes that are annotated, or predicted in annotated pixels; "
+        "the original counts the other classes as 0"
     )
 
 

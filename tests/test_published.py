@@ -127,9 +127,9 @@ def test_a_checkpoint_that_nothing_is_recorded_of_is_never_passed(
     found = converter.verify(model, image=picture)
 
     assert found.verdict == "unverified"
-    assert found.reason == "not verified numerically: nothing recorded"
+    assert found.reason == "No recorded outputs to compare the model with."
     assert published(found) == Level(
-        "published", "not checked", "not verified numerically: nothing recorded"
+        "published", "not checked", "No recorded outputs to compare the model with."
     )
 
 

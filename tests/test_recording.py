@@ -186,7 +186,7 @@ def test_a_model_that_nothing_tells_the_task_of_is_recorded_without_segments(
     assert read_provenance(tmp_path / "recorded")["task"] is None
     level = converter.verify(model, recorded=tmp_path / "recorded").levels[LEVELS.index("pictures")]
     assert level.status == "passed"
-    assert "results, of which the recording has none" in level.reason
+    assert "results: the recording has none for its task" in level.reason
 
 
 def test_a_model_whose_pictures_fail_is_not_recorded(

@@ -233,7 +233,7 @@ def test_without_sources_a_right_model_passes_and_says_what_it_cannot_show(
     assert numbers.figures["rounded_to"] == dtype
     assert "unrounded" not in numbers.figures
     said = " ".join("\n".join(told(found)).split())
-    assert f"as far as weights in {dtype} allow: a fault smaller than rounding" in said
+    assert f"as closely as weights in {dtype} allow: faults smaller than rounding" in said
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -564,7 +564,7 @@ def test_conversion_json_and_the_card_say_that_the_sums_were_compared(
 
     assert (figures["rounded_to"], figures["unrounded"]) == ("bfloat16", True)
     assert "rounding" not in figures
-    assert "with the float32 sums that its weights in bfloat16 are rounded from" in card
+    assert "using the float32 sums before they were rounded to bfloat16" in card
 
 
 def test_a_record_cannot_claim_sums_that_nothing_proves(
@@ -610,6 +610,6 @@ def test_a_record_of_before_claims_no_more_than_rounded_weights_show(
 
     found = read_record(content["verdict"], {})
 
-    assert found.held_against.endswith(
-        ", as far as weights in 16 bits allow: a fault smaller than rounding does not show"
+    assert found.compared_with.endswith(
+        ", as closely as weights in 16 bits allow: faults smaller than rounding do not show"
     )

@@ -75,7 +75,7 @@ def test_without_a_recording_a_model_is_unverified(model: Path) -> None:
     verdict = converter.verify(model)
 
     assert verdict.verdict == "unverified"
-    assert verdict.reason == "not verified numerically: nothing recorded"
+    assert verdict.reason == "No recorded outputs to compare the model with."
 
 
 @pytest.mark.parametrize("recorded", [True, False])

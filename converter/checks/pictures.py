@@ -120,23 +120,23 @@ def _check_labels(
     problems: list[str] = []
     unchecked: list[str] = []
     if pictures.task is None:
-        unchecked.append("the task, which recorded.json does not say")
+        unchecked.append("the task: recorded.json does not give it")
     elif task is None:
-        unchecked.append("the task, which no conversion.json says of the model")
+        unchecked.append("the task: no conversion.json gives the model's")
     elif task != pictures.task:
         problems.append(
             f"The model's task, by conversion.json or its published name, is {task}; recorded.json "
             f"says {pictures.task}."
         )
     if pictures.stuff_classes is None:
-        return problems, [*unchecked, "stuff_classes, which recorded.json does not say"], None
+        return problems, [*unchecked, "stuff_classes: recorded.json does not give them"], None
     # transformers does not know this key, but the reference model's processor uses it if present
     theirs = read_json_object(folder / _PREPROCESSOR).get("stuff_classes")
     names = config.id2label.values()
     placeholders = set(names) == set(unnamed(len(names)).names)
     if pictures.stuff_classes and placeholders and not config.stuff_classes and not theirs:
         unchecked.append(
-            "stuff_classes, of which config.json has none, nor names of classes; those of "
+            "stuff_classes: config.json has neither these nor names of classes, so those in "
             "recorded.json were used"
         )
         return problems, unchecked, pictures.stuff_classes
@@ -320,7 +320,7 @@ def _equal_results(
 def _unchecked_results(pictures: RecordedPictures, shares: Mapping[str, float]) -> list[str]:
     """The recorded results that nothing was compared with, in words."""
     if not shares:
-        return ["results, of which the recording has none for its task"]
+        return ["results: the recording has none for its task"]
     maps = (n for n in pictures.tensors if n.endswith(".semantic") or ".panoptic@" in n)
     left = [name for name in maps if name not in shares]
     return [f"{len(left)} results such as {left[0]}"] if left else []

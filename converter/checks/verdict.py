@@ -187,15 +187,15 @@ class Verdict:
         return bases
 
     @property
-    def held_against(self) -> str:
-        """What the model was checked against, as the end of a sentence.
+    def compared_with(self) -> str:
+        """What the model was compared with, as the end of a sentence.
 
-        The model cards on the Hub hold this text: another wording would make a push change them.
+        Model cards on the Hub contain this text: if it changes, a push changes them.
         """
         if self.basis == "published":
             return (
-                "its published sources, from which every tensor was proven, and a spot check of "
-                "the published numbers"
+                "its published sources, from which every tensor is proven to come, and with the "
+                "published numbers, as a spot check"
             )
         return self._recorded_by + self._rounded
 
@@ -207,8 +207,8 @@ class Verdict:
         if dtype is None:
             return ""
         if numbers.get("unrounded"):
-            return f", with the float32 sums that its weights in {dtype} are rounded from"
-        return f", as far as weights in {dtype} allow: a fault smaller than rounding does not show"
+            return f", using the float32 sums before they were rounded to {dtype}"
+        return f", as closely as weights in {dtype} allow: faults smaller than rounding do not show"
 
     @property
     def _recorded_by(self) -> str:
@@ -218,20 +218,20 @@ class Verdict:
             return f"outputs recorded from the original implementation{stated}"
         if self.basis == "original":
             return (
-                "outputs of the reference model, recorded from these very files when they had "
-                "passed beside the original's, as recorded.json states"
+                "outputs of the reference model, recorded from exactly these files after they had "
+                "passed a comparison with the original's, as recorded.json states"
             )
         reference = numbers.get("recorded_by") == "reference"
         return (
             f"outputs of {'the reference model' if reference else 'unknown origin'}: nothing has "
-            "changed since they were recorded, which does not show that it was right then"
+            "changed since they were recorded, but this does not show that it was right then"
         )
 
     @property
     def shortfall(self) -> str:
         """Why a model that did not fail is not proven, in a sentence."""
         if self.basis:
-            return f"The model was only checked against {self.held_against}."
+            return f"The model was only compared with {self.compared_with}."
         return f"The model is unverified. {self.reason}".strip()
 
     def _figures_of(self, name: str) -> Mapping[str, Any]:
@@ -248,8 +248,8 @@ class Verdict:
         recorded = [level for level in self.levels if level.level in ("numbers", "published")]
         if any(level.status == "passed" for level in recorded):
             return (
-                "The published numbers agree, which is a spot check: the tensors were not all "
-                "proven from their sources."
+                "The published numbers agree, but they are only a spot check: not every tensor is "
+                "proven to come from its sources."
             )
         if not recorded:
             return ""

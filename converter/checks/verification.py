@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 
 # the reason of an unverified verdict if there are no recorded outputs of the model
-NOTHING_RECORDED = "not verified numerically: nothing recorded"
+NOTHING_RECORDED = "No recorded outputs to compare the model with."
 
 
 @dataclass(frozen=True)

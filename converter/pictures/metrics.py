@@ -135,8 +135,8 @@ class PanopticQuality(Metric):
             },
             _describe_classes(
                 rq,
-                "with a segment that counts, annotated or predicted; the original counts the "
-                "others as 0",
+                "that have at least one counted segment, annotated or predicted; the original "
+                "counts the other classes as 0",
             ),
             _rows(columns),
         )
@@ -233,9 +233,9 @@ class MaskAveragePrecision(Metric):
                 name: 100 * value if value >= 0 else np.nan
                 for name, value in zip(names, evaluation.stats[:6].tolist(), strict=True)
             },
-            _describe_classes(ap.mean((0, 1)), "with an annotated object that is no crowd")
-            + "; AP_small, AP_medium and AP_large over those with an object of that size; "
-            "as in the original",
+            _describe_classes(ap.mean((0, 1)), "that have an annotated object that is not a crowd")
+            + "; AP_small, AP_medium and AP_large are means over the classes that have an object "
+            "of that size; the original does the same",
             _rows({"AP": 100 * ap.mean((0, 1)), "AP_50": 100 * ap[0].mean(0)}),
         )
 
@@ -282,7 +282,8 @@ class MeanIoU(Metric):
             {"mIoU": _mean(iou)},
             _describe_classes(
                 iou,
-                "annotated or predicted in annotated pixels; the original counts the others as 0",
+                "that are annotated, or predicted in annotated pixels; the original counts the "
+                "other classes as 0",
             ),
             _rows({"IoU": iou}),
         )

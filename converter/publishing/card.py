@@ -302,7 +302,7 @@ def _figures(figures: Mapping[str, Any]) -> str:
     shown = []
     for name, value in figures.items():
         if name == "not_checked" and value:
-            shown.append("not all of it: conversion.json says what not")
+            shown.append("not everything (see not_checked in conversion.json)")
         if isinstance(value, bool):
             continue
         if isinstance(value, int | float):
