@@ -382,9 +382,10 @@ def test_nothing_unfinished_is_left_behind(
         file.write(b"some")
         raise OSError(28, "No space left on device")
 
+    model = converted(SHAPES)
     monkeypatch.setattr(Image.Image, "save", fill_disk)
     with pytest.raises(OutputError, match="No space left"):
-        segment(converted(SHAPES), [picture], tmp_path / "out")
+        segment(model, [picture], tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -542,9 +543,10 @@ def test_a_device_that_is_not_there_is_a_usage_error(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_network_runs_as_it_is_told_to(
+def test_options_set_dtype_threads_and_batch_size(
     converted: Converted, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    model = converted(INSTANCE)  # a conversion runs the network, too
     seen = []
     forward = EomtDinov3ForUniversalSegmentation.forward
 
@@ -557,7 +559,7 @@ def test_the_network_runs_as_it_is_told_to(
     monkeypatch.setattr(EomtDinov3ForUniversalSegmentation, "forward", spy)
     threads = torch.get_num_threads()
     options = f"--dtype bfloat16 --threads {threads + 1} --batch-size 2 --output".split()
-    result = run(converted(INSTANCE), images(INSTANCE), picture, *options, tmp_path / "out")
+    result = run(model, images(INSTANCE), picture, *options, tmp_path / "out")
 
     assert result.exit_code == 0
     assert seen == [(size, torch.bfloat16, threads + 1) for size in (2, 1)]
@@ -570,9 +572,10 @@ def test_a_gpu_without_enough_memory_is_no_fault(
     def overflow(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    model = converted(SHAPES)
     monkeypatch.setattr(EomtDinov3ForUniversalSegmentation, "forward", overflow)
     with pytest.raises(EomtConvertError, match="--batch-size"):
-        segment(converted(SHAPES), [picture], tmp_path / "out")
+        segment(model, [picture], tmp_path / "out")
 
 
 def test_progress_counts_pictures(converted: Converted, tmp_path: Path) -> None:
