@@ -90,7 +90,7 @@ def read_json_object(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
             content = files.read_json_object(path, limit)
         surrogate = _path_to_surrogate(content)
     except (ValueError, RecursionError) as error:
-        raise UnreadableFileError(f"{path} is not valid JSON: {error}.") from error
+        raise UnreadableFileError(f"{path} does not hold a JSON object: {error}.") from error
     if surrogate is not None:
         key = shortened(".".join(reversed(surrogate)))
         raise UnreadableFileError(f"{key} in {path} holds half of a character (a lone surrogate).")

@@ -83,7 +83,7 @@ def read_json_object(path: str | Path, limit: int = JSON_LIMIT) -> dict[str, Any
     except RecursionError as error:
         raise ValueError("its JSON is nested too deep") from error
     if not isinstance(content, dict):
-        raise ValueError("expected a JSON object")
+        raise ValueError(f"expected a JSON object, got {type(content).__name__}")
     return content
 
 
