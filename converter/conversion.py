@@ -118,20 +118,20 @@ def convert(
     to ``./coco_panoptic_large_640``.
 
     Args:
-        checkpoint: a name in the catalogue; not needed where the files are given.
+        checkpoint: a name in the catalogue; not needed if the files are given.
         output: folder to write; by default the checkpoint's name, in the working directory.
         report: an HTML file to write that shows what was found, like the output's verdict.html.
         force: whether to replace an output that exists: the files that its conversion.json lists,
             and nothing else.
-        exist_ok: whether to replace an output that the same command has made before.
+        exist_ok: whether to replace an output that the same command made before.
         keep_unverified: whether to keep a model that fails, as ``<output>.unverified``.
-        require_verified: whether to refuse a model that is not shown to be right: that nothing, or
-            only the reference model, was compared with.
+        require_verified: whether to refuse a model that is not shown to be right, because it was
+            compared with nothing, or only with the reference model.
         dry_run: whether to stop after the plan, before any weights are read.
         token: for the Hub, as everywhere in huggingface_hub; by default HF_TOKEN or the login.
         cache_dir: where downloads are kept; by default the Hub's cache.
         local_files_only: whether to use only that cache.
-        progress: called with a stage, the bytes done and the bytes in all.
+        progress: called with a stage, and the number of bytes that are done, and of all.
         delta: weights in place of the catalogue's: a file, a folder, or owner/name[@revision].
         backbone: likewise for the backbone; absolute weights need none.
         weights: whether ``delta`` is a ``delta`` or ``absolute``; ``auto``, the default, decides
@@ -155,11 +155,11 @@ def convert(
         UsageError: a name is unknown, or options are missing or contradict each other.
         AccessError: a repository or a file in it is missing, gated, or not in the cache.
         HubUnavailableError: the Hub is down, out of reach, or asks to wait.
-        UnreadableFileError: a file is missing, broken, or of another kind than it should be.
+        UnreadableFileError: a file is missing, broken, or of the wrong kind.
         PlanError: the weights do not add up to a model.
         MismatchError: delta and backbone do not belong together.
         OutputError: the output cannot be written.
-        NotVerifiedError: a check was required and there is nothing to check against.
+        NotVerifiedError: a check was required and there is nothing to compare with.
         OutputsDifferError: the model does not compute what was recorded; ``conversion`` has the
             details.
     """

@@ -1,4 +1,4 @@
-"""Where a conversion goes: what may be replaced there, and what must be shown first."""
+"""The destination of a conversion: what may be replaced there, and what must be verified first."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from converter.version import TOOL
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a conversion goes. `converter.convert` documents the options.
+    """The destination of a conversion. `converter.convert` documents the options.
 
     Attributes:
         place: the folder to write, absolute and without links.
@@ -47,7 +47,7 @@ class Destination:
         Raises:
             UsageError: there is no output for a job without a checkpoint, the report is in the
                 output, or options contradict each other.
-            NotVerifiedError: a check is required and there is nothing to check against.
+            NotVerifiedError: a check is required and there is nothing to compare with.
         """
         if require_verified:
             _check_can_be_verified(job)
@@ -66,10 +66,10 @@ class Destination:
         return self.place.parent / f"{self.place.name}.unverified" if self.keep_unverified else None
 
     def prepared(self, job: Job) -> Self:
-        """Checks that the result may go there, and decides whether to replace what is there.
+        """Checks that the output may be written, and decides whether to replace an existing one.
 
         Raises:
-            OutputError: it may not, or cannot be written.
+            OutputError: an existing one may not be replaced, or the output cannot be written.
         """
         if self.report:
             prepare_place(self.report)

@@ -1,6 +1,6 @@
-"""conversion.json, which a conversion leaves beside a model: how it was made, and what was found.
+"""conversion.json, which a conversion writes beside a model: how it was made and what was found.
 
-It is written and read here and nowhere else, from and into one type. One from outside may hold
+Only this module writes and reads the file, from and to one type. A file from outside may contain
 anything.
 """
 
@@ -232,10 +232,10 @@ class _Object:
         return value
 
     def text(self, key: str) -> str:
-        return cast(str, self.value(key, "a text", lambda value: isinstance(value, str)))
+        return cast(str, self.value(key, "text", lambda value: isinstance(value, str)))
 
     def optional_text(self, key: str) -> str | None:
-        return cast("str | None", self.value(key, "a text or null", _is_text_or_null))
+        return cast("str | None", self.value(key, "text or null", _is_text_or_null))
 
     def one_of(self, key: str, *known: str | None) -> str | None:
         expected = "one of " + ", ".join("null" if name is None else name for name in known)
@@ -282,7 +282,7 @@ def _is_records(value: object) -> bool:
 def _check_verdict(verdict: _Object) -> None:
     """Checks the form of a verdict; `read_record` checks its claims."""
     verdict.text("verdict")
-    if "basis" in verdict.content:  # which 0.1 did not write
+    if "basis" in verdict.content:  # version 0.1 did not write it
         verdict.optional_text("basis")
     levels = verdict.value("levels", "a list", lambda value: isinstance(value, list))
     for number, content in enumerate(levels):
@@ -297,5 +297,5 @@ def _check_verdict(verdict: _Object) -> None:
             if name.endswith("tolerance"):
                 figures.value(name, "a number", lambda value: type(value) in (int, float))
             figures.value(
-                name, "a figure or a text", lambda value: isinstance(value, str | int | float)
+                name, "a number or text", lambda value: isinstance(value, str | int | float)
             )

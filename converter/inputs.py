@@ -66,7 +66,7 @@ def open_inputs(job: Job, access: Access, stack: ExitStack, *, dry_run: bool) ->
     if job.checkpoint and job.backbone and job.delta == job.checkpoint.source("delta"):
         # fails before gigabytes are fetched if there is no access to the backbone
         fetch_config(job.backbone, access)
-    eomt = fetch(job.delta, access, check_weights=False)  # merging digests them
+    eomt = fetch(job.delta, access, check_weights=False)  # merging computes their digests
     eomt_file = open_tensors(eomt.weights)
     stack.enter_context(eomt_file)
     converted = recognise(eomt_file.tensors) is EOMT_TRANSFORMERS

@@ -14,7 +14,7 @@ from converter.places import RECORDED, HubSource, LocalSource, find_recorded, pa
 from converter.sizes import parse_size
 from converter.weights.inspection import WeightsKind
 
-# called with what is being done, and how much of how much is done: bytes, or pictures
+# called with a stage, and the number of bytes or pictures that are done, and of all
 Progress = Callable[[str, int, int], object]
 
 
@@ -51,8 +51,8 @@ class Job:
     Attributes:
         checkpoint: the catalogue's entry, if one was named.
         delta: EoMT's weights, which may also be absolute.
-        backbone: None where none was named.
-        task: None where neither an option nor the catalogue says it.
+        backbone: None if none was given.
+        task: None if neither an option nor the catalogue gives it.
         image_size: (height, width) in pixels; None as for ``task``.
         max_shard_size: bytes of tensors in one file; None for one file.
         recorded: the file of recorded outputs, if there is one.
@@ -81,7 +81,7 @@ class Job:
         """The job that a checkpoint's name and options describe.
 
         Raises:
-            UsageError: the name is unknown, an option cannot be read, or nothing says where the
+            UsageError: the name is unknown, an option is invalid, or nothing says where the
                 weights come from.
             UnreadableFileError: there are no recorded outputs where they should be.
         """
@@ -106,14 +106,15 @@ class Job:
 
     @property
     def published(self) -> Checkpoint | None:
-        """The catalogue's entry whose own weights are converted, and not others in its name."""
+        """The catalogue's entry, if its own weights are converted and not others under its name."""
         entry = self.checkpoint
         return entry if entry and self.delta == entry.source("delta") else None
 
     def command(self) -> str:
-        """The command line of the job, the same wherever files are: a path is only its last name.
+        """The command line of the job.
 
-        It leaves out defaults, and ``--image``, which does not change the result.
+        It is the same wherever files are: only the last part of a path is in it. Defaults are left
+        out, and so is ``--image``, which does not change the result.
         """
         words = ["eomt-convert"]
         usual = _of_catalogue(self.checkpoint)
@@ -129,7 +130,7 @@ class Job:
         return shlex.join(words)
 
 
-# how options are read whose values differ from those of a job
+# how to read the options whose values differ from those of a job
 _READ: Mapping[str, Callable[[Any], Any]] = {
     "delta": parse_source,
     "backbone": parse_source,
@@ -143,7 +144,7 @@ _READ: Mapping[str, Callable[[Any], Any]] = {
 
 
 def _of_catalogue(entry: Checkpoint | None) -> dict[str, Any]:
-    """The values of a job that a checkpoint's name stands for."""
+    """The values that a checkpoint's name gives to a job."""
     if entry is None:
         return {}
     return {
@@ -156,7 +157,7 @@ def _of_catalogue(entry: Checkpoint | None) -> dict[str, Any]:
 
 
 def _shown(value: object) -> str:
-    """A value of a job as an option takes it."""
+    """A value of a job, written as its option expects it."""
     match value:
         case Checkpoint():
             return value.name

@@ -1,4 +1,4 @@
-"""The values that a configuration may have: one table, and what is said of any other value."""
+"""The valid values of a configuration, in one table, and the error for any other value."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from reprlib import repr as shortened
 from typing import Any, NamedTuple, TypeGuard
 
-# The published DINOv3 use gelu, and silu where they are gated; swish is another name of silu, and
-# the other one an approximation of gelu that people choose for speed.
+# Published DINOv3 models use gelu, or silu if their MLPs are gated. swish is another name for silu;
+# gelu_pytorch_tanh is an approximation of gelu that people choose for speed.
 ACTIVATION_NAMES = ("gelu", "gelu_pytorch_tanh", "silu", "swish")
 ROPE_TYPE = "default"
 MAX_IMAGE_SIDE = 2**14  # pixels
-MAX_NUMBER = 1e12  # of numbers that need not be whole; float32 has room for their squares
+MAX_NUMBER = 1e12  # for values that may be fractions; its square fits into float32
 _MAX_LABELS = 2**16
 
 
@@ -20,7 +20,7 @@ def is_int(value: object) -> TypeGuard[int]:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value is a number that can be computed with: neither NaN nor infinite."""
+    """Whether a value is a number from -MAX_NUMBER to MAX_NUMBER: neither NaN nor infinite."""
     return (
         isinstance(value, int | float)
         and not isinstance(value, bool)
@@ -43,7 +43,7 @@ def _are_labels(value: object) -> bool:
 
 
 def _is_text(value: object) -> bool:
-    """Whether a value is text that can be written: JSON may hold halves of characters."""
+    """Whether a value is text that UTF-8 can encode: JSON may contain lone surrogates."""
     try:
         return isinstance(value, str) and value.encode() is not None
     except UnicodeEncodeError:
@@ -51,7 +51,7 @@ def _is_text(value: object) -> bool:
 
 
 class Allowed(NamedTuple):
-    """The values that a field may have, in words and as a test."""
+    """The valid values of a field, in words and as a function that tests them."""
 
     expected: str
     works: Callable[[Any], bool]
@@ -75,11 +75,11 @@ _POSITIVE = Allowed(f"a positive number up to {MAX_NUMBER:g}", lambda x: is_numb
 _RATE = Allowed("a number from 0 to below 1", lambda x: is_number(x) and 0 <= x < 1)
 _SWITCH = Allowed("true or false", lambda x: isinstance(x, bool))
 
-# What each field may be by itself; what fields must be together is checked where they are
-# declared. The largest DINOv3, ViT-7B, has hidden_size 4096, intermediate_size 8192, 40 layers, 32
+# The valid values of each field by itself; the classes that declare fields check how they must fit
+# together. The largest DINOv3, ViT-7B, has hidden_size 4096, intermediate_size 8192, 40 layers, 32
 # heads, 4 register tokens and patches of 16; EoMT has up to 200 queries and pictures of 1280. The
-# limits leave room for ten times as much and more. To build what is larger still takes all memory,
-# or never ends.
+# limits allow at least ten times as much. Building a model that is larger still would use up all
+# memory, or never end.
 ALLOWED: Mapping[str, Allowed] = {
     "hidden_size": _integer(1, 2**16),
     "num_hidden_layers": _integer(1, 1000),
@@ -89,7 +89,7 @@ ALLOWED: Mapping[str, Allowed] = {
     "num_register_tokens": _integer(0, 2**10),
     "num_queries": _integer(1, 2**14),
     "num_blocks": _integer(1, 1000),
-    # log2 of the largest patch_size: masks of single pixels
+    # up to log2 of the largest patch_size: one mask logit per pixel
     "num_upscale_blocks": _or_null(_integer(1, 10)),
     "train_num_points": _integer(1, 2**24),
     "num_labels": _integer(1, _MAX_LABELS),
@@ -146,10 +146,10 @@ ALLOWED: Mapping[str, Allowed] = {
 
 
 def check(values: Mapping[str, Any], within: str = "") -> None:
-    """Holds values against the table; keys that it doesn't have are passed over.
+    """Checks values against the table; keys that it does not have are ignored.
 
     Raises:
-        ValueError: a value is not allowed; names its key, itself and what was expected.
+        ValueError: a value is invalid; the message has its key, the value and what was expected.
     """
     for key, value in values.items():
         name = f"{within}{key}"

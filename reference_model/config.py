@@ -1,6 +1,6 @@
 """Dinov3Config and EomtDinov3Config: the sizes of a backbone and of a model, and its class names.
 
-All that is said of a model's sizes elsewhere is made from these. Importing this needs no torch.
+Other modules take all sizes of a model from these classes. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ ROPE_THETA = 100.0  # DINOv3's
 
 @dataclass(frozen=True)
 class Dinov3Config:
-    """Configuration of a DINOv3 backbone: what transformers' DINOv3ViTConfig says of the network.
+    """Configuration of a DINOv3 backbone: the keys of DINOv3ViTConfig that define the network.
 
-    Values that cannot work raise ValueError with the key, the value and what was expected.
+    The names are those of transformers. Invalid values raise ValueError with the key, the value
+    and what was expected.
 
     Attributes:
         hidden_size: width of a token.
@@ -31,7 +32,7 @@ class Dinov3Config:
         num_register_tokens: tokens between the class token and the patches.
         use_gated_mlp: whether the MLP has a gate.
         query_bias, key_bias, value_bias, proj_bias, mlp_bias: whether that projection has a bias.
-        rope_parameters: `rope_type`, always "default", and `rope_theta`, the frequencies' base.
+        rope_parameters: `rope_type`, always "default", and `rope_theta`, base of the frequencies.
         attention_dropout, drop_path_rate, initializer_range, layerscale_value, pos_embed_shift,
             pos_embed_jitter, pos_embed_rescale: for training only.
     """
@@ -74,11 +75,11 @@ class Dinov3Config:
             raise refusal("hidden_size", self.hidden_size, expected)
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if entry.type in ("float", "float | None") and is_int(value):  # JSON may say 1 for 1.0
+            if entry.type in ("float", "float | None") and is_int(value):  # JSON may have 1 for 1.0
                 self._set(entry.name, float(value))
 
     def _set(self, name: str, value: object) -> None:
-        """Sets a field of this frozen class while it is made."""
+        """Sets a field of this frozen class while an instance is created."""
         object.__setattr__(self, name, value)
 
     @property
@@ -98,12 +99,12 @@ class Dinov3Config:
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The configuration that a parsed config.json describes; other keys are left out.
 
-        A top-level `rope_theta` stands for `rope_parameters` where there are none, as in
-        transformers' DINOv3ViTConfig and in configs written before transformers 5.
+        A top-level `rope_theta` is used if `rope_parameters` has none, as in transformers'
+        DINOv3ViTConfig and in configs written before transformers 5.
 
         Raises:
-            ValueError: a size is missing, or a value cannot work, be it of this class or of the
-                other.
+            ValueError: a size is missing, or a value is invalid, also of a key that only
+                EomtDinov3Config has.
         """
         model_type = values.get("model_type", cls.model_type)
         if model_type != cls.model_type:
@@ -124,27 +125,27 @@ class Dinov3Config:
 class EomtDinov3Config(Dinov3Config):
     """Configuration of an EoMT-DINOv3 model: the keys of transformers' EomtDinov3Config.
 
-    Values that cannot work raise ValueError with the key, the value and what was expected.
+    Invalid values raise ValueError with the key, the value and what was expected.
 
     Attributes:
         hidden_act: activation of the layers' MLPs only; mask head and upscaling use GELU.
         image_size: side of a square, or (height, width), in pixels, as in training. The network
             itself takes any multiples of `patch_size`.
         num_blocks: how many of the last layers also see the queries.
-        num_upscale_blocks: doublings of the patch grid before the masks are read from it;
-            None asks for the original's rule, max(1, log2(patch_size) - 2)
+        num_upscale_blocks: how many times the patch grid is doubled before masks are computed
+            from it; None applies the original's rule, max(1, log2(patch_size) - 2)
             (github.com/tue-mps/eomt models/eomt.py).
         no_object_weight: no_object_coefficient in github.com/tue-mps/eomt
             training/mask_classification_panoptic.py.
         id2label: class names by class id.
-        stuff_classes: ids of the classes without instances, where they are known.
-        extra: the keys of a config.json that are not ours, carried along.
+        stuff_classes: ids of the classes without instances; None if they are unknown.
+        extra: other keys of a config.json, kept unchanged.
     """
 
     model_type: ClassVar[str] = "eomt_dinov3"
 
-    # A config.json may leave out what equals the default of its own class in transformers, so each
-    # kind is read with that class's defaults. These are where EomtDinov3Config's differ.
+    # A config.json may leave out values that equal the defaults of its class in transformers, so
+    # the defaults here are those of the same class there. EomtDinov3Config's differ in these:
     hidden_size: int = 1024
     num_hidden_layers: int = 24
     num_attention_heads: int = 16
@@ -156,7 +157,7 @@ class EomtDinov3Config(Dinov3Config):
     image_size: int | tuple[int, int] = 640
     num_queries: int = 200
     num_blocks: int = 4
-    # None asks for the rule, which __post_init__ fills in: an int ever after
+    # None applies the rule; __post_init__ replaces it by an int
     num_upscale_blocks: int = None  # type: ignore[assignment]
     no_object_weight: float = 0.1
     class_weight: float = 2.0
@@ -182,13 +183,13 @@ class EomtDinov3Config(Dinov3Config):
         self._set("id2label", {int(index): label for index, label in self.id2label.items()})
         if not self.id2label.keys() >= set(self.stuff_classes or ()):
             raise refusal("stuff_classes", self.stuff_classes, f"ids below {self.num_labels}")
-        for name in ("image_size", "stuff_classes"):  # lists, where they come from JSON
+        for name in ("image_size", "stuff_classes"):  # lists if they come from JSON
             if isinstance(value := getattr(self, name), list):
                 self._set(name, tuple(value))
 
     @property
     def num_labels(self) -> int:
-        """Number of classes, "no object" not counted."""
+        """Number of classes, without "no object"."""
         return len(self.id2label)
 
     @property
@@ -205,10 +206,11 @@ class EomtDinov3Config(Dinov3Config):
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
         """The configuration that a parsed config.json describes.
 
-        As that of the backbone; `num_labels` stands for `id2label`, and other keys are kept.
+        As for a backbone. `num_labels` is used if there is no `id2label`; other keys are kept in
+        `extra`.
 
         Raises:
-            ValueError: a value cannot work.
+            ValueError: a value is invalid.
         """
         num_labels = values.get("num_labels")
         if num_labels is not None and values.get("id2label") is None:
@@ -224,7 +226,7 @@ class EomtDinov3Config(Dinov3Config):
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """What goes into config.json: `from_dict` gives back an equal configuration."""
+        """The content of config.json; `from_dict` turns it into an equal configuration."""
         values = asdict(self)
         extra = values.pop("extra")
         if self.stuff_classes is None:
@@ -242,7 +244,8 @@ class EomtDinov3Config(Dinov3Config):
 
         Raises:
             OSError: there is no such regular file.
-            ValueError: the file is not a JSON object, or a value cannot work; names the file.
+            ValueError: the file is not a JSON object, or a value is invalid; the message names the
+                file.
         """
         try:
             return cls.from_dict(read_json_object(path))
@@ -260,7 +263,7 @@ class EomtDinov3Config(Dinov3Config):
         local_files_only: bool = False,
         force_download: bool = False,
     ) -> Self:
-        """The config.json of a folder or a Hub repository; parameters as everywhere on the Hub.
+        """The configuration in a folder or a Hub repository; parameters as in huggingface_hub.
 
         Raises:
             FileNotFoundError: the folder has no config.json.
@@ -279,10 +282,10 @@ class EomtDinov3Config(Dinov3Config):
         )
 
     def save_pretrained(self, save_directory: str | Path) -> None:
-        """Writes config.json into a folder, which is made if need be."""
+        """Writes config.json to a folder, which is created if it does not exist."""
         write_json_object(Path(save_directory) / CONFIG_NAME, self.to_dict())
 
 
 def unnamed_labels(count: int) -> dict[int, str]:
-    """Class names as transformers makes them up."""
+    """Placeholders for class names, the same as transformers'."""
     return {index: f"LABEL_{index}" for index in range(count)}

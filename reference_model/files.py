@@ -1,4 +1,4 @@
-"""Files: found, opened as regular ones, read up to a limit, and replaced as a whole."""
+"""Finds files, reads regular ones up to a limit, and replaces them as a whole."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fetch_file(folder_or_repo: str | Path, name: str, **hub: Any) -> Path:
     """
     if Path(folder_or_repo).is_dir():
         return Path(folder_or_repo, name)
-    from huggingface_hub import hf_hub_download  # reading a configuration does not need it
+    from huggingface_hub import hf_hub_download  # reading a local configuration does not need it
 
     return Path(hf_hub_download(str(folder_or_repo), name, **hub))
 
@@ -81,7 +81,7 @@ def read_json_object(path: str | Path, limit: int = JSON_LIMIT) -> dict[str, Any
     try:
         content = json.loads(text.decode("utf-8"))
     except RecursionError as error:
-        raise ValueError("its JSON is nested too deep") from error
+        raise ValueError("its JSON is nested too deeply") from error
     if not isinstance(content, dict):
         raise ValueError(f"expected a JSON object, got {type(content).__name__}")
     return content

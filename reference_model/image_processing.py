@@ -41,7 +41,7 @@ Size: TypeAlias = Mapping[str, int | None]
 
 
 class BatchFeature(dict[str, Any]):
-    """Values by name, also as attributes: a model's inputs go on as `model(**inputs)`."""
+    """Values by name, also as attributes; `model(**inputs)` passes them to a model."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -59,7 +59,7 @@ class BatchFeature(dict[str, Any]):
 class EomtImageProcessor:
     """EoMT's image processor, with the names, arguments and defaults of transformers'.
 
-    Values that cannot work raise ValueError.
+    Invalid values raise ValueError.
 
     Attributes:
         do_resize: whether pictures are resized: to fit into `size`, or to cover it where windows
@@ -109,7 +109,7 @@ class EomtImageProcessor:
                 and all(map(is_number, values))
                 and (name == "image_mean" or min(values) > 0)
             ):
-                raise refusal(name, values, "three numbers, of image_std above 0")
+                raise refusal(name, values, "three numbers, above 0 in image_std")
         if self.do_split_image and not self.do_resize:
             raise ValueError("do_split_image needs do_resize: windows slide over resized pictures")
         for name in ("image_mean", "image_std", "stuff_classes"):
@@ -134,7 +134,7 @@ class EomtImageProcessor:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """What `size` says, as (height, width) in pixels."""
+        """`size` as (height, width) in pixels."""
         height = self.size.get("height") or self.size["shortest_edge"] or 0
         return height, self.size.get("width") or self.size.get("longest_edge") or height
 
@@ -193,7 +193,7 @@ class EomtImageProcessor:
         write_json_object(Path(save_directory) / PREPROCESSOR_CONFIG_NAME, self.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
-        """What goes into preprocessor_config.json."""
+        """The content of preprocessor_config.json."""
         values = {**asdict(self), "image_processor_type": IMAGE_PROCESSOR_TYPE}
         if self.stuff_classes is None:
             del values["stuff_classes"]
@@ -209,7 +209,7 @@ class EomtImageProcessor:
         input_data_format: str | None = None,
         **settings: Any,
     ) -> BatchFeature:
-        """Pictures, and their segmentation maps if there are any, as inputs of the model.
+        """Turns pictures, and segmentation maps if they are given, into inputs of the model.
 
         Args:
             images: one picture or several: PIL images, paths, open files, or arrays and tensors of
@@ -228,10 +228,10 @@ class EomtImageProcessor:
         Returns:
             pixel_values: (batch, 3, height, width) float32, in channels-last memory format.
             patch_offsets: with do_split_image, for every window of the batch a tensor (picture,
-                start, end): between which pixels of the resized picture's longer side it lies.
+                start, end): the pixels of the resized picture's longer side that it lies between.
             mask_labels: with segmentation maps, for every element of the batch
                 (segments, height, width) float32, 1 inside.
-            class_labels: with them, (segments,) int64.
+            class_labels: likewise, (segments,) int64.
 
         Raises:
             ValueError: an input has an unsupported shape or type, or inputs without padding differ
@@ -248,7 +248,9 @@ class EomtImageProcessor:
                 offsets.append(torch.tensor([index, start, end]))
         if len({pixels.shape for pixels in inputs}) != 1:
             sizes = sorted({pixels.shape[:2] for pixels in inputs})
-            raise ValueError(f"inputs must be of one size, (height, width), not {sizes}; pad them")
+            raise ValueError(
+                f"inputs have the sizes {sizes}, (height, width); expected one: pad them"
+            )
         features = BatchFeature(pixel_values=processor._normalise(np.stack(inputs)))
         if processor.do_split_image:
             features["patch_offsets"] = offsets
@@ -286,7 +288,7 @@ class EomtImageProcessor:
             `segmentation` and of `segmentation_scores`, (classes, height, width) float32.
 
         Raises:
-            ValueError: there is not one target size for every picture.
+            ValueError: the number of target sizes is not the number of pictures.
         """
         masks, classes = outputs.masks_queries_logits, outputs.class_queries_logits
         offsets = [(index, 0, 0) for index in range(len(masks))]
@@ -336,7 +338,7 @@ class EomtImageProcessor:
             none, and `segments_info` with `id`, `label_id` and `score` of each.
 
         Raises:
-            ValueError: there is not one target size for every picture.
+            ValueError: the number of target sizes is not the number of pictures.
         """
         if stuff_classes is None:
             stuff_classes = self.stuff_classes or ()
@@ -383,11 +385,12 @@ class EomtImageProcessor:
 
         Returns:
             For every picture `segmentation`, (height, width) int64, ids of segments or -1 for
-            none, of one of the masks where they overlap; `segments_info` with `id`, `label_id`
-            and `score` of each; on request `binary_maps`, (segments, height, width) bool, by id.
+            none; where masks overlap, it has the id of one of them. `segments_info` with `id`,
+            `label_id` and `score` of each; on request `binary_maps`, (segments, height, width)
+            bool, by id.
 
         Raises:
-            ValueError: there is not one target size for every picture.
+            ValueError: the number of target sizes is not the number of pictures.
         """
         if threshold is None:
             threshold = THRESHOLD if top_k is None else 0.0
@@ -410,7 +413,7 @@ class EomtImageProcessor:
         ]
 
     def _scaled_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(height, width) of a picture once it is resized, rounded as the original does."""
+        """(height, width) of a picture after resizing, rounded as in the original."""
         if not self.do_resize:
             return size
         factors = [ours / theirs for ours, theirs in zip(self.image_size, size, strict=True)]
@@ -460,10 +463,11 @@ class EomtImageProcessor:
         return [(cut.start, cut.stop, pixels[cut] if down else pixels[:, cut]) for cut in ranges]
 
     def _normalise(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """Pixels (batch, height, width, 3) as the network takes them, (batch, 3, height, width).
+        """Pixels (batch, height, width, 3) as the network's input, (batch, 3, height, width).
 
-        With the default values, bit for bit the original's (pixels / 255 - mean) / std in float32.
-        The memory format stays that of decoded pictures: it decides how the patch embedding rounds.
+        With the default values, this equals the original's (pixels / 255 - mean) / std in float32,
+        bit for bit. The memory format stays that of decoded pictures, because it affects how the
+        patch embedding rounds.
         """
         values = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         if self.do_rescale:
@@ -483,14 +487,16 @@ def _read_settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: {error}") from error
     kind = content.get("image_processor_type", IMAGE_PROCESSOR_TYPE)
     if not str(kind).startswith(IMAGE_PROCESSOR_TYPE):  # it may end in Fast or Pil
-        raise ValueError(f"{path} is of a {kind}; expected {IMAGE_PROCESSOR_TYPE}")
+        raise ValueError(f"{path} is for {kind}; expected {IMAGE_PROCESSOR_TYPE}")
     known = {entry.name for entry in fields(EomtImageProcessor)}
     return {name: value for name, value in content.items() if name in known and value is not None}
 
 
 def _check_targets(target_sizes: Sequence[tuple[int, int]], pictures: int) -> None:
     if len(target_sizes) != pictures:
-        raise ValueError(f"{len(target_sizes)} target_sizes for {pictures} pictures")
+        raise ValueError(
+            f"there are {len(target_sizes)} target_sizes; expected {pictures}, one per picture"
+        )
 
 
 def _move(value: Any, *args: Any, **kwargs: Any) -> Any:

@@ -40,7 +40,7 @@ class SetCriterion(nn.Module):
         mask_labels: Sequence[Tensor],
         class_labels: Sequence[Tensor],
     ) -> dict[str, Tensor]:
-        """The losses of one prediction, in float32 whatever the logits' dtype and autocast.
+        """The losses of one prediction, always in float32, whatever the logits' dtype and autocast.
 
         Args:
             masks_queries_logits: (batch, queries, H', W').
@@ -78,7 +78,7 @@ class SetCriterion(nn.Module):
     def match(
         self, masks: Tensor, classes: Tensor, mask_labels: Tensor, class_labels: Tensor
     ) -> Match:
-        """Pairs one picture's queries and segments, one to one, at the least total cost.
+        """Pairs one picture's queries and segments, one to one, at the lowest total cost.
 
         Args:
             masks: (queries, H', W') logits.
@@ -147,9 +147,9 @@ class SetCriterion(nn.Module):
             masks: (pairs, 1, H', W') logits.
 
         Returns:
-            (pairs, points, 2), x and y in [0, 1]: an `importance_sample_ratio` of the points are
-            those with the logits nearest to 0 among `oversample_ratio` times as many points as
-            wanted, the others are uniform.
+            (pairs, points, 2), x and y in [0, 1]. The share `importance_sample_ratio` of the points
+            has the logits nearest to 0 among `oversample_ratio` times as many candidates as there
+            are points; the others are uniform.
         """
         count = self.config.train_num_points
         num_candidates = int(count * self.config.oversample_ratio)
@@ -173,7 +173,7 @@ class SetCriterion(nn.Module):
 
 
 def sample(masks: Tensor, points: Tensor) -> Tensor:
-    """Reads masks between their pixels, bilinearly, with zeros outside of them.
+    """Reads masks between their pixels, bilinearly, with zeros outside them.
 
     Args:
         masks: (batch, channels, height, width).
@@ -199,10 +199,10 @@ def dice_distance(overlap: Tensor, predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def mean_num_pairs(matches: Sequence[Match]) -> Tensor:
-    """Number of pairs in a batch, at least 1; in distributed training the processes' mean.
+    """Number of pairs in a batch, at least 1; in distributed training, the mean of the processes.
 
     As in github.com/tue-mps/eomt training/mask_classification_loss.py. transformers 5.23 counts
-    segments instead, of which a picture may have more than there are queries, and leaves
+    segments instead (a picture may have more segments than there are queries), and leaves
     distributed training to accelerate.
     """
     count = torch.tensor(float(sum(len(own) for _, own in matches)), device=matches[0][1].device)
@@ -215,7 +215,7 @@ def mean_num_pairs(matches: Sequence[Match]) -> Tensor:
 def check_labels(
     mask_labels: Sequence[Tensor], class_labels: Sequence[Tensor], batch: int, num_labels: int
 ) -> None:
-    """Refuses labels that cannot belong to a batch.
+    """Checks that labels fit a batch and the model.
 
     Raises:
         ValueError: the labels do not fit each other, the batch or the model's classes.

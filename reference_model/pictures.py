@@ -1,4 +1,4 @@
-"""Reading pictures and segmentation maps, from files, PIL images, arrays and tensors."""
+"""Reads pictures and segmentation maps from files, PIL images, arrays and tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def flatten(pictures: Any, dimensions: int) -> list[Any]:
 
     Args:
         pictures: pictures; lists may be nested.
-        dimensions: of an array that is one picture.
+        dimensions: number of dimensions of an array that is one picture.
     """
     if isinstance(pictures, list | tuple):
         return [picture for entry in pictures for picture in flatten(entry, dimensions)]
@@ -54,7 +54,7 @@ def read_picture(picture: Picture, input_data_format: str | None = None) -> Imag
         image = Image.fromarray(_eight_bits(pixels))
     else:
         image = _open(picture)
-    if image.mode.startswith("I"):  # greyscale of 16 bits, which PIL may keep in 32
+    if image.mode.startswith("I"):  # 16-bit greyscale, which PIL may store in 32 bits
         image = Image.fromarray(_eight_bits(np.asarray(image).clip(0, 65535).astype(np.uint16)))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -99,7 +99,9 @@ def _channels_last(pixels: NDArray[Any], input_data_format: str | None) -> NDArr
         return pixels
     formats = {"channels_first": 0, "channels_last": -1}
     if input_data_format is not None and input_data_format not in formats:
-        raise ValueError(f"input_data_format is {input_data_format!r}, not one of {list(formats)}")
+        raise ValueError(
+            f"input_data_format is {input_data_format!r}; expected one of {list(formats)}"
+        )
     axes = [formats[input_data_format]] if input_data_format else list(formats.values())
     axis = next((axis for axis in axes if pixels.shape[axis] in CHANNELS), None)
     if pixels.ndim != 3 or axis is None:

@@ -1,4 +1,4 @@
-"""From the masks and classes of queries to segments, by the original's recipe.
+"""Turns the masks and classes of queries into segments, as the original does.
 
 Source: github.com/tue-mps/eomt training/lightning_module.py and training/mask_classification_*.py.
 
@@ -181,7 +181,7 @@ def semantic_segmentation(
     """Every pixel's class, and on request the scores (classes, height, width).
 
     A class's score is the sum over the queries of class probability times mask probability; where
-    windows overlap, the mean of theirs.
+    windows overlap, it is the mean over the windows.
     """
     classes = windows[0].class_logits.shape[-1] - 1
     device = windows[0].class_logits.device
@@ -250,10 +250,13 @@ def _class_scores(
 
 
 def _possible_classes(scores: Tensor) -> list[int]:
-    """Which of (classes, height, width) can be the largest anywhere, also between the pixels.
+    """The classes whose scores can be the largest anywhere, also between pixels.
 
-    Between four neighbours, a class's interpolated score lies between their least and their
-    largest; it cannot win where its largest is less than the least of another class.
+    Between four neighbours, a class's interpolated score lies between their smallest and their
+    largest score. So a class cannot win where its largest score is below another class's smallest.
+
+    Args:
+        scores: (classes, height, width).
     """
     _, height, width = scores.shape
     chunks = scores.split(max(1, WORKING_ELEMENTS // (height * width)))
@@ -268,7 +271,7 @@ def _possible_classes(scores: Tensor) -> list[int]:
 
 
 def _over_neighbours(function: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
-    """The function over every four pixels around a corner of (classes, height, width)."""
+    """Applies a function to every four pixels around a corner of (classes, height, width)."""
     for axis in (1, 2):
         if x.shape[axis] > 1:
             length = x.shape[axis] - 1

@@ -37,7 +37,7 @@ def test_a_model_without_one_has_no_history(tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({"tool": None}, "tool is None; expected an object"),
-        ({"tool": {"name": "x"}}, "tool lacks 'version'; expected a text"),
+        ({"tool": {"name": "x"}}, "tool lacks 'version'; expected text"),
         ({"files": []}, r"files is \[\]; expected an object"),
         ({"files": {"a": 1}}, "files.a is 1; expected an object"),
         ({"verdict": 2}, "verdict is 2; expected an object"),
@@ -61,9 +61,9 @@ def test_a_model_without_one_has_no_history(tmp_path: Path) -> None:
         ({"sources": {"other": {}}}, "sources has 'other'; expected backbone, delta, weights"),
         (
             {"sources": {"delta": {"repo": 1, "revision": None, "files": {}}}},
-            "sources.delta.repo is 1; expected a text or null",
+            "sources.delta.repo is 1; expected text or null",
         ),
-        ({"command": ["eomt-convert"]}, "command is .* expected a text"),
+        ({"command": ["eomt-convert"]}, "command is .* expected text"),
         ({"dtype": "`float32`"}, "dtype is '`float32`'; expected one of float32, bfloat16"),
         ({"weights": []}, r"weights is \[\]; expected one of delta, absolute"),
         (
@@ -72,7 +72,7 @@ def test_a_model_without_one_has_no_history(tmp_path: Path) -> None:
         ),
         (
             {"tensors": {"a": {"shape": [1], "dtype": "F32", "recipe": "", "sha256": ["b"]}}},
-            r"tensors.a.sha256 is \['b'\]; expected a text",
+            r"tensors.a.sha256 is \['b'\]; expected text",
         ),
         (
             {"tensors": {"a": {"shape": [-1], "dtype": "F32", "recipe": "", "sha256": "b"}}},

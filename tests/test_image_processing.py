@@ -247,7 +247,7 @@ def test_windows_without_resizing_are_refused() -> None:
 
 
 def test_unpadded_pictures_of_several_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match="of one size"):
+    with pytest.raises(ValueError, match="expected one: pad them"):
         SQUARE([random_image(8, 16), random_image(16, 8)], do_pad=False)
 
 
@@ -438,7 +438,7 @@ def test_transformers_loads_what_is_saved_and_the_other_way_round(tmp_path: Path
     [
         ("{", "preprocessor_config.json"),
         ("[]", "expected a JSON object"),
-        ('{"image_processor_type": "ViTImageProcessor"}', "of a ViTImageProcessor"),
+        ('{"image_processor_type": "ViTImageProcessor"}', "is for ViTImageProcessor"),
         ('{"size": {"height": 0, "width": 4}}', "preprocessor_config.json: size is"),
     ],
 )

@@ -245,7 +245,7 @@ def test_a_processor_of_another_model_fails_with_what_it_is(
     model = own(name)
     change_json(model / PREPROCESSOR, image_processor_type="SamImageProcessor")
 
-    assert "is of a SamImageProcessor" in fail(model, name)
+    assert "is for SamImageProcessor; expected EomtImageProcessor" in fail(model, name)
 
 
 # task and labels --------------------------------------------------------------------------------

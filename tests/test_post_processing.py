@@ -491,5 +491,5 @@ def test_outputs_may_be_in_half_precision_or_need_gradients(task: str) -> None:
 def test_one_target_size_is_needed_for_every_picture(task: str) -> None:
     post_process = getattr(EomtImageProcessor(size=SQUARE), f"post_process_{task}_segmentation")
 
-    with pytest.raises(ValueError, match="2 target_sizes for 3 pictures"):
+    with pytest.raises(ValueError, match="there are 2 target_sizes; expected 3"):
         post_process(random_outputs(10, 4), SIZES[:2])

@@ -1,4 +1,4 @@
-"""A release: one checkpoint of the catalogue after another, converted, verified and published."""
+"""A release: converts, verifies and publishes checkpoints of the catalogue, one after another."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -111,9 +111,9 @@ def release(
     """Converts, verifies and publishes checkpoints, one after another.
 
     ``converter.release(namespace="tue-mps")`` releases all checkpoints that have published deltas.
-    A checkpoint that fails does not stop the others. A run that was stopped, or in which some
-    failed, is continued by the next run: release.json in the output folder is written after every
-    step.
+    A checkpoint that fails does not stop the others. If a run was stopped, or some checkpoints
+    failed, the next run continues from there: release.json in the output folder is written after
+    every step.
 
     Args:
         checkpoints: names in the catalogue; by default all published ones.
