@@ -1,1 +1,1 @@
-"""A model held against evidence: what was checked, how close it came, and what is wrong."""
+"""A model compared with evidence: what was checked, how close it came, and what is wrong."""
