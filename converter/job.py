@@ -86,12 +86,14 @@ class Job:
             UnreadableFileError: there are no recorded outputs where they should be.
         """
         entry = find(checkpoint) if checkpoint else None
-        read = {
-            name: _READ[name](value) if name in _READ else value
-            for name, value in options.items()
-            if value not in (None, "")
-        }
-        values = _of_catalogue(entry) | read
+        values = _of_catalogue(entry)
+        for name, value in options.items():
+            if name not in JobOptions.__annotations__:
+                raise TypeError(f"convert() got an unexpected keyword argument {name!r}")
+            if value == "":  # as of a shell variable that is not set
+                raise UsageError(f"--{name.replace('_', '-')} is empty.")
+            if value is not None:
+                values[name] = _READ[name](value) if name in _READ else value
         if not values.keys() & {"delta", "backbone"}:
             raise UsageError(
                 "There is nothing to convert: give --checkpoint NAME, or --delta and --backbone.",
@@ -137,9 +139,10 @@ _READ: Mapping[str, Callable[[Any], Any]] = {
     "backbone_config": user_path,
     "image_size": lambda size: (size, size) if isinstance(size, int) else size,
     "labels": user_path,
-    "max_shard_size": lambda size: parse_size(size) if isinstance(size, str) else size,
+    "max_shard_size": lambda size: parse_size(str(size)),
     "recorded": lambda path: find_recorded(user_path(path)),
     "image": user_path,
+    **dict.fromkeys(("verify", "check_backbone", "allow_mismatch", "allow_nonfinite"), bool),
 }
 
 

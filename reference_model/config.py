@@ -17,7 +17,7 @@ CONFIG_NAME = "config.json"
 ROPE_THETA = 100.0  # DINOv3's
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Dinov3Config:
     """Configuration of a DINOv3 backbone: the keys of DINOv3ViTConfig that define the network.
 
@@ -58,15 +58,15 @@ class Dinov3Config:
     proj_bias: bool = True
     mlp_bias: bool = True
     use_gated_mlp: bool = False
-    rope_parameters: Mapping[str, Any] = field(
-        default_factory=lambda: {"rope_type": ROPE_TYPE, "rope_theta": ROPE_THETA}
-    )
+    rope_parameters: Mapping[str, Any] = field(default_factory=dict)
     pos_embed_shift: float | None = None
     pos_embed_jitter: float | None = None
     pos_embed_rescale: float | None = 2.0
 
     def __post_init__(self) -> None:
         check(vars(self))
+        default = {"rope_type": ROPE_TYPE, "rope_theta": ROPE_THETA}
+        self._set("rope_parameters", default | dict(self.rope_parameters))
         heads = self.num_attention_heads
         if self.hidden_size % heads:
             raise refusal("hidden_size", self.hidden_size, f"a multiple of {heads} heads")
@@ -112,8 +112,8 @@ class Dinov3Config:
         nullable = ("rope_parameters", "rope_theta", "id2label", "num_labels")  # null: the default
         values = {k: v for k, v in values.items() if v is not None or k not in nullable}
         check(values)
-        rope = {"rope_type": ROPE_TYPE, "rope_theta": values.get("rope_theta", ROPE_THETA)}
-        values["rope_parameters"] = rope | dict(values.get("rope_parameters", {}))
+        older = {"rope_theta": values["rope_theta"]} if "rope_theta" in values else {}
+        values["rope_parameters"] = older | dict(values.get("rope_parameters", {}))
         own = {entry.name: entry for entry in fields(cls) if entry.name != "extra"}
         for name, entry in own.items():
             if entry.default is entry.default_factory is MISSING and name not in values:
@@ -121,7 +121,7 @@ class Dinov3Config:
         return cls(**{key: value for key, value in values.items() if key in own})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EomtDinov3Config(Dinov3Config):
     """Configuration of an EoMT-DINOv3 model: the keys of transformers' EomtDinov3Config.
 

@@ -9,8 +9,11 @@ from typing import Any, Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses import FakeTensor
+
+from reference_model.config import EomtDinov3Config
+from reference_model.pretrained import EomtDinov3PreTrainedModel
 
 
 def attention_mask(
@@ -42,7 +45,7 @@ def attention_mask(
     return mask
 
 
-class MaskSchedule(nn.Module):
+class MaskedAttentionModel(EomtDinov3PreTrainedModel):
     """A model whose last blocks have masked attention, with a probability for each block.
 
     Evaluation does without masks where the probability is 0. To find that out the values must be
@@ -56,11 +59,11 @@ class MaskSchedule(nn.Module):
     attn_mask_probs: Tensor
     _read_probabilities: "_ReadProbabilities | None" = None
 
-    def __init__(self, num_blocks: int) -> None:
-        super().__init__()
-        self.register_buffer("attn_mask_probs", torch.ones(num_blocks))
+    def __init__(self, config: EomtDinov3Config) -> None:
+        super().__init__(config)
+        self.register_buffer("attn_mask_probs", torch.ones(config.num_blocks))
         self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]  # torch's own
-            type(self)._read_again
+            type(self)._refresh_mask_schedule
         )
 
     @torch.no_grad()
@@ -87,7 +90,7 @@ class MaskSchedule(nn.Module):
         Raises:
             ValueError: there is not one start and one end for every block.
         """
-        blocks = len(self.attn_mask_probs)
+        blocks = self.config.num_blocks
         if not len(start_steps) == len(end_steps) == blocks:
             raise ValueError(
                 f"start_steps has {len(start_steps)} values and end_steps {len(end_steps)}; "
@@ -123,7 +126,7 @@ class MaskSchedule(nn.Module):
             known = self._read_probabilities = _ReadProbabilities(self.attn_mask_probs)
         return known.values
 
-    def _read_again(self, *_: object) -> None:
+    def _refresh_mask_schedule(self, *_: object) -> None:
         """Reads the values ahead of an export, which cannot read them."""
         self._read_probabilities = None
         if not (self.attn_mask_probs.is_meta or isinstance(self.attn_mask_probs, FakeTensor)):
@@ -132,12 +135,12 @@ class MaskSchedule(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Switches to training mode, or to evaluation mode, as `nn.Module.train` does."""
         super().train(mode)
-        self._read_again()
+        self._refresh_mask_schedule()
         return self
 
     def _apply(self, *arguments: Any, **options: Any) -> Self:  # which to() and its like call
         super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]  # torch's own
-        self._read_again()
+        self._refresh_mask_schedule()
         return self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from reference_model.backbone import Embeddings, Layer, RotaryEmbedding, patch_grid
 from reference_model.config import EomtDinov3Config
 from reference_model.loss import SetCriterion
-from reference_model.masked_attention import MaskSchedule, attention_mask
+from reference_model.masked_attention import MaskedAttentionModel, attention_mask
 from reference_model.outputs import EomtDinov3ForUniversalSegmentationOutput, Prediction
-from reference_model.pretrained import EomtDinov3PreTrainedModel
 
 
-class EomtDinov3ForUniversalSegmentation(MaskSchedule, EomtDinov3PreTrainedModel):
+class EomtDinov3ForUniversalSegmentation(MaskedAttentionModel):
     """EoMT-DINOv3. A model that is built from a config has random weights.
 
     Attributes:
@@ -30,8 +29,7 @@ class EomtDinov3ForUniversalSegmentation(MaskSchedule, EomtDinov3PreTrainedModel
     """
 
     def __init__(self, config: EomtDinov3Config) -> None:
-        super().__init__(config.num_blocks)
-        self.config = config
+        super().__init__(config)
         size = config.hidden_size
         self.embeddings = Embeddings(config)
         self.rope_embeddings = RotaryEmbedding(config)

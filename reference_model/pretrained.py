@@ -54,7 +54,9 @@ class EomtDinov3PreTrainedModel(nn.Module):
         config: the sizes of the model.
     """
 
-    config: EomtDinov3Config
+    def __init__(self, config: EomtDinov3Config) -> None:
+        super().__init__()
+        self.config = config
 
     @property
     def device(self) -> torch.device:

@@ -19,7 +19,13 @@ from converter.configs import (
 from converter.errors import UnreadableFileError
 from reference_model.config import EomtDinov3Config
 
-SMALL = EomtDinov3Config(384, 12, 6, 1536, num_blocks=3)
+SMALL = EomtDinov3Config(
+    hidden_size=384,
+    num_hidden_layers=12,
+    num_attention_heads=6,
+    intermediate_size=1536,
+    num_blocks=3,
+)
 
 
 def config_with(folder: Path, **changes: Any) -> Path:

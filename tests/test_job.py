@@ -47,10 +47,17 @@ def test_options_come_before_the_catalogue(tmp_path: Path) -> None:
     assert job.published is None
 
 
-def test_none_and_empty_text_are_the_same_as_no_option() -> None:
-    assert Job.of("tiny_panoptic_64", delta=None, labels="", image_size=None) == Job.of(
+def test_none_is_the_same_as_no_option() -> None:
+    assert Job.of("tiny_panoptic_64", delta=None, labels=None, image_size=None) == Job.of(
         "tiny_panoptic_64"
     )
+
+
+@pytest.mark.parametrize("option", ["recorded", "labels", "max_shard_size"])
+def test_empty_text_is_refused_as_of_a_shell_variable_that_is_not_set(option: str) -> None:
+    options: Any = {option: ""}
+    with pytest.raises(UsageError, match=f"--{option.replace('_', '-')} is empty"):
+        Job.of("tiny_panoptic_64", **options)
 
 
 def test_the_command_says_each_option_that_changes_the_result(tmp_path: Path) -> None:
@@ -119,6 +126,7 @@ def test_options_of_the_catalogue_said_again_are_not_in_the_command() -> None:
         ({"checkpoint": "tiny_panoptic"}, "tiny_panoptic"),
         ({"checkpoint": "tiny_panoptic_64", "delta": "nowhere"}, "'nowhere'"),
         ({"checkpoint": "tiny_panoptic_64", "max_shard_size": "much"}, "'much'"),
+        ({"checkpoint": "tiny_panoptic_64", "max_shard_size": 0}, "'0' is"),
     ],
 )
 def test_options_that_make_no_job_are_refused(options: dict[str, Any], said: str) -> None:
@@ -131,9 +139,11 @@ def test_recorded_outputs_that_are_not_there_are_refused(tmp_path: Path) -> None
         Job.of("tiny_panoptic_64", recorded=tmp_path)
 
 
-def test_an_unknown_option_is_refused_as_python_does(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="unexpected keyword argument 'weight'"):
-        converter.convert("tiny_panoptic_64", tmp_path / "out", weight="delta")  # type: ignore[call-arg]
+@pytest.mark.parametrize("value", ["delta", None, ""])
+def test_an_unknown_option_is_refused_as_python_does(tmp_path: Path, value: str | None) -> None:
+    options: Any = {"weight": value}
+    with pytest.raises(TypeError, match=r"convert\(\) got an unexpected keyword argument 'weight'"):
+        converter.convert("tiny_panoptic_64", tmp_path / "out", **options)
 
     assert list(tmp_path.iterdir()) == []
 

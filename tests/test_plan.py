@@ -199,6 +199,16 @@ def test_backbone_tensors_are_sums_and_heads_are_copies() -> None:
     assert rows["attn_mask_probs"] == "zeros"
 
 
+@pytest.mark.parametrize("classes", [10**12, 2**16 + 2])
+def test_a_number_of_classes_beyond_the_limit_is_refused_at_once(classes: int) -> None:
+    """An empty tensor of any length takes no room in a file; a name for each class would."""
+    delta = tensors(SMALL["delta"])
+    delta["network.class_head.weight"] = TensorInfo("F32", (classes, 0), 0)
+
+    with pytest.raises(PlanError, match=r"num_labels is \d+; expected an integer from 1 to 65,536"):
+        plan_of_small(delta=delta)
+
+
 def test_class_weights_that_the_delta_lacks_are_made() -> None:
     delta = tensors(SMALL["delta"])
     del delta["criterion.empty_weight"]

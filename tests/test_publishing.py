@@ -149,7 +149,7 @@ def test_a_card_on_the_hub_that_is_no_text_is_left_alone(hub: Hub, folder: Path)
     converter.publish(folder, REPO)
     hub.commit(REPO, {"README.md": b"\xff\xfe"})
 
-    with pytest.raises(UnreadableFileError, match=r"README\.md is not a text in UTF-8"):
+    with pytest.raises(UnreadableFileError, match=r"README\.md of me/model is not a text in UTF-8"):
         converter.publish(folder, REPO)
 
     assert ours(hub)["README.md"] == b"\xff\xfe"

@@ -27,6 +27,14 @@ SMALL: dict[str, Any] = {
 }
 
 
+@pytest.mark.parametrize("given", [{}, {"rope_type": "default"}, {"rope_theta": 100}])
+def test_rope_parameters_that_are_not_given_have_their_defaults(given: dict[str, Any]) -> None:
+    config = EomtDinov3Config(rope_parameters=given)
+
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 100.0}
+    assert config.rope_theta == 100.0
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_survives_saving_and_loading(name: str, tmp_path: Path) -> None:
     config = EomtDinov3Config.from_dict(config_values(name))
@@ -46,7 +54,7 @@ def test_keys_and_defaults_are_those_of_transformers() -> None:
 def test_a_backbones_defaults_are_those_of_transformers() -> None:
     theirs = DINOv3ViTConfig().to_dict()
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    ours = Dinov3Config(*(theirs[key] for key in sizes))
+    ours = Dinov3Config(**{key: theirs[key] for key in sizes})
     shared = {entry.name for entry in fields(Dinov3Config)} - {"rope_parameters"}
     assert {key: getattr(ours, key) for key in shared} == {key: theirs[key] for key in shared}
     assert ours.rope_theta == theirs["rope_theta"]

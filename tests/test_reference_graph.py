@@ -1,7 +1,10 @@
 """The segmentation model as a graph: exported, compiled, and with masks switched in between."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -244,6 +247,17 @@ def test_weights_that_are_loaded_can_be_exported_at_once(
 
     program = exported(model)
     assert_equal(program(pixels()), model(pixels()))
+
+
+def test_an_exported_file_is_read_in_another_process(model: Model, tmp_path: Path) -> None:
+    torch.export.save(torch.export.export(model, (pixels(),)), tmp_path / "model.pt2")
+    code = (
+        "import sys, torch\n"
+        "from reference_model import EomtDinov3ForUniversalSegmentationOutput as Output\n"
+        "model = torch.export.load(sys.argv[1]).module()\n"
+        "assert isinstance(model(torch.zeros(1, 3, 32, 32)), Output)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "model.pt2"], check=True)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -60,7 +61,7 @@ _LICENCE_NAMES = ("LICENSE.md", "LICENSE", "LICENSE.txt")
 _LICENCE_NEEDED = "The weights are derived from DINOv3, whose licence must go with them"
 _GIVE_IT = "Give its text with --license-file."
 
-_MAX_TEXT = 1 << 20  # bytes of a licence or a card
+_MAX_TEXT = 1 << 24  # bytes of a licence or a card, which may have pictures in it
 
 
 @dataclass(frozen=True)
@@ -364,24 +365,26 @@ def _licence_text(path: Path) -> Content:
     return Content.of(text.encode())
 
 
-def _read_text(path: Path) -> str:
-    """A licence or a card.
+def _read_text(path: Path, title: str | None = None) -> str:
+    """A licence or a card; errors call it by its title, or else by its path.
 
     Raises:
-        UnreadableFileError: it cannot be read, is larger than any, or is not in UTF-8.
+        UnreadableFileError: it cannot be read, is larger than 16 MiB, or is not in UTF-8.
     """
     try:
-        with readable(path):
+        with readable(title or path):
             return read_text(path, _MAX_TEXT)
     except UnicodeDecodeError as error:
-        raise UnreadableFileError(f"{path} is not a text in UTF-8.") from error
+        raise UnreadableFileError(f"{title or path} is not a text in UTF-8.") from error
 
 
 def _card(repo_id: str, made: ModelRecord, remote: Snapshot | None, access: Access) -> Content:
     card = model_card(repo_id, made)
     if remote is None or "README.md" not in remote.digests:
         return Content.of(str(card).encode())
-    theirs = _read_fresh(remote, "README.md", access, _read_text)
+    theirs = _read_fresh(
+        remote, "README.md", access, partial(_read_text, title=f"README.md of {repo_id}")
+    )
     return Content.of(updated(theirs, card).encode())
 
 

@@ -8,7 +8,7 @@ the model needs has exactly one row.
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from converter.configs import NO_OBJECT_WEIGHT
@@ -30,7 +30,7 @@ from converter.weights.layouts import (
     recognise,
     translate,
 )
-from reference_model.config import Dinov3Config, EomtDinov3Config, unnamed_labels
+from reference_model.config import Dinov3Config, EomtDinov3Config
 
 # where a tensor comes from: a backbone, a delta to it, or absolute weights, which need no backbone
 Source = Literal["backbone", "delta", "weights"]
@@ -309,12 +309,14 @@ def _model_config(backbone: Dinov3Config, head: _Weights, cause: str) -> EomtDin
             cause,
         )
     try:
-        return EomtDinov3Config(
-            **{entry.name: getattr(backbone, entry.name) for entry in fields(Dinov3Config)},
-            image_size=backbone.patch_size,  # no tensor depends on it
-            num_queries=queries[0],
-            num_blocks=blocks[0],
-            id2label=unnamed_labels(classes[0] - 1),
+        return EomtDinov3Config.from_dict(
+            {
+                **asdict(backbone),
+                "image_size": backbone.patch_size,  # no tensor depends on it
+                "num_queries": queries[0],
+                "num_blocks": blocks[0],
+                "num_labels": classes[0] - 1,
+            }
         )
     except ValueError as error:
         raise PlanError(f"The {head.source} has impossible sizes: {error}.", cause) from error
