@@ -75,7 +75,7 @@ def same_but_for_edges(ours: ArrayLike, expected: ArrayLike) -> bool:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _locks_of_ones_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _separate_locks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keeps the locks of temporary outputs out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))

@@ -42,7 +42,7 @@ NOT_OURS = {".gitattributes", MovedParent().path}
 class Target:
     """A request of an undisturbed run: the ``nth`` of this method and path, counted from 0.
 
-    Where it stands among all requests would not name it: some are sent from several threads.
+    Its position among all requests would not identify it: several threads send some of them.
     """
 
     method: str

@@ -135,7 +135,7 @@ class Fault(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """What tables call it."""
+        """Its name in tables."""
 
     @abstractmethod
     async def happen(self, exchange: Exchange) -> None:
@@ -218,7 +218,7 @@ class Truncated(Fault):
 class Status(Fault):
     """Answered with a server's error in place of being carried out.
 
-    With ``words`` it is an answer of the Hub; else, but for 500, of what stands before it.
+    With ``words``, it comes from the Hub; without, unless it is 500, from a proxy before it.
     """
 
     code: int
@@ -327,7 +327,7 @@ class MovedParent(Fault):
 
 @dataclass(frozen=True)
 class ExpiredToken(Fault):
-    """The token that the request bears is refused as expired; without one it passes."""
+    """The token of the request is refused as expired; a request without one passes."""
 
     name = "expired-token"
 

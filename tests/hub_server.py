@@ -525,7 +525,7 @@ class HubApplication:
         return FileResponse(file.content, headers=headers)
 
     def _user(self, request: Request) -> User | None:
-        """The user whose token came, None if none came."""
+        """The user of the request's token; None if it has no token."""
         header = request.headers.get("authorization")
         if header is None:
             return None
@@ -664,7 +664,7 @@ def running_hub() -> Iterator[Hub]:
 async def _serve(
     application: HubApplication, sockets: Iterable[socket.socket], stop: asyncio.Event
 ) -> None:
-    """What uvicorn.Server does, but for signals, and stopping at once: it polls, and waits."""
+    """What uvicorn.Server does, without signals, and stopping at once instead of polling."""
     config = uvicorn.Config(application, lifespan="off", log_config=None, access_log=False)
     config.load()
     state = ServerState()
@@ -735,7 +735,7 @@ def _xet_token(storage: str) -> Response:
 
 
 def _is_ignored(path: str, patterns: Iterable[str]) -> bool:
-    """Whether .gitignore names the file or a folder above it; knows no negation."""
+    """Whether .gitignore names the file or a folder above it; negation is not supported."""
     names = [path, *Path(path).parts]
     return any(fnmatch(name, pattern.rstrip("/")) for name in names for pattern in patterns)
 

@@ -79,7 +79,7 @@ def test_a_password_in_the_servers_address_is_not_in_its_words(
     assert "sesame" not in str(error_of(Status(400, f"See {address}/docs"), hub))
 
 
-def test_who_may_not_read_is_told_so(hub: Hub, commit: str) -> None:
+def test_missing_read_access_is_reported_with_the_servers_words(hub: Hub, commit: str) -> None:
     error = error_of(Status(403, "Please enable access to public gated repositories"), hub)
 
     assert error.message == (
@@ -122,7 +122,7 @@ def test_bytes_that_are_no_answer_make_no_sense(hub: Hub, commit: str) -> None:
         },
     ],
 )
-def test_an_answer_of_another_form_makes_no_sense(
+def test_an_answer_of_unexpected_form_is_reported(
     hub: Hub, commit: str, monkeypatch: pytest.MonkeyPatch, answer: object
 ) -> None:
     monkeypatch.setattr("httpx2.Response.json", lambda _: json.loads(json.dumps(answer)))
@@ -132,7 +132,7 @@ def test_an_answer_of_another_form_makes_no_sense(
 
 
 @pytest.mark.parametrize("fault", [ValueError("ours"), KeyError("ours"), TypeError("ours")])
-def test_a_fault_of_our_own_is_not_taken_for_the_hubs(fault: Exception) -> None:
+def test_a_bug_of_ours_is_not_blamed_on_the_hub(fault: Exception) -> None:
     with pytest.raises(type(fault)) as caught, explained(REPO):
         raise fault
 
@@ -141,7 +141,7 @@ def test_a_fault_of_our_own_is_not_taken_for_the_hubs(fault: Exception) -> None:
 
 
 @pytest.mark.parametrize("cause", [KeyError("k"), OSError("disk"), ValueError("v")])
-def test_a_fault_of_our_own_with_a_cause_is_left_alone(cause: Exception) -> None:
+def test_a_bug_of_ours_with_a_cause_is_raised_unchanged(cause: Exception) -> None:
     fault = ValueError("ours")
 
     with pytest.raises(ValueError, match="ours") as caught, explained(REPO):
@@ -149,21 +149,21 @@ def test_a_fault_of_our_own_with_a_cause_is_left_alone(cause: Exception) -> None
     assert caught.value is fault
 
 
-def test_a_call_of_ours_that_the_client_does_not_take_is_our_fault() -> None:
+def test_a_call_that_the_client_rejects_is_a_bug_of_ours() -> None:
     options: dict[str, Any] = {"no_such_option": True}
 
     with pytest.raises(TypeError, match="no_such_option"), explained(REPO):
         HfApi().model_info(REPO, **options)
 
 
-def test_the_remedy_names_the_variable_as_it_is_written(hub: Hub) -> None:
+def test_the_remedy_has_the_variables_name_unchanged(hub: Hub) -> None:
     with pytest.raises(AccessError) as caught:
         Access().login("me/model")
 
     assert caught.value.remedy == "Log in with `hf auth login`, or set HF_TOKEN."
 
 
-def test_who_is_logged_in_is_asked_once(hub: Hub, me: str) -> None:
+def test_the_user_is_looked_up_once(hub: Hub, me: str) -> None:
     access = Access()
 
     assert [access.login("me/model")["name"] for _ in range(2)] == ["me", "me"]
@@ -179,7 +179,7 @@ def test_a_name_with_two_slashes_is_wrong_usage(hub: Hub) -> None:
 
 
 @over_xet
-def test_a_storage_that_is_not_there_is_told(
+def test_a_missing_storage_is_reported(
     hub: Hub, commit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     access = Access()
@@ -200,7 +200,7 @@ def test_a_storage_that_is_not_there_is_told(
         (Status(500), "is down: status 500 for me/new"),
     ],
 )
-def test_a_refused_upload_is_told_as_everywhere(
+def test_a_refused_upload_is_reported_like_other_requests(
     hub: Hub, me: str, model: Path, fault: Fault, said: str
 ) -> None:
     import converter

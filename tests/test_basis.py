@@ -104,7 +104,7 @@ def test_a_reference_is_enough_to_show_that_nothing_changed(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recording_hands_on_what_its_model_was_shown_to_be(
+def test_a_recording_passes_on_the_basis_of_its_model(
     converted: Callable[[str], Path], tmp_path: Path, name: str
 ) -> None:
     """But only for the tensors that were recorded."""
@@ -122,7 +122,7 @@ def test_a_recording_hands_on_what_its_model_was_shown_to_be(
     assert (verdict.verdict, verdict.basis) == ("passed", "reference")
 
 
-def test_a_recording_of_the_package_is_known_without_a_word_of_who_made_it(
+def test_a_recording_of_the_package_is_known_by_its_digest_alone(
     converted: Callable[[str], Path], tmp_path: Path
 ) -> None:
     source = FIXTURES / "tiny_panoptic_64"
@@ -132,7 +132,7 @@ def test_a_recording_of_the_package_is_known_without_a_word_of_who_made_it(
     assert converter.verify(converted(source.name), recorded=tmp_path).basis == "original"
 
 
-def test_a_recording_without_a_word_of_who_made_it_is_of_unknown_origin(
+def test_a_recording_without_recorded_json_is_of_unknown_origin(
     converted: Callable[[str], Path], tmp_path: Path
 ) -> None:
     record(converted("tiny_panoptic_64"), tmp_path / "own", random=1)
@@ -143,7 +143,7 @@ def test_a_recording_without_a_word_of_who_made_it_is_of_unknown_origin(
     assert found.compared_with.startswith("outputs of unknown origin")
 
 
-def test_a_recording_under_another_name_is_not_what_recorded_json_is_of(
+def test_recorded_json_does_not_apply_to_a_renamed_recording(
     converted: Callable[[str], Path], tmp_path: Path
 ) -> None:
     record(converted("tiny_panoptic_64"), tmp_path / "own", random=1)
@@ -161,7 +161,7 @@ def test_a_recording_under_another_name_is_not_what_recorded_json_is_of(
         ("preprocessor_config.json", {"rescale_factor": 1.0}),
     ],
 )
-def test_a_basis_is_not_handed_on_to_another_configuration(
+def test_a_basis_is_not_passed_on_to_another_configuration(
     converted: Callable[[str], Path], tmp_path: Path, file: str, change: dict[str, Any]
 ) -> None:
     """Neither shows in a single black patch: all its rotary angles and pixels are 0."""
@@ -195,7 +195,7 @@ def test_a_recording_of_0_1_is_a_reference(
     assert verdict.basis == "reference"
 
 
-def test_another_recorded_json_than_that_of_the_file_is_refused(
+def test_a_recorded_json_of_another_recording_is_refused(
     converted: Callable[[str], Path], tmp_path: Path
 ) -> None:
     record(converted("tiny_panoptic_64"), tmp_path / "own", random=1)
@@ -210,7 +210,7 @@ def test_another_recorded_json_than_that_of_the_file_is_refused(
 @pytest.mark.parametrize(
     "model", [None, 3, [], {"basis": "mine"}, {"basis": ["original"], "tensors": 3}]
 )
-def test_a_recorded_json_of_another_form_proves_nothing(
+def test_a_malformed_recorded_json_proves_nothing(
     converted: Callable[[str], Path], tmp_path: Path, model: object
 ) -> None:
     record(converted("tiny_panoptic_64"), tmp_path / "own", random=1)
@@ -228,7 +228,7 @@ def test_the_recordings_of_the_package_are_known() -> None:
     assert all(read_recorded(file).origin == Origin("original", known=True) for file in files)
 
 
-def test_what_only_recorded_json_says_is_said_to_be_said_there(
+def test_a_claim_of_recorded_json_is_attributed_to_it(
     command: Command, converted: Callable[[str], Path], tmp_path: Path, hub: Hub, me: str
 ) -> None:
     """Somebody else's recording, which claims that the original computed it."""
@@ -316,7 +316,7 @@ def test_a_conversion_of_0_1_counts_as_what_its_recording_proves(
             converter.publish(model, "me/model")
 
 
-# recordings that anything would pass beside ----------------------------------------------------
+# recordings that any model would pass ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -354,7 +354,7 @@ def test_a_recording_of_huge_values_makes_no_tolerance_infinite(
 
 
 @pytest.mark.parametrize("form", ["scalar", "boolean"])
-def test_a_recording_of_other_things_than_numbers_is_refused(
+def test_a_recording_of_scalars_or_booleans_is_refused(
     converted: Callable[[str], Path], tmp_path: Path, form: str
 ) -> None:
     import torch
@@ -387,7 +387,7 @@ def test_one_rounded_tensor_does_not_loosen_the_tolerance_of_all(
     assert converter.verify(wrong, recorded=FIXTURES / name).verdict == "failed"
 
 
-# conversion.json that claims more than is in it -------------------------------------------------
+# conversion.json that claims more than it shows -------------------------------------------------
 
 
 def as_numbers(**changes: Any) -> Callable[[dict[str, Any]], object]:

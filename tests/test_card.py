@@ -84,7 +84,7 @@ def test_the_card_survives_a_round_trip(card: ModelCard, tmp_path: Path) -> None
     assert loaded.data.to_dict() == card.data.to_dict()  # type: ignore[no-untyped-call]  # no types in huggingface_hub
 
 
-def test_the_text_tells_verdict_command_sources_and_use(
+def test_the_text_has_verdict_command_sources_and_use(
     card: ModelCard, published: ModelRecord
 ) -> None:
     text = card.text
@@ -169,14 +169,16 @@ def test_transformers_is_not_recommended_where_it_is_wrong(
     assert "from reference_model import" in text
 
 
-def test_a_semantic_model_is_used_as_one(converted: Callable[[str], Path]) -> None:
+def test_the_example_for_a_semantic_model_is_semantic_segmentation(
+    converted: Callable[[str], Path],
+) -> None:
     text = model_card(REPO, record_of(converted("tiny_semantic_48"))).text
 
     assert "post_process_semantic_segmentation" in text
     assert "segmentation = results[0]\n" in text
 
 
-# what strangers wrote ---------------------------------------------------------------------------
+# text from outside ------------------------------------------------------------------------------
 
 HOSTILE = (
     "a`b``|c\\|\n\n# Heading\n\n```\n~~~\n<b>[link](http://evil.example)</b> **d** _e_ \ud800"
@@ -197,7 +199,7 @@ def structure(text: str) -> list[tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("hostile", [HOSTILE, "```", "`", "|", "\\", "x" * 70_000, "-->"])
-def test_what_a_stranger_wrote_into_conversion_json_does_nothing_in_the_card(
+def test_text_from_conversion_json_is_harmless_in_the_card(
     published: ModelRecord, hostile: str
 ) -> None:
     delta = published.history.sources["delta"]
@@ -219,7 +221,7 @@ def test_what_a_stranger_wrote_into_conversion_json_does_nothing_in_the_card(
 @pytest.mark.parametrize(
     "repo_id", ["a/b\u202e", "a/b\x9b31m", "a/b\nlicense: mit", "a/b/c", "../b", "b" * 70_000, ""]
 )
-def test_a_backbone_that_can_be_no_repository_is_left_out(
+def test_a_backbone_with_an_invalid_repository_name_is_left_out(
     published: ModelRecord, repo_id: str
 ) -> None:
     files = {"model.safetensors": FileDigest(1, 64 * "0")}
@@ -274,11 +276,11 @@ def test_prose_shows_as_it_is_written(text: str, shown: str | None) -> None:
         ("", "x_y"),
     ],
 )
-def test_a_link_leads_into_the_web_and_nowhere_else(address: str, shown: str) -> None:
+def test_links_lead_to_web_addresses_only(address: str, shown: str) -> None:
     assert link("x_y", address) == shown
 
 
-def test_release_notes_are_a_table_whatever_stands_in_release_json(tmp_path: Path) -> None:
+def test_release_notes_are_a_table_whatever_release_json_contains(tmp_path: Path) -> None:
     name = "tiny_panoptic_64"
     wrong = Step(name, HOSTILE, "published", HOSTILE, HOSTILE, HOSTILE, f"https://a/{HOSTILE}")
     clean = Step(name, "me/a", "published", "passed", "original", "0123456789ab", "https://a/b")
@@ -321,7 +323,7 @@ def test_a_card_without_marks_keeps_all_its_text(card: ModelCard) -> None:
 
 
 @pytest.mark.parametrize("lost", [BEGIN, END])
-def test_a_lost_mark_is_told(card: ModelCard, lost: str) -> None:
+def test_a_missing_mark_is_an_error(card: ModelCard, lost: str) -> None:
     with pytest.raises(EomtConvertError, match="must have both marks around eomt-convert's part"):
         updated(str(card).replace(lost, ""), card)
 
@@ -356,12 +358,12 @@ def test_a_changed_figure_replaces_the_old_one(card: ModelCard) -> None:
     ] == [47.2]
 
 
-def test_metadata_that_is_no_yaml_is_told(card: ModelCard) -> None:
+def test_metadata_that_is_not_yaml_is_an_error(card: ModelCard) -> None:
     with pytest.raises(EomtConvertError, match=r"metadata of README\.md on the Hub"):
         updated("---\na: [\n---\n", card)
 
 
-def test_the_fixtures_of_the_package_are_told_by_their_digests() -> None:
+def test_fixtures_of_the_package_are_recognised_by_their_digests() -> None:
     for folder in FIXTURES.iterdir():
         if folder.is_dir():
             known = json.loads((folder / "recorded.json").read_text())["sha256"]

@@ -29,12 +29,12 @@ def test_json_categories_tell_stuff_from_things(tmp_path: Path) -> None:
     assert read(written(tmp_path, text)) == ClassNames(("cat", "sky"), stuff=(1,))
 
 
-def test_categories_that_say_nothing_of_things_have_no_stuff(tmp_path: Path) -> None:
+def test_categories_without_isthing_have_no_stuff(tmp_path: Path) -> None:
     text = '{"categories": [{"id": 0, "name": "wall"}]}'
     assert read(written(tmp_path, text)) == ClassNames(("wall",))
 
 
-def test_names_for_classes_that_nobody_named() -> None:
+def test_classes_without_names_get_placeholders() -> None:
     assert unnamed(2).names == ("LABEL_0", "LABEL_1")
 
 
@@ -50,17 +50,17 @@ def test_names_for_classes_that_nobody_named() -> None:
         ('{"categories": [{"id": 1, "name": "cat"}]}', "gaps"),
     ],
 )
-def test_other_forms_are_refused(tmp_path: Path, text: str, complaint: str) -> None:
+def test_malformed_files_are_refused(tmp_path: Path, text: str, complaint: str) -> None:
     with pytest.raises(UnreadableFileError, match=complaint):
         read(written(tmp_path, text))
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UnreadableFileError, match="nowhere"):
         read(tmp_path / "nowhere")
 
 
-def test_a_pipe_is_refused_with_the_way_to_do_without(tmp_path: Path) -> None:
+def test_a_pipe_is_refused_with_a_remedy(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
 
     with pytest.raises(UnreadableFileError, match="not a regular file") as refused:

@@ -93,7 +93,7 @@ def test_a_dry_run_prints_the_plan_as_json_too(command: Command) -> None:
     assert content["verdict"] == "unverified"
 
 
-def test_the_whole_job_from_files_of_ones_own(command: Command, tmp_path: Path) -> None:
+def test_a_users_own_files_are_converted_and_verified(command: Command, tmp_path: Path) -> None:
     result = command(
         *("--delta", TINY / "delta" / "pytorch_model.bin", "--backbone", TINY / "backbone"),
         *("--task", "panoptic", "--image-size", "64x64", "--output", "mine"),
@@ -105,7 +105,7 @@ def test_the_whole_job_from_files_of_ones_own(command: Command, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("size", ["0", "64x", "x64", "64x64x64", "-64", "big"])
-def test_an_image_size_of_another_form_is_wrong_usage(command: Command, size: str) -> None:
+def test_a_malformed_image_size_is_wrong_usage(command: Command, size: str) -> None:
     result = command("--checkpoint", "tiny_panoptic_64", f"--image-size={size}")
 
     assert result.exit_code == 2
@@ -154,7 +154,7 @@ def test_outputs_that_differ_end_in_3_and_leave_nothing(command: Command, tmp_pa
     assert names(tmp_path) == []
 
 
-def test_a_failing_model_is_kept_beside_on_request(command: Command, tmp_path: Path) -> None:
+def test_a_failing_model_is_kept_on_request(command: Command, tmp_path: Path) -> None:
     recorded = FIXTURES / "tiny_semantic_48"
     result = command(
         "--checkpoint", "tiny_panoptic_64", "--recorded", recorded, "--keep-unverified"
@@ -289,7 +289,7 @@ def test_an_unverified_model_ends_in_0(command: Command, tmp_path: Path) -> None
     assert json.loads(result.stdout)["verdict"] == "unverified"
 
 
-# In processes of their own ---------------------------------------------------------------------
+# in separate processes -------------------------------------------------------------------------
 
 
 def start(
@@ -342,7 +342,7 @@ main()
 
 
 def merging(folder: Path, program: str, **options: Any) -> "subprocess.Popen[str]":
-    """A run in a folder, which has come to where it is held."""
+    """A run in a folder that has reached the point where it is held."""
     process = subprocess.Popen(
         [sys.executable, "-c", program, "--checkpoint", "tiny_panoptic_64"],
         cwd=folder,
@@ -357,7 +357,7 @@ def merging(folder: Path, program: str, **options: Any) -> "subprocess.Popen[str
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
-def test_an_interrupted_run_tells_by_what_and_leaves_nothing(
+def test_an_interrupted_run_names_the_signal_and_leaves_nothing(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     process = merging(tmp_path, SLOW)
@@ -471,7 +471,7 @@ def test_no_token_is_shown_wherever_it_comes_from(
     assert "hf_secret" not in shown
 
 
-def test_a_fault_of_the_tool_ends_in_1_without_a_token(
+def test_a_bug_of_the_tool_ends_in_1_without_a_token(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fault(*_: object, **__: object) -> None:

@@ -65,9 +65,7 @@ def test_the_rotary_base_is_found_where_transformers_5_keeps_it(tmp_path: Path) 
         ({"rope_theta": "100"}, "rope_theta is '100'; expected a positive number"),
     ],
 )
-def test_values_that_cannot_be_are_named(
-    tmp_path: Path, changes: dict[str, Any], complaint: str
-) -> None:
+def test_invalid_values_are_named(tmp_path: Path, changes: dict[str, Any], complaint: str) -> None:
     path = config_with(tmp_path, **changes)
 
     with pytest.raises(UnreadableFileError, match=complaint) as caught:
@@ -76,7 +74,7 @@ def test_values_that_cannot_be_are_named(
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "[" * 100_000])
-def test_a_config_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_config_that_is_not_a_json_object_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
 
     with pytest.raises(UnreadableFileError):
@@ -92,7 +90,7 @@ def test_what_a_config_leaves_out_is_the_default_of_its_own_kind(tmp_path: Path)
     assert (model.layer_norm_eps, model.num_register_tokens) == (1e-6, 4)
 
 
-def test_classes_are_named_both_ways() -> None:
+def test_classes_are_in_id2label_and_label2id() -> None:
     config = model_config(SMALL, (640, 640), ClassNames(("cat", "sky"), (1,)))
 
     assert config["id2label"] == {"0": "cat", "1": "sky"}
@@ -100,7 +98,7 @@ def test_classes_are_named_both_ways() -> None:
     assert config["stuff_classes"] == [1]
 
 
-def test_a_square_size_is_one_number_and_another_is_two() -> None:
+def test_a_square_size_is_one_number_and_any_other_is_two() -> None:
     classes = ClassNames(("cat", "sky"))
 
     assert model_config(SMALL, (640, 640), classes)["image_size"] == 640

@@ -118,7 +118,7 @@ def test_the_history_names_sources_recipes_digests_and_verdict(
     }
 
 
-def test_a_conversion_tells_what_it_did(tmp_path: Path) -> None:
+def test_a_conversion_returns_what_it_did(tmp_path: Path) -> None:
     conversion = converter.convert("tiny_semantic_48", tmp_path / "out")
 
     assert conversion.output == tmp_path / "out"
@@ -131,7 +131,7 @@ def test_a_conversion_tells_what_it_did(tmp_path: Path) -> None:
     assert (size, digest) == (len(content), hashlib.sha256(content).hexdigest())
 
 
-def test_files_of_ones_own_need_no_name(tmp_path: Path) -> None:
+def test_a_users_own_files_need_no_checkpoint_name(tmp_path: Path) -> None:
     conversion = converter.convert(
         output=tmp_path / "out", delta=DELTA, backbone=BACKBONE, task="panoptic", image_size=64
     )
@@ -152,7 +152,7 @@ def test_files_of_ones_own_need_no_name(tmp_path: Path) -> None:
         ("image_size", "--image-size"),
     ],
 )
-def test_what_is_needed_without_a_name_is_listed(
+def test_options_that_are_needed_without_a_checkpoint_are_listed(
     tmp_path: Path, left_out: str, missing: str
 ) -> None:
     given: dict[str, Any] = {"delta": DELTA, "backbone": BACKBONE, "task": "panoptic"}
@@ -174,7 +174,7 @@ def test_labels_name_the_classes(tmp_path: Path) -> None:
     assert config["stuff_classes"] == [4, 5, 6]  # which names alone do not tell
 
 
-def test_labels_of_another_number_are_refused(tmp_path: Path) -> None:
+def test_a_wrong_number_of_labels_is_refused(tmp_path: Path) -> None:
     labels = tmp_path / "labels.txt"
     labels.write_text("a\nb")
 
@@ -188,7 +188,7 @@ def test_an_image_size_that_patches_do_not_fill_is_refused(tmp_path: Path) -> No
         converter.convert("tiny_panoptic_64", tmp_path / "out", image_size=(65, 64))
 
 
-def test_a_conversion_held_against_other_recordings_leaves_nothing(tmp_path: Path) -> None:
+def test_a_conversion_that_differs_from_its_recording_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OutputsDifferError) as caught:
         converter.convert(
             "tiny_panoptic_64", tmp_path / "out", recorded=FIXTURES / "tiny_semantic_48"
@@ -230,7 +230,7 @@ def test_one_number_off_by_more_than_the_tolerance_fails(tmp_path: Path, name: s
         converter.convert("tiny_panoptic_64", tmp_path / "out", recorded=recorded)
 
 
-def test_what_has_no_recording_is_unverified_not_passed(tmp_path: Path) -> None:
+def test_a_model_without_a_recording_is_unverified_not_passed(tmp_path: Path) -> None:
     conversion = converter.convert(
         output=tmp_path / "out", delta=DELTA, backbone=BACKBONE, task="panoptic", image_size=64
     )
@@ -336,7 +336,7 @@ def test_force_replaces_no_folder_without_our_conversion_json(
     assert (tmp_path / "config.json").read_text() == "{}"
 
 
-def test_no_file_elsewhere_is_one_that_conversion_json_can_name(tmp_path: Path) -> None:
+def test_conversion_json_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     converter.convert("tiny_panoptic_64", tmp_path / "out")
     told = history(tmp_path / "out")
     told["files"]["mine/thesis.tex"] = told["files"]["config.json"]
@@ -394,7 +394,7 @@ def test_an_output_that_exists_survives_a_replacement_that_fails(tmp_path: Path)
     assert names(tmp_path) == ["out"]
 
 
-def test_two_backbones_swapped_are_told_apart(tmp_path: Path) -> None:
+def test_a_swapped_backbone_is_detected(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="made for another backbone"):
         converter.convert(
             "tiny_panoptic_64",
@@ -422,7 +422,7 @@ def test_a_backbone_of_unknown_size_needs_its_config(tmp_path: Path) -> None:
     assert conversion.verdict.verdict == "passed"
 
 
-def test_weights_that_are_no_numbers_are_converted_on_request(tmp_path: Path) -> None:
+def test_nonfinite_weights_are_converted_on_request(tmp_path: Path) -> None:
     state = torch.load(TINY / "delta" / "pytorch_model.bin")
     state["network.q.weight"][0, 0] = float("nan")
     torch.save(state, tmp_path / "delta.bin")

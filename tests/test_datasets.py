@@ -133,7 +133,7 @@ def test_an_ade20k_picture_of_one_label_is_left_out(tmp_path: Path) -> None:
         assert dataset.read(0) is None
 
 
-def test_the_folder_of_ade20k_itself_will_do(tmp_path: Path) -> None:
+def test_the_folder_of_ade20k_itself_is_accepted(tmp_path: Path) -> None:
     write_ade20k(tmp_path, [PICTURE], [np.eye(4, 6, dtype=np.uint8)])
 
     with open_dataset("ade20k-semantic", tmp_path / "ADEChallengeData2016") as dataset:
@@ -207,7 +207,7 @@ def test_annotations_cannot_name_files_elsewhere(file_name: str, tmp_path: Path)
         ),
     ],
 )
-def test_annotations_of_another_form_are_refused(
+def test_malformed_annotations_are_refused(
     changes: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     panoptic(tmp_path)
@@ -221,7 +221,7 @@ def test_annotations_of_another_form_are_refused(
 
 
 @pytest.mark.parametrize("text", ["[]", "{", "[" * 100_000])
-def test_annotations_that_are_no_json_object_are_refused(text: str, tmp_path: Path) -> None:
+def test_annotations_that_are_not_a_json_object_are_refused(text: str, tmp_path: Path) -> None:
     panoptic(tmp_path)
     (tmp_path / PANOPTIC).write_text(text)
 
@@ -281,7 +281,7 @@ def test_a_broken_picture_is_named(tmp_path: Path) -> None:
     assert f"val2017/000000000000.jpg in {tmp_path / 'val2017.zip'} cannot be read" in message
 
 
-def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_picture_is_named(tmp_path: Path) -> None:
     panoptic(tmp_path)
     picture = tmp_path / "val2017/000000000000.jpg"
     picture.write_bytes(b"nothing")

@@ -140,7 +140,7 @@ def swapped_everywhere(part: str, other: str) -> Change:
 
 
 def permuted(*order: int) -> Change:
-    """Layers 0, 1, ... hold those of this order."""
+    """Puts the layers into this order."""
 
     def change(state: State, _: str) -> Iterable[str]:
         old = dict(state)
@@ -316,7 +316,7 @@ def test_rounded_weights_are_off_by_as_much_as_rounding_makes_them(
         (SEMANTIC, {"do_normalize": False}),
     ],
 )
-def test_another_normalisation_is_named_and_solved_for(
+def test_a_wrong_normalisation_is_named_with_the_right_one(
     name: str, values: dict[str, Any], plant: Callable[[str], Planted]
 ) -> None:
     planted = plant(name)
@@ -384,7 +384,7 @@ def test_rotary_positions_need_not_be_recorded(
     assert_cause(found, cause, [])
 
 
-# where, and what cannot be told ------------------------------------------------------------------
+# first differences and causes --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -502,9 +502,7 @@ def verify_with_consistent_sources(
 
 
 @pytest.mark.parametrize("name", [WIDE, PANOPTIC, SEMANTIC, GATED])
-def test_a_backbone_that_was_not_the_recorded_one_is_told_by_running_it(
-    name: str, tmp_path: Path
-) -> None:
+def test_another_backbone_is_detected_by_running_it(name: str, tmp_path: Path) -> None:
     found = verify_with_consistent_sources(name, of_another_training, tmp_path)
 
     assert found.cause is not None
@@ -593,7 +591,7 @@ def further_and_rounded(state: State, name: str) -> Iterable[str]:
     ],
     ids=["0.1% further", "10% less", "noise of 1e-4", "noise of 1e-2", "8 bits"],
 )
-def test_what_has_no_name_is_given_none(
+def test_faults_without_a_name_get_no_cause(
     name: str, sources: bool, change: Change, plant: Callable[[str], Planted]
 ) -> None:
     planted = plant(name)
@@ -634,7 +632,7 @@ def test_a_scaled_patch_embedding_is_not_blamed_on_the_preprocessor(
 
 
 @pytest.mark.parametrize("name", [PANOPTIC, WIDE, SEMANTIC])
-def test_rounding_is_not_blamed_for_what_was_trained_besides(
+def test_rounding_is_not_blamed_for_further_training(
     name: str, plant: Callable[[str], Planted]
 ) -> None:
     """With the sources, tensor values show the difference, which is far below that of rounding."""
@@ -671,7 +669,7 @@ def test_rounding_is_not_blamed_for_less_than_it_does(
 
 
 @pytest.mark.parametrize("name", [PANOPTIC, WIDE, SEMANTIC])
-def test_what_undoing_leaves_must_be_as_small_as_of_right_models(
+def test_undoing_a_fault_must_leave_as_little_as_right_models_differ(
     name: str, plant: Callable[[str], Planted]
 ) -> None:
     """Within the tolerance, but beyond what right models differ by, something else is wrong."""
@@ -717,7 +715,7 @@ def nearly_beyond_the_tolerance(model: Path) -> Change:
 
 @pytest.mark.parametrize("name", [PANOPTIC, SEMANTIC, SHAPES])
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
-def test_files_that_changed_without_effect_are_no_fault_of_the_tensors(
+def test_files_that_changed_without_effect_are_not_blamed_on_tensors(
     name: str, file: str, plant: Callable[[str], Planted]
 ) -> None:
     planted = plant(name)
@@ -730,7 +728,7 @@ def test_files_that_changed_without_effect_are_no_fault_of_the_tensors(
 
 
 @pytest.mark.parametrize("name", [PANOPTIC, SEMANTIC, SHAPES])
-def test_a_name_needs_a_tensor_that_is_wrong(name: str, plant: Callable[[str], Planted]) -> None:
+def test_a_cause_needs_a_tensor_that_is_wrong(name: str, plant: Callable[[str], Planted]) -> None:
     """If no number is compared, undoing a fault that is not there changes nothing."""
     planted = plant(name)
     planted.weights(delta_by(1.001))
@@ -773,7 +771,7 @@ def test_a_name_needs_a_tensor_that_is_wrong(name: str, plant: Callable[[str], P
         ([replaced("layers.1.norm2.weight"), swapped(QUERY_AND_KEY)], {}, "hidden_states.1", set()),
     ],
 )
-def test_two_faults_are_told_as_far_as_can_be(
+def test_two_faults_are_named_as_far_as_possible(
     changes: list[Change],
     values: dict[str, Any],
     first: str,

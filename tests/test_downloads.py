@@ -29,7 +29,7 @@ def commit(hub: Hub) -> str:
 
 
 def fetch(name: str, access: Access | None = None, repo_id: str = REPO) -> Path:
-    """Fetches a file of main as a command does that begins with this."""
+    """Fetches a file of main as a new command does."""
     access = access or Access()
     return download(resolve(repo_id, "main", access), name, access)
 
@@ -63,7 +63,7 @@ def test_a_branch_is_resolved_once_a_command(hub: Hub, commit: str) -> None:
     assert len(hub.requests) == 2
 
 
-def test_an_answer_without_a_commit_makes_no_sense(
+def test_an_answer_without_a_commit_is_reported(
     hub: Hub, commit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = SimpleNamespace(id=REPO, sha=None, siblings=[], private=False)
@@ -90,7 +90,7 @@ def test_every_file_is_asked_for_once_and_the_branch_is_noted(hub: Hub, commit: 
 
 
 @in_every_way
-def test_what_is_there_is_not_asked_for_again(hub: Hub, commit: str) -> None:
+def test_cached_files_are_not_requested_again(hub: Hub, commit: str) -> None:
     first = fetch("model.safetensors")
     hub.requests.clear()
 
@@ -142,7 +142,7 @@ def test_a_branch_that_moves_meanwhile_gives_the_commit_that_was_looked_up(
 
 @pytest.mark.smoke  # of huggingface_hub
 @over_lfs
-def test_no_token_goes_to_where_large_files_are_stored(hub: Hub, commit: str) -> None:
+def test_no_token_is_sent_to_the_storage_of_large_files(hub: Hub, commit: str) -> None:
     hub.add_user("ann", "hf_ann")
     fetch("model.safetensors", Access(token="hf_ann"))
 
@@ -166,7 +166,7 @@ def test_the_client_goes_on_with_a_download_that_breaks_off(
 
 
 @in_every_way
-def test_the_cache_tells_the_digests_that_the_hub_gave(hub: Hub, commit: str) -> None:
+def test_the_cache_has_the_digests_that_the_hub_gave(hub: Hub, commit: str) -> None:
     online = Access()
     for name in ("config.json", "model.safetensors"):
         fetch(name, online)
@@ -176,7 +176,7 @@ def test_the_cache_tells_the_digests_that_the_hub_gave(hub: Hub, commit: str) ->
     assert expected["model.safetensors"] == SHA256
 
 
-def test_without_links_the_cache_tells_no_digests(
+def test_without_links_the_cache_has_no_digests(
     hub: Hub, commit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_SYMLINKS", True)
@@ -186,7 +186,7 @@ def test_without_links_the_cache_tells_no_digests(
 
 
 @pytest.mark.parametrize("revision", ["../../../secret", "/etc/passwd", "v1", "0" * 40])
-def test_a_revision_that_is_not_there_leads_nowhere(
+def test_a_revision_that_is_not_in_the_cache_is_reported(
     hub: Hub, commit: str, tmp_path: Path, revision: str
 ) -> None:
     fetch("config.json")
@@ -200,7 +200,7 @@ def test_a_revision_that_is_not_there_leads_nowhere(
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_damaged_file_is_told_by_its_digest(hub: Hub, commit: str, name: str) -> None:
+def test_a_damaged_file_is_detected_by_its_digest(hub: Hub, commit: str, name: str) -> None:
     access = Access()
     path = fetch(name, access)
     digest = resolve(REPO, "main", access).digests[name]
@@ -306,7 +306,9 @@ def test_a_damaged_file_that_cannot_be_replaced_is_named(
 
 
 @over_xet
-def test_a_store_that_repositories_share_is_mended_for_all_of_them(hub: Hub, commit: str) -> None:
+def test_a_damaged_file_in_a_shared_store_is_replaced_for_all_repositories(
+    hub: Hub, commit: str
+) -> None:
     hub.create_repo(OTHER, {"model.safetensors": WEIGHTS})
     mine, theirs = fetch("model.safetensors"), fetch("model.safetensors", repo_id=OTHER)
     assert mine.resolve() == theirs.resolve()

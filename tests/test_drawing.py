@@ -73,7 +73,7 @@ def test_a_class_has_the_same_colour_in_every_picture() -> None:
 # the picture ------------------------------------------------------------------------------------
 
 
-def test_what_belongs_to_no_segment_is_left_grey() -> None:
+def test_pixels_without_a_segment_are_left_grey() -> None:
     image = picture(600, 400, "orange")
     id_map = halves(image) - 1
     drawn = pixels(draw_overlay(image, id_map, [label(1)]))[:400]
@@ -110,7 +110,7 @@ def test_tiny_pictures_are_enlarged_by_a_whole_number(size: tuple[int, int], enl
 
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 40), (640, 480), (480, 640), (1920, 1080)])
-def test_text_does_not_lie_on_the_picture(size: tuple[int, int]) -> None:
+def test_text_is_not_drawn_on_the_picture(size: tuple[int, int]) -> None:
     image = picture(*size)
     factor = max(1, 512 // max(size))
     area = (0, 0, size[0] * factor, size[1] * factor)
@@ -165,9 +165,7 @@ def test_a_long_class_name_is_cut_short() -> None:
         ("tree 🌳", "tree ?"),
     ],
 )
-def test_names_that_the_font_does_not_have_are_written_otherwise(
-    name: str, stands_for: str
-) -> None:
+def test_characters_that_the_font_lacks_are_replaced(name: str, stands_for: str) -> None:
     drawn, expected = (
         legend((640, 480), [label(1, class_id=3, name=text)]) for text in (name, stands_for)
     )

@@ -121,7 +121,7 @@ def test_two_processes_give_the_figures_of_one(shapes: Path) -> None:
     assert json.loads(done.stdout) == evaluate(shapes, "coco-panoptic", SHAPES, limit=7).to_dict()
 
 
-def test_progress_is_told_picture_by_picture(shapes: Path) -> None:
+def test_progress_is_reported_picture_by_picture(shapes: Path) -> None:
     told: list[tuple[str, int, int]] = []
 
     evaluate(shapes, "coco-panoptic", SHAPES, limit=2, progress=lambda *stage: told.append(stage))
@@ -153,7 +153,7 @@ def test_no_published_figure_is_claimed_for_other_weights(shapes: Path, tmp_path
     assert evaluate(model, "coco-panoptic", SHAPES, limit=1).published is None
 
 
-def test_a_published_figure_stands_beside_the_measured_one(
+def test_a_published_figure_is_shown_beside_the_measured_one(
     shapes: Path, tmp_path: Path, command: Command
 ) -> None:
     model = tmp_path / "model"
@@ -312,7 +312,7 @@ def absent_classes(
     return model, dataset, tmp_path
 
 
-def test_it_is_said_which_classes_the_means_are_over(
+def test_the_output_says_which_classes_the_means_are_over(
     absent_classes: tuple[Path, str, Path], command: Command
 ) -> None:
     model, dataset, data = absent_classes
@@ -358,12 +358,12 @@ def test_a_model_is_taken_from_the_hub(shapes: Path, hub: Hub) -> None:
     assert found.published.checkpoint == "coco_panoptic_small_640"
 
 
-def test_a_repository_that_is_not_there_is_named(hub: Hub) -> None:
+def test_a_missing_repository_is_named(hub: Hub) -> None:
     with pytest.raises(AccessError, match="no repository someone/nothing"):
         evaluate("someone/nothing", "coco-panoptic", SHAPES)
 
 
-def test_delta_weights_are_no_model(hub: Hub) -> None:
+def test_delta_weights_are_refused_as_a_model(hub: Hub) -> None:
     hub.create_repo("tue-mps/delta", {"pytorch_model.bin": b"weights", "config.json": b"{}"})
 
     with pytest.raises(UnreadableFileError, match=r"no preprocessor_config\.json"):
@@ -371,7 +371,7 @@ def test_delta_weights_are_no_model(hub: Hub) -> None:
     assert not any("pytorch_model.bin" in line for line in hub.request_lines)
 
 
-def test_a_dataset_of_other_classes_is_refused(converted: Converted) -> None:
+def test_a_dataset_with_another_number_of_classes_is_refused(converted: Converted) -> None:
     with pytest.raises(EomtConvertError, match="has 5 classes, expected 6 as in"):
         evaluate(converted("tiny_instance_64_gated"), "coco-panoptic", SHAPES)
 
@@ -386,7 +386,7 @@ def test_weights_that_are_broken_are_refused(shapes: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "abacus"])
-def test_a_device_that_is_not_there_is_refused(device: str, shapes: Path) -> None:
+def test_a_missing_device_is_refused(device: str, shapes: Path) -> None:
     if device != "abacus" and torch.cuda.is_available():
         pytest.skip("there is a GPU")
 
@@ -401,7 +401,7 @@ def test_an_unknown_dataset_is_wrong_usage(shapes: Path, command: Command) -> No
     assert "coco-panoptic, coco-instance, ade20k-semantic" in done.stderr
 
 
-def test_without_the_extra_it_is_said_what_to_install(
+def test_without_the_extra_the_error_says_what_to_install(
     shapes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "converter.pictures.metrics", raising=False)

@@ -117,7 +117,7 @@ def test_a_release_keeps_its_tag_when_somebody_commits_on_top(
     assert hub.refs(MODEL) == {"refs/heads/main": theirs, "refs/tags/v1": released}
 
 
-def test_what_comes_back_is_held_against_recorded_outputs_of_ones_own(
+def test_the_downloaded_model_is_compared_with_the_users_recorded_outputs(
     hub: Hub, derived: Path
 ) -> None:
     with pytest.raises(OutputsDifferError, match="No recorded outputs"):
@@ -130,7 +130,7 @@ def test_what_comes_back_is_held_against_recorded_outputs_of_ones_own(
     assert published.verdict.verdict == "passed"
 
 
-def test_what_comes_back_may_be_better_known_than_what_was_sent(
+def test_the_downloaded_model_may_be_verified_although_the_pushed_one_was_not(
     hub: Hub, me: str, tmp_path: Path
 ) -> None:
     converter.convert("tiny_panoptic_64", tmp_path / "model", verify=False)

@@ -34,7 +34,7 @@ def test_a_file_is_replaced_when_it_is_complete(tmp_path: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "other").stat().st_mode)
 
 
-def test_what_fails_leaves_what_was_there_and_nothing_else(tmp_path: Path) -> None:
+def test_a_failed_replacement_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
 
@@ -94,7 +94,7 @@ def test_a_disk_that_cannot_take_what_was_written_is_an_error(
         sync_tree(tmp_path)
 
 
-def test_the_folder_of_a_file_is_made_and_a_place_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_the_folder_of_a_file_is_made_and_an_impossible_place_is_refused(tmp_path: Path) -> None:
     prepare_place(tmp_path / "a/b/page.html")
     assert (tmp_path / "a/b").is_dir()
 

@@ -32,9 +32,7 @@ def test_senseless_values_end_in_errors_and_nothing_else(place: Place) -> None:
     assert CASES / 4 < sum(outcome.refused for outcome in outcomes) < CASES * 3 / 4
 
 
-def test_every_kind_of_case_is_another_file_or_another_command(
-    place: Place, tmp_path: Path
-) -> None:
+def test_every_kind_of_case_has_its_own_file_and_command(place: Place, tmp_path: Path) -> None:
     kinds = set()
     for number, maker in enumerate(MAKERS):
         folder = tmp_path / str(number)
@@ -45,7 +43,7 @@ def test_every_kind_of_case_is_another_file_or_another_command(
     assert len(kinds) == len(MAKERS)
 
 
-def test_a_case_that_is_run_again_is_the_same(place: Place) -> None:
+def test_a_case_is_reproducible(place: Place) -> None:
     first, again = (run_case(5, SEED, *place) for _ in range(2))
 
     assert (first.case, first.refused, first.output) == (again.case, again.refused, again.output)

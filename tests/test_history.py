@@ -29,7 +29,7 @@ def test_what_a_conversion_wrote_is_read(model: Path) -> None:
     assert history.rows["query.weight"].shape == tuple(content["tensors"]["query.weight"]["shape"])
 
 
-def test_a_model_without_one_has_no_history(tmp_path: Path) -> None:
+def test_a_model_without_conversion_json_has_no_history(tmp_path: Path) -> None:
     assert read_history(tmp_path) is None
 
 
@@ -113,7 +113,7 @@ def test_a_config_that_no_conversion_wrote_is_refused(model: Path, changes: dict
         converter.publish(model, "me/model")
 
 
-def test_a_folder_that_no_conversion_made_is_no_output_to_go_on_with(model: Path) -> None:
+def test_a_folder_that_no_conversion_made_is_not_replaced(model: Path) -> None:
     (model / "conversion.json").write_text('{"command": []}')
 
     with pytest.raises(OutputError, match="did not make"):

@@ -96,7 +96,7 @@ def right(converted: Converted) -> ReportData:
 
 @pytest.fixture
 def wrong(model: Path) -> ReportData:
-    """Of a model with one tensor that is not its own."""
+    """The data for a model with one changed tensor."""
     change_tensor(model, "layers.1.mlp.up_proj.weight", 1.5)
     return data_of(model, "tiny_panoptic_64")
 
@@ -133,7 +133,7 @@ def test_a_right_model_is_shown_with_its_verdict_differences_and_digests(
             assert file["sha256"] in page.text["code"]
 
 
-def test_recorded_pictures_stand_beside_our_segments(right: ReportData) -> None:
+def test_recorded_pictures_are_shown_beside_our_segments(right: ReportData) -> None:
     pixels = read_recorded(FIXTURES / "shapes_panoptic_128").pixels.permute(0, 2, 3, 1).numpy()
     assert len(right.pictures) == len(pixels) == 4
     for picture, expected in zip(right.pictures, pixels, strict=True):
@@ -165,7 +165,7 @@ def test_pixels_that_go_to_another_query_are_red(converted: Converted) -> None:
         assert np.array_equal(red > green + 100, differs)
 
 
-def test_a_wrong_model_is_shown_with_where_it_begins_its_cause_and_what_was_tried(
+def test_a_wrong_model_is_shown_with_its_first_difference_cause_and_trials(
     wrong: ReportData,
 ) -> None:
     page = Page(render(wrong))
@@ -195,7 +195,7 @@ def test_a_model_without_recording_is_shown_as_unverified(converted: Converted) 
     assert not page.all("img")
 
 
-def test_a_model_without_conversion_json_has_sources_that_are_not_known(model: Path) -> None:
+def test_a_model_without_conversion_json_has_unknown_sources(model: Path) -> None:
     (model / "conversion.json").unlink()
     data = gather("model", model, converter.verify(model, level=2), None, {})
     assert {row.status for row in data.tensors} == {"not checked"}
@@ -248,7 +248,7 @@ def point(name: str, max_abs: float | None, mean_abs: float | None = None) -> Po
     return Point(name, max_abs, mean_abs, None, None, tolerance=1e-3)
 
 
-def test_the_axis_is_logarithmic_and_zero_stands_before_it() -> None:
+def test_the_axis_is_logarithmic_with_zero_before_it() -> None:
     chart = Chart("numbers", "it", (point("a", 0.0, 0.0), point("b", 2e-5, 1e-7), point("c", 4.0)))
     assert list(chart.decades) == [-7, -6, -5, -4, -3, -2, -1, 0, 1]
     places = [chart.x(10.0**exponent) for exponent in chart.decades]
@@ -257,7 +257,7 @@ def test_the_axis_is_logarithmic_and_zero_stands_before_it() -> None:
     assert places[-1] < 100
 
 
-def test_differences_beyond_the_tolerance_and_no_numbers_are_told_apart(right: ReportData) -> None:
+def test_differences_beyond_the_tolerance_and_nan_are_shown_differently(right: ReportData) -> None:
     chart = Chart("numbers", "it", (point("a", 1e-3), point("b", 2e-3), point("c", None)))
     assert [point.within for point in chart.points] == [True, False, False]
     text = render(replace(right, charts=(chart,)))
@@ -266,7 +266,7 @@ def test_differences_beyond_the_tolerance_and_no_numbers_are_told_apart(right: R
     assert ">not a number</text>" in text
 
 
-def test_a_chart_has_a_name_and_a_description_for_those_who_do_not_see_it(
+def test_a_chart_has_a_name_and_a_description_for_screen_readers(
     right: ReportData,
 ) -> None:
     page = Page(render(right))
@@ -282,9 +282,7 @@ def test_a_chart_has_a_name_and_a_description_for_those_who_do_not_see_it(
 # what it is made of -----------------------------------------------------------------------------
 
 
-def test_whatever_a_model_says_of_itself_is_text_and_never_markup(
-    right: ReportData, model: Path
-) -> None:
+def test_text_from_a_models_files_is_never_markup(right: ReportData, model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     config["id2label"] = dict.fromkeys(config["id2label"], HOSTILE)
     del config["label2id"]

@@ -62,7 +62,7 @@ def broken(hub: Hub) -> list[tuple[Fault, str]]:
     return [(each.fault, str(each.request)) for each in hub.broken]
 
 
-def test_faults_have_names_of_their_own() -> None:
+def test_every_fault_has_a_different_name() -> None:
     names = [fault.name for fault in FAULTS]
 
     assert len(set(names)) == len(names)
@@ -110,7 +110,7 @@ def test_requests_stay_broken_until_the_hub_is_mended(hub: Hub) -> None:
 
 
 @pytest.mark.parametrize("fault", [Truncated(), WrongBytes(), ExpiredToken(), MovedParent()])
-def test_what_has_nothing_to_break_passes(hub: Hub, fault: Fault) -> None:
+def test_a_request_with_nothing_to_break_passes(hub: Hub, fault: Fault) -> None:
     hub.break_request(fault)
 
     answer = httpx2.head(hub.endpoint, trust_env=False)
@@ -294,7 +294,7 @@ def test_an_expired_token_is_refused_by_name(hub: Hub) -> None:
     assert HfApi().model_info(REPO, token=False).id == REPO
 
 
-def test_waits_are_short_in_a_child_too(hub: Hub, tmp_path: Path) -> None:
+def test_waits_are_short_in_a_child_process_too(hub: Hub, tmp_path: Path) -> None:
     program = (
         "import time, huggingface_hub as h; time.sleep(3600); "
         f"print(h.HfApi().list_repo_files('{REPO}'))"

@@ -229,7 +229,7 @@ def test_a_private_repository_looks_like_a_missing_one(
         assert not isinstance(error.value, GatedRepoError)
 
 
-def test_a_private_repository_is_open_to_its_owner_and_those_let_in(hub: Hub) -> None:
+def test_a_private_repository_is_open_to_its_owner_and_users_with_access(hub: Hub) -> None:
     hub.create_repo("ann/private", {"config.json": CONFIG}, private=True)
     hub.grant_access("ann/private", "bob")
 
@@ -262,7 +262,7 @@ def test_a_gated_repository_opens_to_those_who_were_granted_access(hub: Hub) -> 
     assert Path(path).read_bytes() == WEIGHTS
 
 
-def test_an_unknown_token_is_refused_even_for_what_is_public(hub: Hub) -> None:
+def test_an_unknown_token_is_refused_even_for_a_public_repository(hub: Hub) -> None:
     with pytest.raises(HfHubHTTPError, match="Invalid credentials") as error:
         hf_hub_download(REPO, "config.json", token=EXPIRED)
     assert error.value.response.status_code == 401
@@ -372,7 +372,7 @@ def test_a_repository_is_created_once(hub: Hub) -> None:
     assert error.value.response.status_code == 409
 
 
-def test_repositories_are_created_under_ones_own_name_and_ones_organizations(hub: Hub) -> None:
+def test_users_create_repositories_for_themselves_and_their_organizations(hub: Hub) -> None:
     hub.add_user("eve", "hf_eve", organizations=["lab"])
 
     assert HfApi(token="hf_eve").create_repo("lab/new").repo_id == "lab/new"
@@ -486,7 +486,7 @@ def test_an_upload_of_other_content_than_announced_is_refused(
     assert "is not what arrived" in str(error.value.__cause__)
 
 
-def test_a_commit_of_what_was_not_uploaded_is_refused(
+def test_a_commit_of_a_file_that_was_not_uploaded_is_refused(
     hub: Hub, push: Push, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub._commit_api._upload_files", lambda **asked: None)
@@ -531,7 +531,7 @@ def test_the_history_is_listed_newest_first(hub: Hub, push: Push) -> None:
     assert first.title == "initial commit"
 
 
-def test_whoever_may_read_may_open_a_pull_request(hub: Hub, push: Push) -> None:
+def test_users_with_read_access_can_open_a_pull_request(hub: Hub, push: Push) -> None:
     info = push({"model.safetensors": NEW_WEIGHTS}, token=BOB, create_pr=True)
 
     assert (info.pr_revision, info.pr_num) == ("refs/pr/1", 1)
@@ -564,7 +564,7 @@ def test_a_pull_request_is_merged_as_one_commit(hub: Hub, push: Push) -> None:
 
 
 @pytest.mark.parametrize("token", [BOB, "hf_read"])
-def test_only_who_may_write_commits(hub: Hub, push: Push, token: str) -> None:
+def test_only_users_with_write_access_can_commit(hub: Hub, push: Push, token: str) -> None:
     hub.add_user("ann", "hf_read", can_write=False)
     api = HfApi(token=token)
 
@@ -582,7 +582,7 @@ def test_only_who_may_write_commits(hub: Hub, push: Push, token: str) -> None:
     assert len(hub.commits("ann/model")) == len(hub.refs("ann/model")) == 1
 
 
-def test_who_was_granted_it_may_write(hub: Hub, push: Push) -> None:
+def test_users_who_were_granted_write_access_can_write(hub: Hub, push: Push) -> None:
     hub.grant_access("ann/model", "bob", write=True)
 
     push({"a.txt": b"a", "b.bin": b"b"}, token=BOB)

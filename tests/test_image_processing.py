@@ -122,7 +122,7 @@ def test_every_kind_of_image_becomes_rgb(image: Image.Image, rgb: list[int]) -> 
     assert first_pixel(image) == rgb
 
 
-def test_a_transparent_palette_colour_lies_over_black(tmp_path: Path) -> None:
+def test_a_transparent_palette_colour_becomes_black(tmp_path: Path) -> None:
     path = tmp_path / "palette.png"
     Image.new("RGB", (4, 4), (10, 20, 30)).quantize(2).save(path, transparency=0)
 
@@ -168,7 +168,7 @@ def test_arrays_and_tensors_are_pictures_with_channels_on_either_side(mode: str)
     assert torch.equal(levels(last.astype(np.int64)), expected)
 
 
-def test_a_shape_that_may_be_either_is_taken_as_channels_first_unless_told() -> None:
+def test_an_ambiguous_shape_is_channels_first_unless_specified() -> None:
     pixels = np.zeros((3, 8, 3), dtype=np.uint8)
     pixels[0] = 255
 
@@ -192,7 +192,7 @@ def test_a_batch_may_be_a_list_or_a_fourth_dimension() -> None:
         (np.zeros((8, 8, 2), dtype=np.uint8), r"shape \(8, 8, 2\)"),
     ],
 )
-def test_arrays_that_are_no_pictures_are_refused(picture: Any, message: str) -> None:
+def test_arrays_that_are_not_pictures_are_refused(picture: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SQUARE(picture)
 
@@ -236,7 +236,7 @@ def test_windows_that_are_not_square_slide_along_the_side_that_is_too_long(
         assert torch.equal(window, pixels.narrow(axis, start, end - start))
 
 
-def test_a_size_that_says_only_one_side_is_refused() -> None:
+def test_a_size_with_only_one_side_is_refused() -> None:
     with pytest.raises(ValueError, match="height and width"):
         EomtImageProcessor(size={"height": 48})
 
@@ -252,7 +252,7 @@ def test_unpadded_pictures_of_several_sizes_are_refused() -> None:
 
 
 @pytest.mark.parametrize("windows", [False, True])
-def test_values_are_those_of_transformers_where_sizes_need_no_rounding(windows: bool) -> None:
+def test_pixel_values_equal_transformers_if_sizes_need_no_rounding(windows: bool) -> None:
     settings = square_settings(windows)
     image = random_image(48, 96)
     ours = EomtImageProcessor(**settings)(image)
@@ -376,7 +376,7 @@ def test_stuff_classes_come_from_the_models_config(converted: Callable[[str], Pa
     assert processor.stuff_classes == (4, 5, 6)
 
 
-def test_without_a_config_the_stuff_classes_are_not_known(model: Path) -> None:
+def test_without_a_config_the_stuff_classes_are_unknown(model: Path) -> None:
     (model / "config.json").unlink()
 
     assert EomtImageProcessor.from_pretrained(model).stuff_classes is None
@@ -399,7 +399,7 @@ def test_a_processor_loads_from_the_hub_at_a_revision(model: Path, hub: Hub) -> 
     assert processor == EomtImageProcessor.from_pretrained("owner/model", local_files_only=True)
 
 
-def test_a_repository_without_a_config_has_a_processor_all_the_same(model: Path, hub: Hub) -> None:
+def test_a_processor_loads_from_a_repository_without_a_config(model: Path, hub: Hub) -> None:
     name = "preprocessor_config.json"
     hub.create_repo("owner/model", {name: (model / name).read_bytes()})
 
@@ -442,7 +442,7 @@ def test_transformers_loads_what_is_saved_and_the_other_way_round(tmp_path: Path
         ('{"size": {"height": 0, "width": 4}}', "preprocessor_config.json: size is"),
     ],
 )
-def test_a_file_that_is_not_the_processors_is_refused_by_name(
+def test_a_file_of_another_processor_is_refused_by_name(
     content: str, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "preprocessor_config.json").write_text(content)

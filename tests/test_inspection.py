@@ -11,7 +11,7 @@ from converter.weights.tensorfiles import TensorFile
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_delta_is_told_by_its_statistics(name: str) -> None:
+def test_a_delta_is_recognised_by_its_statistics(name: str) -> None:
     with TensorFile(FIXTURES / name / "delta" / "pytorch_model.bin") as file:
         found = inspect(file)
 
@@ -50,7 +50,7 @@ def written(folder: Path, std: float, norm: torch.Tensor) -> Path:
     return folder / "weights.bin"
 
 
-def test_absolute_weights_are_told_by_theirs(tmp_path: Path) -> None:
+def test_absolute_weights_are_recognised_by_their_statistics(tmp_path: Path) -> None:
     with TensorFile(written(tmp_path, 0.225, torch.full((64,), 0.9))) as file:
         found = inspect(file)
 
@@ -65,7 +65,7 @@ def test_mixed_evidence_decides_nothing(tmp_path: Path) -> None:
     assert decide(signs) is None
 
 
-def test_weights_of_no_known_layout_are_listed_all_the_same(tmp_path: Path) -> None:
+def test_weights_of_an_unknown_layout_are_listed(tmp_path: Path) -> None:
     torch.save({"fc.weight": torch.zeros(2, 3)}, tmp_path / "other.pth")
     with TensorFile(tmp_path / "other.pth") as file:
         found = inspect(file)

@@ -18,7 +18,7 @@ from converter.places import HubSource, LocalSource
 TINY = find("tiny_panoptic_64")
 
 
-def test_a_checkpoints_name_stands_for_sources_task_size_and_recording() -> None:
+def test_a_checkpoints_name_gives_sources_task_size_and_recording() -> None:
     job = Job.of("tiny_panoptic_64")
 
     assert (job.checkpoint, job.delta, job.backbone) == (
@@ -60,7 +60,7 @@ def test_empty_text_is_refused_as_of_a_shell_variable_that_is_not_set(option: st
         Job.of("tiny_panoptic_64", **options)
 
 
-def test_the_command_says_each_option_that_changes_the_result(tmp_path: Path) -> None:
+def test_the_command_has_each_option_that_changes_the_result(tmp_path: Path) -> None:
     options: JobOptions = {
         "delta": "owner/delta@v1",
         "backbone": "owner/backbone@main",
@@ -104,7 +104,7 @@ def test_the_command_says_each_option_that_changes_the_result(tmp_path: Path) ->
     ]
 
 
-def test_options_of_the_catalogue_said_again_are_not_in_the_command() -> None:
+def test_options_that_equal_the_catalogues_are_not_in_the_command() -> None:
     job = Job.of(
         "tiny_panoptic_64",
         task=TINY.task,
@@ -129,12 +129,12 @@ def test_options_of_the_catalogue_said_again_are_not_in_the_command() -> None:
         ({"checkpoint": "tiny_panoptic_64", "max_shard_size": 0}, "'0' is"),
     ],
 )
-def test_options_that_make_no_job_are_refused(options: dict[str, Any], said: str) -> None:
+def test_incomplete_or_invalid_options_are_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         Job.of(**options)
 
 
-def test_recorded_outputs_that_are_not_there_are_refused(tmp_path: Path) -> None:
+def test_missing_recorded_outputs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UnreadableFileError, match="no recorded outputs"):
         Job.of("tiny_panoptic_64", recorded=tmp_path)
 

@@ -117,7 +117,7 @@ def test_the_readme_shows_the_floors() -> None:
     assert "\n-> ".join(", ".join(names) for names in FLOORS) in README
 
 
-def test_the_readmes_map_is_the_tree_as_it_is() -> None:
+def test_the_readmes_map_matches_the_tree() -> None:
     block = README.partition("## Contributing")[2].split("```\n")[1]
     found, folder = set(), ""
     for line in block.splitlines():

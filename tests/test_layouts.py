@@ -180,7 +180,7 @@ def test_stored_rotary_periods_are_not_used(tmp_path: Path, dtype: torch.dtype) 
     assert digests(tmp_path / "out") == expected_digests("tiny_panoptic_64")
 
 
-def test_a_layout_can_be_said(tmp_path: Path) -> None:
+def test_a_layout_can_be_given(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {
         "backbone": str(FIXTURES / "tiny_panoptic_64" / "backbone_meta"),
         "verify": False,
@@ -254,7 +254,7 @@ def test_mixed_evidence_is_refused_with_its_signs(tmp_path: Path) -> None:
     assert conversion.verdict.verdict == "passed"
 
 
-def test_the_evidence_is_told(tmp_path: Path) -> None:
+def test_the_evidence_is_reported(tmp_path: Path) -> None:
     conversion = converter.convert("tiny_panoptic_64", tmp_path / "out")
 
     assert [sign.speaks_for for sign in conversion.inputs.evidence] == ["delta", "delta"]

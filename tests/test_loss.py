@@ -111,7 +111,7 @@ SUMMATION = 1e-6
 @pytest.mark.parametrize("name", PLAIN_AND_SQUARE)
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @torch.no_grad()
-def test_the_loss_is_that_of_transformers(
+def test_the_loss_equals_transformers(
     name: str, training: bool, converted: Converted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the same predictions: those of transformers' model differ in the last bits.
@@ -138,7 +138,7 @@ def test_the_loss_is_that_of_transformers(
         assert_close(losses[0], losses[1], rtol=SUMMATION, atol=0)
 
 
-def test_its_gradients_are_those_of_transformers(converted: Converted) -> None:
+def test_its_gradients_equal_transformers(converted: Converted) -> None:
     folder = converted("shapes_panoptic_128")
     ours, theirs = load(folder).train(), load_transformers(folder).train()
     for model in (ours, theirs):
@@ -305,7 +305,7 @@ def test_labels_may_have_any_dtype(dtype: torch.dtype, converted: Converted) -> 
     assert torch.equal(seeded(model, cast).loss, seeded(model, inputs).loss)
 
 
-def test_pictures_without_segments_still_teach_that_there_are_none(converted: Converted) -> None:
+def test_pictures_without_segments_still_train_the_class_no_object(converted: Converted) -> None:
     model = load(converted("tiny_panoptic_64")).train()
     output = seeded(model, scenes(model.config, 0, 0))
     assert output.loss_dict["loss_mask"] == 0
@@ -514,6 +514,6 @@ def test_a_missing_scipy_is_named_with_the_remedy(
         ("importance_sample_ratio", 1.5),
     ],
 )
-def test_a_loss_that_cannot_work_is_refused_in_the_config(key: str, value: Any) -> None:
+def test_invalid_settings_of_the_loss_are_refused_by_the_config(key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{key} is {value!r}"):
         criterion(**{key: value})

@@ -288,7 +288,7 @@ for setting, later in json.loads(sys.argv[1]):
 
 @dataclass(frozen=True)
 class Settings:
-    """Those of a process before, within and after `full_float32`, and after a later change."""
+    """The settings before, within and after `full_float32`, and after a later change."""
 
     before: dict[str, Any]
     inside: dict[str, Any]
@@ -315,7 +315,7 @@ def multiplies_float32(settings: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("setting", OLD_WAY + NEW_WAY)
-def test_float32_is_multiplied_as_such_whatever_a_process_has_set(
+def test_float32_is_multiplied_in_full_whatever_a_process_has_set(
     setting: str, around_a_block: Mapping[tuple[str, str], Settings]
 ) -> None:
     found = around_a_block[setting, "pass"]
@@ -326,7 +326,7 @@ def test_float32_is_multiplied_as_such_whatever_a_process_has_set(
 
 
 @pytest.mark.parametrize("setting", GENERAL)
-def test_what_inherits_a_precision_goes_on_inheriting_it(
+def test_an_inherited_precision_stays_inherited(
     setting: str, around_a_block: Mapping[tuple[str, str], Settings]
 ) -> None:
     assert multiplies_float32(around_a_block[setting, LATER].later)
@@ -415,7 +415,7 @@ def test_tolerances_are_measured_on_masked_outputs_of_the_larger_model_too(
 # load -------------------------------------------------------------------------------------------
 
 
-def test_examples_may_take_as_long_as_the_load_makes_them() -> None:
+def test_hypothesis_examples_have_no_deadline() -> None:
     @settings(max_examples=2)
     @given(st.integers())
     def slow(_: int) -> None:
@@ -483,8 +483,8 @@ def test_a_right_model_passes_where_its_network_magnifies_rounding(
     assert (verdict.verdict, verdict.cause, verdict.tried) == ("passed", None, ())
 
 
-def test_it_is_told_that_outputs_were_computed_in_float64(tmp_path: Path) -> None:
-    """On every set of instructions one network at least needs it."""
+def test_the_verdict_says_that_outputs_were_computed_in_float64(tmp_path: Path) -> None:
+    """On every instruction set, at least one network needs it."""
     reasons = []
     for spread, seed in UNSTEADY:
         model = unsteady_model(spread, seed, tmp_path / f"model-{seed}")
@@ -511,7 +511,7 @@ def test_a_wrong_model_fails_where_its_network_magnifies_rounding(
 
 
 @pytest.mark.parametrize("name", ["tiny_panoptic_64", "tiny_semantic_48"])
-def test_what_is_computed_again_in_float64_is_no_easier_to_pass(
+def test_computing_in_float64_does_not_make_it_easier_to_pass(
     name: str, converted: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """A model that is off by a few tolerances in one bias."""
@@ -527,7 +527,7 @@ def test_what_is_computed_again_in_float64_is_no_easier_to_pass(
     assert verdict.levels[2].figures["tolerance"] == TOLERANCE
 
 
-def test_a_tensor_that_float32_hardly_moves_is_allowed_no_more_for_others(
+def test_a_tensor_that_float32_hardly_moves_keeps_its_tolerance(
     converted: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Masks that rounding moves by several tolerances, and a class head that it does not."""

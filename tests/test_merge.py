@@ -133,7 +133,7 @@ def test_class_weights_that_the_delta_lacks_are_ones_and_a_tenth(tmp_path: Path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_weights_that_are_no_numbers_are_named(tmp_path: Path, value: float) -> None:
+def test_nonfinite_weights_are_named(tmp_path: Path, value: float) -> None:
     name = "network.encoder.backbone.blocks.1.mlp.up_proj.weight"
     delta = changed_delta(tmp_path, lambda state: state[name].view(-1)[77].fill_(value))
     backbone = FIXTURES / "tiny_panoptic_64" / "backbone"

@@ -95,7 +95,7 @@ def test_a_match_needs_more_than_half_of_the_union() -> None:
     assert counts(panoptic_quality((segments((PERSON, more)), target)), PERSON) == (1, 0, 0)
 
 
-def test_another_class_is_no_match() -> None:
+def test_another_class_is_not_a_match() -> None:
     figures = panoptic_quality((segments((DOG, np.s_[:])), segments((PERSON, np.s_[:]))))
 
     assert (counts(figures, DOG), counts(figures, PERSON)) == ((0, 1, 0), (0, 0, 1))
@@ -127,7 +127,7 @@ def test_a_crowd_is_neither_matched_nor_missed() -> None:
     assert counts(panoptic_quality((segments(), target)), PERSON) == (0, 0, 0)
 
 
-def test_a_prediction_in_a_crowd_of_its_class_is_no_false_positive() -> None:
+def test_a_prediction_in_a_crowd_of_its_class_is_not_a_false_positive() -> None:
     target = segments((SKY, np.s_[:2]), (PERSON, np.s_[2:6]), (DOG, np.s_[6:]), crowds=[1])
 
     inside = segments((PERSON, np.s_[2:5]), (DOG, np.s_[2:5, 0]))
@@ -256,7 +256,7 @@ def test_the_original_has_zeros_in_the_mean_for_classes_that_do_not_occur() -> N
     assert figures.overall["PQ_things"] * 1 / 2 == pytest.approx(100 * np.mean(pq[:2]))
 
 
-def test_nothing_is_said_of_other_classes_if_all_occur() -> None:
+def test_other_classes_are_not_mentioned_if_all_occur() -> None:
     quarters = [np.s_[:5, :5], np.s_[:5, 5:], np.s_[5:, :5], np.s_[5:, 5:]]
     target = segments(*zip((PERSON, DOG, SKY, GRASS), quarters, strict=True))
 
@@ -316,7 +316,7 @@ def random_segments(random: np.random.Generator, blocks: NDArray[np.int64]) -> S
     return Segments(ids, tuple(classes.tolist()), tuple((random.random(count) < 0.2).tolist()))
 
 
-def test_the_counts_are_those_of_an_independent_computation() -> None:
+def test_the_counts_equal_an_independent_computation() -> None:
     random = np.random.default_rng(0)
     pairs = []
     for _ in range(200):
@@ -422,7 +422,7 @@ def test_a_picture_without_objects_counts_what_was_found_there() -> None:
     assert figures.overall["AP"] == pytest.approx(50)
 
 
-def test_mean_ap_is_over_classes_with_an_annotated_object_that_is_no_crowd() -> None:
+def test_mean_ap_is_over_classes_with_an_annotated_object_that_is_not_a_crowd() -> None:
     # class 0 is annotated, class 1 as a crowd only, class 2 is only predicted
     crowd = instances(0, (1, MEDIUM, 1.0), crowd=True)
     target = Instances(
@@ -454,7 +454,7 @@ def test_mean_ap_of_a_size_is_over_classes_with_an_object_of_it() -> None:
     assert figures.means_over.startswith("all 3 classes; AP_small, ")
 
 
-def test_nothing_found_is_no_error() -> None:
+def test_finding_nothing_is_not_an_error() -> None:
     assert mask_ap((instances(0), instances(0, (0, SMALL, 1.0)))).overall["AP"] == 0.0
 
 
@@ -478,7 +478,7 @@ def test_ap_is_the_same_however_pictures_are_split_over_processes() -> None:
     assert first.compute().overall == pytest.approx(together.overall, nan_ok=True)
 
 
-def test_miou_is_that_of_an_independent_confusion_matrix() -> None:
+def test_miou_equals_that_of_an_independent_confusion_matrix() -> None:
     random = np.random.default_rng(0)
     metric = MeanIoU(5)
     annotated, predicted = [], []

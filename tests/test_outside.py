@@ -46,7 +46,7 @@ def change_json(path: Path, **changes: Any) -> None:
 
 
 def is_harmless(result: Result) -> bool:
-    """Whether all that was printed are characters that show, in lines of a sensible length."""
+    """Whether all printed characters are visible, in lines of a sensible length."""
     lines = result.output.split("\n")
     return all(line.isprintable() and len(line) <= 1000 for line in lines)
 
@@ -69,7 +69,7 @@ def test_a_long_text_keeps_its_beginning_and_its_end() -> None:
 
 
 @pytest.mark.parametrize("only_ascii", [True, False])
-def test_json_says_all_of_it_in_characters_that_show(only_ascii: bool) -> None:
+def test_json_is_complete_and_has_only_printable_characters(only_ascii: bool) -> None:
     content = {HOSTILE: ["\x7f\u2028\U000e0001", "Straße", "x" * 100_000, "a\nb"]}
     text = json_text(content, only_ascii=only_ascii)
 
@@ -91,7 +91,7 @@ def shapes(converted: Callable[[str], Path], tmp_path: Path) -> Path:
     return folder
 
 
-def test_class_names_of_an_evaluation(
+def test_class_names_in_an_evaluation_are_harmless(
     command: Command, converted: Callable[[str], Path], tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
@@ -112,7 +112,7 @@ def test_class_names_of_an_evaluation(
     assert [row["class"] for row in found["per_class"]][:2] == [HOSTILE, "x" * 65_000]
 
 
-def test_names_of_classes_and_pictures_that_are_segmented(
+def test_names_of_segmented_classes_and_pictures_are_harmless(
     command: Command, shapes: Path, tmp_path: Path
 ) -> None:
     names = json.loads((shapes / "config.json").read_text())["id2label"]
@@ -134,7 +134,9 @@ def test_names_of_classes_and_pictures_that_are_segmented(
     assert set(content["categories"].values()) == {HOSTILE_TEXT}
 
 
-def test_names_of_files_in_summaries_and_errors(command: Command, tmp_path: Path) -> None:
+def test_names_of_files_in_summaries_and_errors_are_harmless(
+    command: Command, tmp_path: Path
+) -> None:
     delta = tmp_path / f"{HOSTILE_NAME}.bin"
     shutil.copy(TINY / "delta" / "pytorch_model.bin", delta)
     sources = ("--delta", delta, "--backbone", TINY / "backbone", "--image-size", "64")
@@ -150,7 +152,7 @@ def test_names_of_files_in_summaries_and_errors(command: Command, tmp_path: Path
     assert f"missing{SHOWN_NAME}" in missing.stderr
 
 
-def test_a_name_in_wrong_usage(command: Command) -> None:
+def test_a_name_in_a_usage_error_is_harmless(command: Command) -> None:
     result = command(f"--nonsense{HOSTILE_NAME}")
 
     assert result.exit_code == 2
@@ -174,7 +176,7 @@ def test_a_name_in_wrong_usage(command: Command) -> None:
         ("conversion.json", {"checkpoint": HOSTILE}),
     ],
 )
-def test_keys_and_values_of_a_models_files(
+def test_keys_and_values_of_a_models_files_are_harmless(
     command: Command, model: Path, file: str, changes: dict[str, Any]
 ) -> None:
     change_json(model / file, **changes)
@@ -189,7 +191,7 @@ def test_keys_and_values_of_a_models_files(
         assert "This is a bug" not in result.stderr
 
 
-def test_names_of_tensors_in_conversion_json(command: Command, model: Path) -> None:
+def test_names_of_tensors_in_conversion_json_are_harmless(command: Command, model: Path) -> None:
     tensors = json.loads((model / "conversion.json").read_text())["tensors"]
     some = next(iter(tensors.values()))
     names = {HOSTILE_TEXT: some, f"a{HOSTILE_TEXT}\nverdict   passed": some, "b" * 65_000: some}
@@ -202,8 +204,9 @@ def test_names_of_tensors_in_conversion_json(command: Command, model: Path) -> N
     assert "verdict   passed" not in result.stdout.splitlines()
 
 
-def test_a_hostile_name_gets_everywhere(command: Command, shapes: Path) -> None:
-    """Into files, tables and pages."""
+def test_a_hostile_class_name_is_harmless_in_files_tables_and_pages(
+    command: Command, shapes: Path
+) -> None:
     report = command("verify", shapes, "--recorded", SHAPES, "--report", "page.html")
     converted = command("--delta", shapes, "--output", "again", "--no-verify")
 
@@ -215,7 +218,7 @@ def test_a_hostile_name_gets_everywhere(command: Command, shapes: Path) -> None:
     assert Path("again/config.json").read_text(encoding="utf-8")
 
 
-def test_half_of_a_character_is_refused_and_shown(command: Command, shapes: Path) -> None:
+def test_a_lone_surrogate_is_refused_and_shown(command: Command, shapes: Path) -> None:
     names = json.loads((shapes / "config.json").read_text())["id2label"]
     change_json(shapes / "config.json", id2label=names | {"0": HOSTILE})
     change_json(shapes / "conversion.json", **{HOSTILE: 1})
@@ -229,7 +232,7 @@ def test_half_of_a_character_is_refused_and_shown(command: Command, shapes: Path
         assert "holds half of a character" in result.stderr
 
 
-def test_names_of_repositories_branches_and_tags(
+def test_names_of_repositories_branches_and_tags_are_harmless(
     command: Command, hub: Hub, me: str, model: Path
 ) -> None:
     hub.create_repo("me/model", {"config.json": b"{}"})
@@ -270,7 +273,7 @@ def run(command: str, folder: Path, **environment: str) -> subprocess.CompletedP
 @pytest.mark.parametrize(
     "command", ["list", "list --json", "--help", "--version", f"inspect {TINY / 'delta'} --json"]
 )
-def test_a_reader_that_has_gone_ends_the_command_in_silence(command: str, tmp_path: Path) -> None:
+def test_a_closed_pipe_ends_the_command_silently(command: str, tmp_path: Path) -> None:
     done = run(f"$EOMT {command} | head -0", tmp_path)
 
     assert (done.returncode, done.stderr) == (141, "")
@@ -287,7 +290,7 @@ def test_a_full_disk_is_an_error(command: str, tmp_path: Path) -> None:
     assert done.stderr == "Error: Standard output cannot be written: No space left on device.\n"
 
 
-def test_streams_that_are_closed_from_the_start_are_no_fault(tmp_path: Path) -> None:
+def test_streams_that_are_closed_from_the_start_are_not_a_bug(tmp_path: Path) -> None:
     out = run("$EOMT list >&-", tmp_path)
     err = run("$EOMT inspect nothing.bin 2>&-", tmp_path)
     full = run("$EOMT inspect nothing.bin 2>/dev/full", tmp_path)
@@ -297,7 +300,7 @@ def test_streams_that_are_closed_from_the_start_are_no_fault(tmp_path: Path) -> 
     assert (err.returncode, full.returncode) == (1, 1)
 
 
-def test_an_encoding_that_lacks_a_character_is_no_fault(tmp_path: Path) -> None:
+def test_an_encoding_that_lacks_a_character_is_not_a_bug(tmp_path: Path) -> None:
     (tmp_path / "é.bin").mkdir()
     shutil.copy(TINY / "delta" / "pytorch_model.bin", tmp_path / "é.bin")
     line = f"$EOMT --delta é.bin --backbone {TINY / 'backbone'} --task panoptic --image-size 64 "
@@ -318,7 +321,7 @@ PASSWORD = "sesame%21word"  # noqa: S105
 
 @pytest.fixture
 def locked(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """A Hub behind a user and a password, which HF_ENDPOINT has."""
+    """A Hub that needs a user name and a password, which are in HF_ENDPOINT."""
     login = base64.b64encode(b"ann:" + unquote(PASSWORD).encode()).decode()
     for token in (f"Basic {login}", "hf_of_ann"):
         hub.add_user("ann", token)

@@ -45,7 +45,7 @@ SEGMENT = ("segment", "model", TINY / "images" / "0.png", "--output", "out")
 
 @contextmanager
 def no_waiting(seconds: int = 30) -> Iterator[None]:
-    """Ends what waits for a pipe."""
+    """Fails a block that waits for a pipe."""
 
     def give_up(*_: object) -> None:
         raise AssertionError("it waits")
@@ -73,7 +73,7 @@ def edit(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-# no regular files --------------------------------------------------------------------------------
+# pipes and devices -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])
@@ -197,7 +197,7 @@ def test_no_program_is_run_to_read_a_picture(
     ],
     ids=lambda arguments: " ".join(map(shortened, arguments)),
 )
-def test_a_path_that_no_system_takes_ends_in_one_error(
+def test_an_impossible_path_ends_in_one_error(
     command: Command, model: Path, arguments: tuple[str | Path, ...]
 ) -> None:
     assert "name too long" in error_of(command, *arguments)
@@ -216,13 +216,13 @@ def test_a_path_that_no_system_takes_ends_in_one_error(
     ],
     ids=lambda arguments: " ".join(map(shortened, arguments)),
 )
-def test_the_home_of_nobody_ends_in_one_error(
+def test_the_home_of_an_unknown_user_ends_in_one_error(
     command: Command, model: Path, arguments: tuple[str | Path, ...]
 ) -> None:
     assert NOBODY in error_of(command, *arguments)
 
 
-def test_pictures_that_may_not_be_looked_at_are_skipped(
+def test_pictures_that_cannot_be_opened_are_skipped(
     command: Command, model: Path, tmp_path: Path
 ) -> None:
     result = command("segment", "model", LONG, TINY / "images" / "0.png", "--output", "out")
@@ -249,7 +249,7 @@ def test_the_root_of_the_file_system_is_no_output(command: Command) -> None:
 
 
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(2**50), lambda: bytes(2**60)])
-def test_memory_that_does_not_suffice_ends_in_one_error(
+def test_too_little_memory_ends_in_one_error(
     command: Command, model: Path, allocate: Callable[[], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -351,12 +351,12 @@ def test_a_wrong_checksum_of_the_weights_is_a_warning(command: Command, tmp_path
     assert "The CRC-32 of 'pytorch_model/data/79' in delta.bin differs" in arithmetic["reason"]
 
 
-# values without sense ----------------------------------------------------------------------------
+# invalid values ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arguments", [("verify", "model", "--level", "1"), SEGMENT])
 @pytest.mark.parametrize("name", [[1], {"a": 1}, None, "\ud800"])
-def test_a_class_name_that_is_no_text_is_named(
+def test_a_class_name_that_is_not_text_is_named(
     command: Command, model: Path, arguments: tuple[str, ...], name: object
 ) -> None:
     labels = json.loads((model / "config.json").read_text())["id2label"]
@@ -371,7 +371,7 @@ def test_a_class_name_that_is_no_text_is_named(
 @pytest.mark.parametrize(
     "labels", ['["a", "\\ud800"]', '{"categories": [{"id": 0, "name": "\\ud800"}]}']
 )
-def test_half_a_character_in_labels_is_named(command: Command, labels: str, tmp_path: Path) -> None:
+def test_a_lone_surrogate_in_labels_is_named(command: Command, labels: str, tmp_path: Path) -> None:
     (tmp_path / "names.json").write_text(labels)
 
     message = error_of(command, *CONVERT, "--labels", "names.json")
@@ -396,7 +396,7 @@ def test_half_a_character_in_labels_is_named(command: Command, labels: str, tmp_
         ("size", {"height": 10**9, "width": 64}),
     ],
 )
-def test_a_senseless_value_of_the_processor_is_named(
+def test_an_invalid_value_of_the_processor_is_named(
     command: Command, model: Path, key: str, value: object
 ) -> None:
     edit(model / "preprocessor_config.json", **{key: value})
@@ -434,7 +434,7 @@ def test_a_model_of_other_channels_than_pictures_have_is_refused(
     )
 
 
-def test_a_layer_scale_that_is_a_whole_number_is_one(command: Command, model: Path) -> None:
+def test_an_integer_layer_scale_is_accepted(command: Command, model: Path) -> None:
     edit(model / "config.json", layerscale_value=1)
 
     assert command("verify", "model", "--level", "1").exit_code == 0
@@ -463,7 +463,7 @@ def test_a_layer_scale_that_is_a_whole_number_is_one(command: Command, model: Pa
         ("pipeline.0.panoptic@0.8", lambda _: torch.tensor(1), "expected 3 dimensions"),
     ],
 )
-def test_a_recording_of_another_form_is_refused_whatever_the_model(
+def test_a_malformed_recording_is_refused_whatever_the_model(
     command: Command,
     model: Path,
     name: str,

@@ -38,7 +38,7 @@ State = dict[str, torch.Tensor]
 
 
 def statuses(folder: Path, *, delta: Path | None = None) -> dict[str, str]:
-    """What the statistics say of a backbone's folder with a delta."""
+    """The statistical checks of the backbone in a folder and a delta."""
     with (
         TensorFile(folder / "model.safetensors") as base,
         TensorFile(delta or TINY / "delta" / "pytorch_model.bin") as change,
@@ -157,7 +157,7 @@ def test_a_delta_said_to_be_absolute_is_flagged(tmp_path: Path) -> None:
     assert [(check.check, check.status) for check in conversion.pair] == [("weights", "flagged")]
 
 
-def test_absolute_weights_are_known_for_it() -> None:
+def test_absolute_weights_are_recognised() -> None:
     check = pairing.check_absolute([Sign("layer norms around 1", "absolute")])
 
     assert check.status == "passed"
@@ -232,7 +232,7 @@ def meta_vitl16(folder: Path, *, local_norm: bool) -> Path:
         (True, None, "not checked"),
     ],
 )
-def test_local_cls_norm_tells_what_a_vit_l_was_trained_on(
+def test_local_cls_norm_shows_what_a_vit_l_was_trained_on(
     tmp_path: Path, local_norm: bool, expected: str | None, status: str
 ) -> None:
     with TensorFile(meta_vitl16(tmp_path, local_norm=local_norm)) as file:
@@ -474,7 +474,7 @@ def known_tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("folder", ["backbone", "backbone_meta", "backbone_timm"])
-def test_a_backbone_that_puts_out_what_was_recorded_passes(
+def test_a_backbone_with_the_recorded_outputs_passes(
     known_tiny: Path, tmp_path: Path, folder: str
 ) -> None:
     conversion = converter.convert(
@@ -489,9 +489,7 @@ def test_a_backbone_that_puts_out_what_was_recorded_passes(
     assert (check.check, check.status) == ("backbone-outputs", "passed")
 
 
-def test_a_backbone_that_puts_out_something_else_is_refused(
-    known_tiny: Path, tmp_path: Path
-) -> None:
+def test_a_backbone_with_other_outputs_is_refused(known_tiny: Path, tmp_path: Path) -> None:
     folder = changed_backbone(
         tmp_path, lambda name, tensor: tensor * 1.01 if name == "norm.weight" else tensor
     )

@@ -49,7 +49,7 @@ def test_where_transformers_is_wrong_the_recorded_original_decides(
     assert level.figures["compared"]["class_logits"]["max_abs"] < 1e-4
 
 
-def test_without_a_recording_random_pixels_do(
+def test_without_a_recording_random_pixels_are_used(
     converted: Callable[[str], Path], tmp_path: Path
 ) -> None:
     model = tmp_path / "model"
@@ -62,7 +62,7 @@ def test_without_a_recording_random_pixels_do(
     assert found.verdict == "unverified"  # both implementations may have the same fault
 
 
-def test_a_difference_that_nothing_recorded_decides_fails(
+def test_without_a_recording_any_difference_fails(
     converted: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, other = tmp_path / "model", tmp_path / "other"
@@ -96,7 +96,7 @@ def test_pictures_that_are_not_square_are_not_checked(converted: Callable[[str],
 
 
 @pytest.mark.parametrize("package", ["transformers", "scipy"])
-def test_what_is_not_installed_is_asked_for(
+def test_a_missing_package_is_named(
     package: str, converted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -107,7 +107,7 @@ def test_what_is_not_installed_is_asked_for(
         converter.verify(converted("tiny_panoptic_64"), against="transformers")
 
 
-def test_no_peer_is_run_unasked(converted: Callable[[str], Path]) -> None:
+def test_no_peer_is_run_unless_named(converted: Callable[[str], Path]) -> None:
     level = peers(converter.verify(converted("tiny_panoptic_64")))
 
     assert (level.status, "--against" in level.reason) == ("not checked", True)

@@ -165,7 +165,7 @@ def test_other_resizing_fails_by_its_key(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_windows_where_the_original_pads_or_the_other_way_round_fail(
+def test_windows_instead_of_padding_or_the_reverse_fail(
     name: str, own: Callable[[str], Path]
 ) -> None:
     model = own(name)
@@ -209,7 +209,7 @@ def test_doubled_sizes_that_agree_fail_by_both_keys(name: str, own: Callable[[st
 
 
 @pytest.mark.parametrize("name", PADDED)
-def test_nothing_is_made_of_pictures_that_would_be_padded_to_another_size(
+def test_pictures_are_not_prepared_at_a_size_that_was_not_recorded(
     name: str, own: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = own(name)
@@ -316,7 +316,7 @@ def test_without_names_missing_stuff_classes_are_not_checked_and_the_recorded_on
 
 
 @pytest.mark.parametrize("name", ["shapes_panoptic_128", SEMANTIC])
-def test_exchanged_class_names_are_said_to_be_shown_by_no_recording(
+def test_the_level_says_that_no_recording_shows_swapped_class_names(
     name: str, own: Callable[[str], Path]
 ) -> None:
     model = own(name)
@@ -332,7 +332,7 @@ def test_exchanged_class_names_are_said_to_be_shown_by_no_recording(
 
 
 @pytest.mark.parametrize("stuff", [["4", "5", "6"], [4.0, 5.0, 6.0], [True], 5])
-def test_stuff_classes_that_are_no_ids_fail(own: Callable[[str], Path], stuff: object) -> None:
+def test_stuff_classes_that_are_not_ids_fail(own: Callable[[str], Path], stuff: object) -> None:
     model = own("tiny_panoptic_64")
     change_json(model / PREPROCESSOR, stuff_classes=stuff)
 
@@ -346,7 +346,7 @@ def test_the_order_of_stuff_classes_does_not_matter(own: Callable[[str], Path]) 
     assert checked(model, FIXTURES / "tiny_panoptic_64").status == "passed"
 
 
-def test_a_saved_processor_without_stuff_classes_is_as_one_that_says_nothing(
+def test_a_saved_processor_without_stuff_classes_leaves_them_unchecked(
     own: Callable[[str], Path],
 ) -> None:
     model = own("tiny_panoptic_64")
@@ -358,7 +358,7 @@ def test_a_saved_processor_without_stuff_classes_is_as_one_that_says_nothing(
     assert any("stuff" in said for said in level.figures["not_checked"])
 
 
-def test_what_is_known_of_a_recording_of_the_package_is_not_what_a_copy_says(
+def test_an_edited_copy_of_a_recording_does_not_change_what_is_known_of_it(
     own: Callable[[str], Path], tmp_path: Path
 ) -> None:
     copied = Path(shutil.copytree(FIXTURES / SEMANTIC, tmp_path / "copied"))
@@ -383,7 +383,7 @@ def test_only_panoptic_models_are_given_stuff_classes(task: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_a_model_that_is_meant_for_another_size_is_not_held_against_the_pictures(
+def test_a_model_for_another_size_is_not_compared_with_the_pictures(
     name: str, tmp_path: Path
 ) -> None:
     conversion = converter.convert(name, tmp_path / "out", image_size=96)
@@ -397,7 +397,7 @@ def test_a_model_that_is_meant_for_another_size_is_not_held_against_the_pictures
 
 
 @pytest.mark.parametrize("size", [64, [64, 64], "64", {"shortest_edge": 2**40}])
-def test_a_size_of_another_form_fails_at_once(own: Callable[[str], Path], size: object) -> None:
+def test_a_malformed_size_fails_at_once(own: Callable[[str], Path], size: object) -> None:
     model = own("tiny_panoptic_64")
     change_json(model / PREPROCESSOR, size=size)
 
@@ -429,7 +429,7 @@ def test_a_recording_without_a_task_leaves_a_record_that_can_be_read(
         lambda t: t.update({"pipeline.mask_logits": t["pipeline.mask_logits"] > 0}),
     ],
 )
-def test_recorded_pictures_of_another_form_are_refused(
+def test_malformed_recorded_pictures_are_refused(
     recording: Callable[..., Path],
     converted: Callable[[str], Path],
     edit: Callable[[dict[str, Tensor]], object],
@@ -553,7 +553,7 @@ def test_a_score_that_rounding_moves_across_the_threshold_does_not_fail_a_right_
 
 
 @pytest.mark.parametrize("name", ["tiny_panoptic_64", SEMANTIC, "tiny_instance_64_gated"])
-def test_a_network_that_is_wrong_fails_here_too(name: str, own: Callable[[str], Path]) -> None:
+def test_a_wrong_network_fails_this_level_too(name: str, own: Callable[[str], Path]) -> None:
     model = own(name)
     weights = load_file(model / "model.safetensors")
     weights["mask_head.fc1.bias"] += 0.5
@@ -649,7 +649,7 @@ def test_a_picture_that_recorded_json_does_not_name_is_not_checked(
 
 
 @pytest.mark.parametrize("name", ["tiny_panoptic_64", SEMANTIC])
-def test_another_picture_than_the_recorded_one_is_refused(
+def test_a_picture_other_than_the_recorded_one_is_refused(
     name: str, converted: Callable[[str], Path], recording: Callable[..., Path]
 ) -> None:
     folder = recording(name)
@@ -714,7 +714,7 @@ def test_a_recorded_picture_that_cannot_be_read_is_refused(
         ),
     ],
 )
-def test_recorded_pictures_that_do_not_go_together_are_refused(
+def test_inconsistent_recorded_pictures_are_refused(
     name: str,
     edit: Callable[[dict[str, Tensor]], object],
     message: str,
@@ -725,7 +725,7 @@ def test_recorded_pictures_that_do_not_go_together_are_refused(
         converter.verify(converted(name), recorded=recording(name, edit))
 
 
-def test_results_of_unknown_thresholds_are_said_to_be_unchecked(
+def test_results_of_unknown_thresholds_are_reported_as_unchecked(
     converted: Callable[[str], Path], recording: Callable[..., Path]
 ) -> None:
     def rename(tensors: dict[str, Tensor]) -> None:
@@ -740,7 +740,7 @@ def test_results_of_unknown_thresholds_are_said_to_be_unchecked(
 # the verdict ------------------------------------------------------------------------------------
 
 
-def test_pictures_alone_are_no_basis_and_a_failure_fails_the_verdict() -> None:
+def test_pictures_alone_are_not_a_basis_and_a_failure_fails_the_verdict() -> None:
     passed = Verdict((Level("numbers", "not checked", "no."), Level("pictures", "passed")))
     numbers = Level("numbers", "passed", figures={"basis": "original"})
     failed = Verdict((numbers, Level("pictures", "failed", "Windows.")))
@@ -781,7 +781,9 @@ def test_a_conversion_keeps_the_level_in_its_record_and_card(tmp_path: Path) -> 
     assert "| pictures | passed | " in card
 
 
-def test_terminal_page_and_json_show_it(command: Command, own: Callable[[str], Path]) -> None:
+def test_terminal_page_and_json_show_the_level(
+    command: Command, own: Callable[[str], Path]
+) -> None:
     model = own(SEMANTIC)
     arguments = ("verify", model, "--recorded", FIXTURES / SEMANTIC)
     shown = " ".join(command(*arguments, "--report", "page.html").stdout.split())

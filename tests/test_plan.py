@@ -67,7 +67,7 @@ PAIRS = [
 def test_published_checkpoints_give_the_tensors_of_the_model_from_every_layout(
     name: str, layout: str, known_config: bool
 ) -> None:
-    """With the backbone's config.json, or with what its shapes and the table of sizes tell."""
+    """With the backbone's config.json, or with what its shapes and the table of sizes give."""
     checkpoint = published(name)
     base = tensors(LAYOUTS["backbones"][checkpoint["backbone"]]["layouts"][layout])
     delta = tensors(checkpoint["delta"])
@@ -90,7 +90,7 @@ def test_absolute_weights_give_the_same_tensors_without_a_backbone(name: str) ->
 
 @pytest.mark.parametrize("layout", ["transformers", "meta", "timm"])
 @pytest.mark.parametrize("name", LAYOUTS["backbones"])
-def test_the_config_of_every_size_is_told_from_its_shapes(name: str, layout: str) -> None:
+def test_the_config_of_every_size_is_derived_from_its_shapes(name: str, layout: str) -> None:
     known = LAYOUTS["backbones"][name]
     derived = config_from_shapes(
         translate(tensors(known["layouts"][layout]), BACKBONE_LAYOUTS[layout])
@@ -145,7 +145,7 @@ def test_a_size_that_is_not_published_needs_a_config() -> None:
         make_plan(tensors(SMALL["delta"]), base, None)
 
 
-def test_prefixes_of_torch_compile_are_seen_through() -> None:
+def test_prefixes_of_torch_compile_are_ignored() -> None:
     compiled = {
         name.replace("network.", "network._orig_mod."): shape
         for name, shape in SMALL["delta"].items()
@@ -157,7 +157,7 @@ def test_prefixes_of_torch_compile_are_seen_through() -> None:
     assert row.recipe == "delta:network._orig_mod.q.weight"
 
 
-def test_a_tensor_that_is_there_twice_is_refused() -> None:
+def test_a_duplicate_tensor_is_refused() -> None:
     delta = tensors(SMALL["delta"] | {"network._orig_mod.q.weight": [200, 384]})
 
     with pytest.raises(PlanError, match=r"are both query\.weight"):
@@ -301,7 +301,7 @@ def test_a_wrong_shape_is_named_with_both_shapes() -> None:
         plan_of_small(delta=delta)
 
 
-def test_whole_numbers_are_no_weights() -> None:
+def test_integers_are_refused_as_weights() -> None:
     delta = tensors(SMALL["delta"])
     delta["network.q.weight"] = TensorInfo("I64", (200, 384), 0)
 

@@ -228,7 +228,7 @@ def test_semantic_results_are_those_of_transformers_bit_for_bit(
         assert torch.equal(segmentation, expected["segmentation"])
 
 
-def test_a_size_that_is_no_power_of_two_times_the_masks_is_taken_in_one_piece(
+def test_a_size_that_is_not_a_power_of_two_times_the_masks_is_computed_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(post_processing, "WORKING_ELEMENTS", 1)
@@ -389,7 +389,7 @@ def test_another_size_of_the_inputs_is_given_by_its_argument() -> None:
     )
 
 
-# what it takes ---------------------------------------------------------------------------------
+# time and memory -------------------------------------------------------------------------------
 
 
 class LargestTensor(TorchDispatchMode):

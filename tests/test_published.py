@@ -119,7 +119,7 @@ def test_without_the_picture_nothing_is_claimed(
     assert "000000039769.jpg is not in the cache" in published(found).reason
 
 
-def test_a_checkpoint_that_nothing_is_recorded_of_is_never_passed(
+def test_a_checkpoint_without_recorded_outputs_never_passes(
     model: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_recording(monkeypatch)
@@ -133,7 +133,7 @@ def test_a_checkpoint_that_nothing_is_recorded_of_is_never_passed(
     )
 
 
-def test_the_sums_that_rounded_weights_come_from_are_held_against_the_published_corners(
+def test_sums_before_rounding_are_compared_with_the_published_corners(
     tmp_path: Path, picture: Path, slices: Slices, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_recording(monkeypatch)
@@ -145,7 +145,7 @@ def test_the_sums_that_rounded_weights_come_from_are_held_against_the_published_
     assert published(found).figures["compared"]["mask_logits"]["max_abs"] < 1e-3
 
 
-def test_rounded_weights_are_not_held_against_float32(
+def test_rounded_weights_without_sources_are_not_compared_with_the_published_corners(
     tmp_path: Path, picture: Path, slices: Slices
 ) -> None:
     converter.convert(NAME, tmp_path / "out", dtype="bfloat16", verify=False)
@@ -159,7 +159,7 @@ def test_rounded_weights_are_not_held_against_float32(
     assert (level.status, "rounded" in level.reason) == ("not checked", True)
 
 
-def test_other_weights_in_a_checkpoints_name_are_not_taken_for_it(
+def test_other_weights_under_a_checkpoints_name_are_not_taken_for_it(
     model: Path, picture: Path, slices: Slices
 ) -> None:
     history = json.loads((model / "conversion.json").read_text())
@@ -169,7 +169,7 @@ def test_other_weights_in_a_checkpoints_name_are_not_taken_for_it(
     assert published(converter.verify(model, image=picture)).status == "not checked"
 
 
-def test_a_conversion_is_held_against_the_published_corners_too(
+def test_a_conversion_is_compared_with_the_published_corners_too(
     tmp_path: Path, picture: Path, slices: Slices
 ) -> None:
     conversion = converter.convert(NAME, tmp_path / "out", image=picture)
@@ -177,7 +177,7 @@ def test_a_conversion_is_held_against_the_published_corners_too(
     assert published(conversion.verdict).status == "passed"
 
 
-def test_a_conversion_that_has_to_be_verified_may_be_so_by_the_published_corners(
+def test_the_published_corners_satisfy_a_required_verification(
     tmp_path: Path, picture: Path, slices: Slices, monkeypatch: pytest.MonkeyPatch, hub: Hub
 ) -> None:
     without_recording(monkeypatch)
@@ -209,7 +209,7 @@ def test_a_picture_that_fits_is_only_padded() -> None:
     assert not padded[:, :, 48:].any()
 
 
-def test_a_picture_is_read_as_it_is(converted: Callable[[str], Path]) -> None:
+def test_a_picture_is_read_unchanged(converted: Callable[[str], Path]) -> None:
     path = FIXTURES / NAME / "images" / "0.png"
 
     pixels = read_picture(path)

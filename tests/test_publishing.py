@@ -74,7 +74,7 @@ def test_a_new_repository_is_private(hub: Hub, folder: Path) -> None:
     assert hub.private(REPO)
 
 
-def test_a_repository_that_is_to_be_public_becomes_so_last(hub: Hub, folder: Path) -> None:
+def test_a_public_repository_is_made_public_last(hub: Hub, folder: Path) -> None:
     published = converter.publish(folder, REPO, private=False)
 
     assert not published.private
@@ -83,7 +83,7 @@ def test_a_repository_that_is_to_be_public_becomes_so_last(hub: Hub, folder: Pat
     assert changes[-1] == f"PUT /api/models/{REPO}/settings"
 
 
-def test_an_old_repository_stays_as_visible_as_it_is(hub: Hub, folder: Path) -> None:
+def test_an_existing_repository_keeps_its_visibility(hub: Hub, folder: Path) -> None:
     hub.create_repo(REPO, {"notes.txt": b"mine"})
     converter.publish(folder, REPO)
 
@@ -115,7 +115,7 @@ def test_only_what_changed_is_sent(hub: Hub, folder: Path) -> None:
     assert hub.received == 0
 
 
-def test_weights_of_another_sharding_go_away_in_the_same_commit(
+def test_weights_of_another_sharding_are_removed_in_the_same_commit(
     hub: Hub, folder: Path, tmp_path: Path
 ) -> None:
     converter.convert("tiny_panoptic_64", tmp_path / "shards", max_shard_size="500KB")
@@ -145,7 +145,7 @@ def test_edits_of_the_card_on_the_hub_are_kept(hub: Hub, folder: Path) -> None:
 
 
 @over_lfs
-def test_a_card_on_the_hub_that_is_no_text_is_left_alone(hub: Hub, folder: Path) -> None:
+def test_a_card_on_the_hub_that_is_not_text_is_left_alone(hub: Hub, folder: Path) -> None:
     converter.publish(folder, REPO)
     hub.commit(REPO, {"README.md": b"\xff\xfe"})
 
@@ -196,7 +196,7 @@ def test_a_model_that_was_changed_since_is_refused(hub: Hub, folder: Path, name:
     assert hub.requests == []
 
 
-def test_a_folder_that_is_no_conversion_is_refused(hub: Hub, me: str, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_conversion_is_refused(hub: Hub, me: str, tmp_path: Path) -> None:
     with pytest.raises(UnreadableFileError, match=r"has no conversion\.json"):
         converter.publish(tmp_path, REPO)
 
@@ -259,7 +259,7 @@ def test_a_backbone_that_has_no_licence_is_named(hub: Hub, derived: Path) -> Non
 
 
 @pytest.mark.parametrize("content", [b"", b" \n", b"\xff\xfe"])
-def test_a_licence_that_is_no_text_is_refused(
+def test_a_licence_that_is_not_text_is_refused(
     hub: Hub, derived: Path, tmp_path: Path, content: bytes
 ) -> None:
     (tmp_path / "licence").write_bytes(content)
@@ -308,9 +308,7 @@ def test_a_pull_request_leaves_main_alone_and_is_opened_once(hub: Hub, folder: P
 
 
 @pytest.mark.parametrize("merge", [True, False])
-def test_a_pull_request_that_was_ended_is_not_the_one_that_is_asked_for(
-    hub: Hub, folder: Path, merge: bool
-) -> None:
+def test_a_closed_pull_request_is_not_used_again(hub: Hub, folder: Path, merge: bool) -> None:
     hub.create_repo(REPO, {"notes.txt": b"mine"})
     converter.publish(folder, REPO, create_pr=True)
     hub.end_pull_request(REPO, 1, merge=merge)
@@ -321,7 +319,7 @@ def test_a_pull_request_that_was_ended_is_not_the_one_that_is_asked_for(
     assert [request.status for request in hub.pull_requests(REPO)][-1] == "open"
 
 
-def test_somebody_elses_pull_request_is_not_ours(hub: Hub, folder: Path) -> None:
+def test_somebody_elses_pull_request_is_not_used(hub: Hub, folder: Path) -> None:
     hub.add_user("eve", "hf_eve")
     hub.create_repo(REPO, {"notes.txt": b"mine"})
     converter.publish(folder, REPO, create_pr=True, token="hf_eve")
@@ -343,7 +341,7 @@ def test_the_message_of_the_commit_can_be_given(hub: Hub, folder: Path) -> None:
     assert hub.commits(REPO)[0].title == "Mend the config"
 
 
-def test_a_dry_run_tells_what_would_change_and_changes_nothing(hub: Hub, folder: Path) -> None:
+def test_a_dry_run_shows_what_would_change_and_changes_nothing(hub: Hub, folder: Path) -> None:
     planned = converter.publish(folder, REPO, dry_run=True)
     assert {change.action for change in planned.changes} == {"add"}
     assert planned.commit is None
@@ -356,7 +354,7 @@ def test_a_dry_run_tells_what_would_change_and_changes_nothing(hub: Hub, folder:
     assert len(hub.commits(REPO)) == 3
 
 
-# who may ---------------------------------------------------------------------------------------
+# permissions -----------------------------------------------------------------------------------
 
 
 def test_nobody_pushes_without_a_login(hub: Hub, model: Path) -> None:
@@ -364,7 +362,7 @@ def test_nobody_pushes_without_a_login(hub: Hub, model: Path) -> None:
         converter.publish(model, REPO)
 
 
-def test_a_token_that_may_only_read_is_told(hub: Hub, model: Path) -> None:
+def test_a_read_only_token_is_reported(hub: Hub, model: Path) -> None:
     hub.add_user("me", "hf_read", can_write=False)
 
     with pytest.raises(AccessError, match="may only read, but me/model needs one that may write"):
@@ -382,7 +380,7 @@ def test_somebody_elses_repository_is_not_written_to(hub: Hub, folder: Path) -> 
 
 @pytest.mark.parametrize("private", [True, False])
 def test_a_dry_run_says_where_it_may_not_write(hub: Hub, folder: Path, private: bool) -> None:
-    """A private repository of somebody else looks like none."""
+    """Somebody else's private repository looks like a missing one."""
     hub.create_repo("other/model", {"notes.txt": b"theirs"}, private=private)
 
     with pytest.raises(
@@ -406,7 +404,7 @@ def test_a_dry_run_of_a_pull_request_needs_no_right_to_write(hub: Hub, folder: P
     assert {change.action for change in planned.changes} == {"add"}
 
 
-def test_who_may_only_read_an_organisations_repositories_may_plan_none(
+def test_a_dry_run_needs_write_access_to_the_organisation(
     hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     login = {"name": "me", "orgs": [{"name": "lab", "roleInOrg": "read"}], "auth": None}
@@ -416,7 +414,7 @@ def test_who_may_only_read_an_organisations_repositories_may_plan_none(
         converter.publish(folder, "lab/model", dry_run=True)
 
 
-def test_an_organisations_repository_may_be_planned(hub: Hub, folder: Path) -> None:
+def test_a_dry_run_accepts_an_organisations_repository(hub: Hub, folder: Path) -> None:
     hub.add_user("eve", "hf_eve", organizations=["lab"])
 
     planned = converter.publish(folder, "Lab/model", dry_run=True, token="hf_eve")
@@ -439,7 +437,7 @@ def test_a_name_without_an_owner_is_refused_before_anything_is_created(
     assert not Path("new").exists()
 
 
-def test_an_expired_token_is_told(hub: Hub, folder: Path) -> None:
+def test_an_expired_token_is_reported(hub: Hub, folder: Path) -> None:
     hub.break_request(ExpiredToken(), times=None)
 
     with pytest.raises(AccessError, match="does not accept the token"):
@@ -452,7 +450,9 @@ def test_a_name_that_no_repository_can_have_is_wrong_usage(hub: Hub, folder: Pat
     assert hub.requests == []
 
 
-def test_a_renamed_repository_is_not_made_anew_under_its_old_name(hub: Hub, folder: Path) -> None:
+def test_a_renamed_repository_is_not_created_again_under_its_old_name(
+    hub: Hub, folder: Path
+) -> None:
     hub.create_repo(REPO, {"notes.txt": b"mine"})
     hub.rename(REPO, "me/other")
 
@@ -494,7 +494,9 @@ def test_two_releases_at_once_do_not_mix(hub: Hub, folder: Path) -> None:
 
 
 @over_lfs
-def test_a_broken_push_goes_on_without_resending_what_arrived(hub: Hub, folder: Path) -> None:
+def test_an_interrupted_push_continues_without_resending_what_arrived(
+    hub: Hub, folder: Path
+) -> None:
     hub.break_request(Status(500), method="POST", path="/commit/", times=None)
     with pytest.raises(HubUnavailableError, match="status 500"):
         converter.publish(folder, REPO)
@@ -508,7 +510,7 @@ def test_a_broken_push_goes_on_without_resending_what_arrived(hub: Hub, folder: 
     assert "model.safetensors" in ours(hub)
 
 
-def test_what_arrived_is_held_against_what_was_sent(
+def test_pushed_files_are_compared_with_what_was_sent(
     hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another file than the one that was sent is in the commit."""
@@ -523,7 +525,7 @@ def test_what_arrived_is_held_against_what_was_sent(
         converter.publish(folder, REPO)
 
 
-def test_a_file_of_which_the_hub_gives_no_digest_is_not_checked(
+def test_a_file_without_a_digest_from_the_hub_is_not_checked(
     command: Command, hub: Hub, folder: Path
 ) -> None:
     hub.gives_blob_ids = False
@@ -553,7 +555,7 @@ def test_without_digests_a_lost_answer_is_not_taken_for_success(hub: Hub, folder
 def test_without_digests_a_refused_push_is_not_taken_for_success(
     hub: Hub, folder: Path, tmp_path: Path
 ) -> None:
-    """What is there has the same weights, and another config.json."""
+    """The existing model has the same weights and another config.json."""
     hub.gives_blob_ids = False
     converter.publish(folder, REPO, tag="v1")
     labels = tmp_path / "labels"
@@ -576,7 +578,7 @@ def test_the_model_can_be_downloaded_and_verified_again(hub: Hub, folder: Path) 
 
 
 @over_lfs
-def test_a_download_that_is_not_the_model_is_told_before_anybody_sees_it(
+def test_a_wrong_download_is_reported_before_the_repository_is_public(
     hub: Hub, folder: Path
 ) -> None:
     hub.break_request(WrongBytes(), method="GET", path=r"/cdn/.*safetensors", times=None)
@@ -642,7 +644,7 @@ def test_a_push_that_was_killed_ends_in_the_same_single_state(
 @pytest.mark.parametrize(
     ("output", "code"), [("| head -0", 141), ("> /dev/full", 1), ("--json > /dev/full", 1)]
 )
-def test_a_push_that_is_done_is_reported_done_where_nobody_reads(
+def test_a_complete_push_is_reported_if_standard_output_is_closed(
     hub: Hub, folder: Path, me: str, tmp_path: Path, output: str, code: int
 ) -> None:
     command = f"{sys.executable} -c 'from converter.cli import main; main()' push"
@@ -662,7 +664,9 @@ def test_a_push_that_is_done_is_reported_done_where_nobody_reads(
     assert ("No space left on device" in done.stderr) == (code == 1)
 
 
-def test_the_same_command_goes_on_where_a_push_failed(command: Command, hub: Hub, me: str) -> None:
+def test_the_same_command_continues_where_a_push_failed(
+    command: Command, hub: Hub, me: str
+) -> None:
     arguments = ("--checkpoint", "tiny_panoptic_64", "--push-to", REPO)
     hub.break_request(Status(500), method="POST", path="/commit/", times=None)
     assert command(*arguments).exit_code == 1
@@ -734,10 +738,10 @@ def test_push_to_deletes_no_file_that_others_put_into_the_output(
     assert Path("new/notes.txt").read_text() == "precious"
 
 
-def test_whether_a_licence_is_needed_is_told_by_all_sources(
+def test_all_sources_decide_whether_a_licence_is_needed(
     command: Command, hub: Hub, me: str, tmp_path: Path
 ) -> None:
-    """An offline checkpoint's files need none, wherever they are; others do."""
+    """An offline checkpoint's files need no licence, wherever they are; others do."""
     source = FIXTURES / "tiny_panoptic_64"
     hub.create_repo("me/delta", {"pytorch_model.bin": source / "delta" / "pytorch_model.bin"})
     backbone = {path.name: path for path in (source / "backbone").iterdir()}
@@ -754,7 +758,7 @@ def test_whether_a_licence_is_needed_is_told_by_all_sources(
     assert not Path("new").exists()
 
 
-def test_who_is_logged_in_is_asked_once(command: Command, hub: Hub, me: str) -> None:
+def test_the_user_is_looked_up_once(command: Command, hub: Hub, me: str) -> None:
     result = command("--checkpoint", "shapes_panoptic_128", "--push-to", REPO)
 
     assert result.exit_code == 0, result.output

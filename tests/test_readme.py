@@ -37,7 +37,7 @@ DIFFERENCE = r"(0|\d(?:\.\d+)?e-\d\d|0\.\d+)"
 
 
 def is_as_shown(printed: str, shown: str) -> bool:
-    """Whether a text is what README shows, but for differences within the tolerance."""
+    """Whether a text is what README shows, apart from differences within the tolerance."""
     expected = DIFFERENCE.join(map(re.escape, SHOWN_DIFFERENCE.split(shown)))
     found = re.fullmatch(expected, printed)
     return found is not None and all(float(figure) <= TOLERANCE for figure in found.groups())
@@ -122,7 +122,7 @@ def test_every_command_is_named() -> None:
     assert set(re.findall("`([a-z]+)`", named)) == set(main.commands)
 
 
-def test_every_option_of_a_conversion_is_told() -> None:
+def test_every_option_of_a_conversion_is_documented() -> None:
     told = README[README.index("## Options") : README.index("## What is checked")]
     options = {name for parameter in main.params for name in parameter.opts}
 
@@ -135,7 +135,7 @@ def test_every_option_of_a_conversion_is_told() -> None:
     }
 
 
-def test_no_file_of_the_tree_is_told_of_that_is_not_there() -> None:
+def test_every_file_in_the_map_exists() -> None:
     tree = README[README.index("converter/     ") :].partition("```")[0]
     folder = ROOT
     for line in tree.splitlines():

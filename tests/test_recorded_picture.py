@@ -47,7 +47,7 @@ def serving(bucket: Bucket) -> Iterator[str]:
             self.wfile.write(bucket.content)
 
         def log_message(self, format: str, *args: object) -> None:
-            """Nothing."""
+            """Logs nothing."""
 
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
@@ -135,7 +135,7 @@ def test_a_download_that_breaks_off_is_not_cached(
     assert kept(cache) == []
 
 
-def test_an_address_that_does_not_answer_is_no_crash(
+def test_an_address_that_does_not_answer_is_reported(
     access: Access, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(Bucket()) as address:
@@ -166,7 +166,7 @@ def test_offline_a_damaged_picture_is_refused(bucket: Bucket, access: Access, ca
     assert len(bucket.asked) == 1
 
 
-def test_a_cache_that_cannot_be_used_is_no_crash(
+def test_a_cache_that_cannot_be_used_is_reported(
     bucket: Bucket, access: Access, cache: Path
 ) -> None:
     cache.write_bytes(b"no folder")
@@ -175,7 +175,7 @@ def test_a_cache_that_cannot_be_used_is_no_crash(
         recorded_picture(access)
 
 
-def test_where_the_picture_cannot_be_had_the_level_is_not_checked(
+def test_without_the_picture_the_level_is_not_checked(
     bucket: Bucket, model: Path, slices: Slices, monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
     without_recording(monkeypatch)
@@ -188,7 +188,7 @@ def test_where_the_picture_cannot_be_had_the_level_is_not_checked(
     assert "is not the picture that outputs were recorded on" in published(found).reason
 
 
-def test_a_picture_that_the_user_gives_is_not_held_against_the_digest(
+def test_a_picture_that_the_user_gives_is_not_compared_with_the_digest(
     bucket: Bucket, model: Path, slices: Slices, picture: Path, access: Access
 ) -> None:
     normalisation = read_normalisation(model / "preprocessor_config.json", 3)

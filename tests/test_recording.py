@@ -57,7 +57,7 @@ def change(file: Path, name: str, edit: Callable[[torch.Tensor], object]) -> Non
 def recorded(
     converted: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Recording:
-    """A recording of tiny_panoptic_64 with all there is; not to be written to."""
+    """A recording of tiny_panoptic_64 with every kind of output; not to be written to."""
     folder = tmp_path_factory.mktemp("recording") / "recorded"
     return record(converted("tiny_panoptic_64"), folder, random=2, layers=True)
 
@@ -143,7 +143,9 @@ def test_other_preprocessing_fails_against_a_recording_of_pictures(
     assert wrong.reason.startswith("resample in preprocessor_config.json is 3")
 
 
-def test_a_picture_is_kept_without_what_its_file_says_besides(model: Path, tmp_path: Path) -> None:
+def test_a_picture_is_stored_without_the_other_data_of_its_file(
+    model: Path, tmp_path: Path
+) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn clockwise shows it upright
     exif[0x010E] = "taken at home"
@@ -161,7 +163,7 @@ def test_a_picture_is_kept_without_what_its_file_says_besides(model: Path, tmp_p
 
 
 @pytest.mark.parametrize("given", [{"random": 1}, {"images": True, "image_size": (32, 48)}])
-def test_inputs_that_no_picture_becomes_are_recorded_without_pictures(
+def test_random_and_resized_inputs_are_recorded_without_pictures(
     given: dict[str, Any], model: Path, tmp_path: Path
 ) -> None:
     if "images" in given:
@@ -174,7 +176,7 @@ def test_inputs_that_no_picture_becomes_are_recorded_without_pictures(
     assert (level.status, level.reason) == ("not checked", "The recording has no pictures.")
 
 
-def test_a_model_that_nothing_tells_the_task_of_is_recorded_without_segments(
+def test_a_model_with_an_unknown_task_is_recorded_without_segments(
     model: Path, tmp_path: Path
 ) -> None:
     (model / "conversion.json").unlink()
@@ -249,7 +251,7 @@ def test_a_recorded_value_that_is_changed_fails_verification(
     assert verdict.first_difference.tensor == name
 
 
-def test_a_model_that_changes_later_is_found_out(recorded: Recording, model: Path) -> None:
+def test_a_later_change_of_the_model_is_detected(recorded: Recording, model: Path) -> None:
     change(model / "model.safetensors", "layers.2.mlp.up_proj.bias", lambda bias: bias.add_(0.1))
     (model / "conversion.json").unlink()
 
@@ -289,7 +291,7 @@ def test_a_smaller_input_makes_a_smaller_recording(
     assert converter.verify(model, recorded=tmp_path / "small", level=3).verdict == "passed"
 
 
-def test_recorded_json_tells_of_what_and_how_it_was_made(model: Path, tmp_path: Path) -> None:
+def test_recorded_json_says_from_what_and_how_it_was_made(model: Path, tmp_path: Path) -> None:
     picture = FIXTURES / "tiny_panoptic_64/images/1.png"
 
     record(model, tmp_path / "recorded", images=[picture], threads=1)
@@ -335,7 +337,7 @@ def test_the_attention_kernels_that_were_allowed_are_recorded(model: Path, tmp_p
     assert read_provenance(tmp_path / "recorded")["provenance"]["attention_kernels"] == ["math"]
 
 
-def test_a_model_that_nothing_vouches_for_is_recorded_as_such(model: Path, tmp_path: Path) -> None:
+def test_an_unverified_model_is_recorded_as_unverified(model: Path, tmp_path: Path) -> None:
     (model / "conversion.json").unlink()
 
     recording = record(model, tmp_path / "recorded", random=1)
@@ -371,7 +373,7 @@ def test_a_model_that_is_not_right_is_refused(model: Path, tmp_path: Path) -> No
     assert not (tmp_path / "recorded").exists()
 
 
-def test_outputs_that_are_no_numbers_are_refused(model: Path, tmp_path: Path) -> None:
+def test_nonfinite_outputs_are_refused(model: Path, tmp_path: Path) -> None:
     change(model / "model.safetensors", "class_predictor.weight", lambda w: w.fill_(3e38))
     (model / "conversion.json").unlink()
 
@@ -424,7 +426,7 @@ def test_a_recording_is_replaced_only_with_force(model: Path, tmp_path: Path) ->
     assert {path.name for path in tmp_path.iterdir()} == {"model", "recorded"}
 
 
-def test_force_does_not_replace_what_is_more_than_a_recording(model: Path, tmp_path: Path) -> None:
+def test_force_does_not_replace_a_model_with_a_recording(model: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="does not replace"):
         record(model, model, random=1, force=True)
 
@@ -482,7 +484,7 @@ def test_force_does_not_replace_a_folder_of_pictures(model: Path, tmp_path: Path
     assert (tmp_path / "album/images/1.png").exists()
 
 
-def test_the_command_tells_what_it_recorded(command: Callable[..., Result], model: Path) -> None:
+def test_the_command_prints_what_it_recorded(command: Callable[..., Result], model: Path) -> None:
     result = command("record", model, "--output", "recorded", "--random", 2, "--seed", 5)
 
     assert result.exit_code == 0

@@ -106,7 +106,7 @@ def test_every_activation_is_that_of_transformers(name: str) -> None:
     assert_close(ACTIVATIONS[name](x), ACT2FN[name](x), rtol=0, atol=2e-6)
 
 
-def test_hidden_act_acts_in_the_layers() -> None:
+def test_hidden_act_is_used_in_the_layers() -> None:
     layer: Any = Dinov3Backbone(small_config(hidden_act="silu")).layers[0]
     assert torch.equal(
         layer.mlp(x := torch.randn(3, 32)),
@@ -150,12 +150,12 @@ def test_a_size_that_patches_do_not_divide_is_refused(height: int, width: int) -
         Dinov3Backbone(small_config())(torch.zeros(1, 3, height, width))
 
 
-def test_rotary_positions_are_no_parameters() -> None:
+def test_rotary_positions_are_not_parameters() -> None:
     name = "tiny_panoptic_64"
     assert recorded_backbone(name).state_dict().keys() == backbone_state_dict(name).keys()
 
 
-def test_dropped_paths_are_made_up_for() -> None:
+def test_remaining_paths_are_scaled_up_for_dropped_ones() -> None:
     config = small_config(drop_path_rate=0.5)
     layer: Any = Dinov3Backbone(config).train().layers[0]
     branch = layer.drop_path(torch.ones(1000, 1, 1))

@@ -65,7 +65,7 @@ def test_a_size_that_a_backbone_lacks_is_named() -> None:
         Dinov3Config.from_dict({"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1})
 
 
-def test_the_table_says_what_every_field_may_be() -> None:
+def test_the_table_has_the_valid_values_of_every_field() -> None:
     own = {entry.name for entry in fields(EomtDinov3Config)} - {"extra"}
     assert own <= ALLOWED.keys()
     assert {key for key in ALLOWED if "." not in key} - own == {"num_labels", "rope_theta"}
@@ -77,7 +77,7 @@ HOSTILE += [[], [None], [[]], [1, 2, 3], ["gelu"], {}, {"0": None}, {"0": []}, {
 
 @pytest.mark.parametrize("kind", [Dinov3Config, EomtDinov3Config])
 @pytest.mark.parametrize("key", [key for key in ALLOWED if "." not in key])
-def test_whatever_a_key_has_is_taken_or_refused_by_its_name(
+def test_any_value_of_a_key_is_accepted_or_refused_by_name(
     kind: type[Dinov3Config], key: str
 ) -> None:
     complaints = []
@@ -99,7 +99,7 @@ def test_transformers_reads_what_we_write(tmp_path: Path) -> None:
     assert theirs.stuff_classes == [1]
 
 
-def test_unknown_keys_are_carried_along(tmp_path: Path) -> None:
+def test_unknown_keys_are_kept(tmp_path: Path) -> None:
     EomtDinov3Config.from_dict({**SMALL, "_source": {"commit": "abc"}}).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["_source"] == {"commit": "abc"}
@@ -115,7 +115,7 @@ def test_class_ids_are_numbers_in_python_and_text_in_json(tmp_path: Path) -> Non
     assert json.loads((tmp_path / "config.json").read_text())["id2label"] == {"0": "Öl", "1": "sea"}
 
 
-def test_num_labels_stands_for_unnamed_classes() -> None:
+def test_num_labels_gives_unnamed_classes() -> None:
     assert EomtDinov3Config.from_dict({"num_labels": 3}).id2label == {
         0: "LABEL_0",
         1: "LABEL_1",
@@ -140,7 +140,7 @@ def test_upscaling_follows_from_the_patch_size(patch_size: int, blocks: int) -> 
 
 
 @pytest.mark.parametrize("key", ["layerscale_value", "layer_norm_eps", "pos_embed_rescale"])
-def test_a_whole_number_stands_for_the_same_with_a_point(key: str) -> None:
+def test_an_integer_is_accepted_for_a_float(key: str) -> None:
     assert type(getattr(EomtDinov3Config.from_dict({key: 1}), key)) is float
 
 
@@ -148,7 +148,7 @@ def test_given_upscaling_is_kept() -> None:
     assert EomtDinov3Config(patch_size=16, num_upscale_blocks=3).num_upscale_blocks == 3
 
 
-def test_a_rope_theta_of_an_older_config_is_taken_over() -> None:
+def test_a_rope_theta_of_an_older_config_is_used() -> None:
     config = EomtDinov3Config.from_dict({"rope_theta": 50.0})
     assert config.rope_theta == 50
     assert config.to_dict()["rope_parameters"] == {"rope_type": "default", "rope_theta": 50.0}
@@ -206,14 +206,14 @@ def test_rope_parameters_win_over_an_older_rope_theta() -> None:
         ("model_type", "eomt"),
     ],
 )
-def test_a_value_that_cannot_work_is_refused_by_key_and_value(key: str, value: Any) -> None:
+def test_an_invalid_value_is_refused_by_key_and_value(key: str, value: Any) -> None:
     shown = list(value.values()) if isinstance(value, dict) and key != "id2label" else [value]
     with pytest.raises(ValueError, match=f"^{key}") as caught:
         EomtDinov3Config.from_dict({**SMALL, key: value})
     assert any(repr(part) in str(caught.value) for part in shown)
 
 
-def test_a_class_name_that_is_no_text_is_refused() -> None:
+def test_a_class_name_that_is_not_text_is_refused() -> None:
     for name in ([1], None, "\ud800"):
         with pytest.raises(ValueError, match=r"^id2label\.0 is .* expected a name"):
             EomtDinov3Config.from_dict({"id2label": {"0": name}})

@@ -74,7 +74,7 @@ def test_the_weights_of_these_tests_are_those_of_the_right_conversion(name: str)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_parameters_bear_the_canonical_names_and_shapes(name: str) -> None:
+def test_parameters_have_the_canonical_names_and_shapes(name: str) -> None:
     expected = read_json(name, "converted.json")["tensors"]
     own = recorded_model(name).state_dict()
     assert {key: list(tensor.shape) for key, tensor in own.items()} == {
@@ -100,7 +100,7 @@ def test_outputs_reproduce_the_recording(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @torch.inference_mode()
 def test_masked_attention_reproduces_the_recording_in_every_block(name: str) -> None:
-    """On the recorded masks: a logit of 0 is on either side of a mask's edge, by the CPU."""
+    """On the recorded masks: the CPU decides on which side of a mask's edge a logit near 0 is."""
     recorded, model = recordings(name), recorded_model(name)
     model.attn_mask_probs.fill_(1)
     masks = [recorded[f"masked.mask_logits.{index}"] for index in range(model.config.num_blocks)]
@@ -188,7 +188,7 @@ def test_each_block_has_a_mask_of_its_own() -> None:
 
 
 @torch.inference_mode()
-def test_mask_logits_that_are_given_take_the_place_of_a_blocks_own() -> None:
+def test_given_mask_logits_replace_a_blocks_own() -> None:
     model, pixels = small_model(), random_pixels(1, 3, 64, 64)
     own = model(pixels, output_block_logits=True)
     masks = [prediction.masks_queries_logits for prediction in own.block_logits[:-1]]
@@ -257,7 +257,7 @@ def test_a_size_that_patches_do_not_divide_is_refused() -> None:
 
 
 @torch.inference_mode()
-def test_patch_offsets_are_handed_through() -> None:
+def test_patch_offsets_are_passed_through() -> None:
     offsets = [torch.tensor([0, 0, 64])]
     output = small_model()(random_pixels(1, 3, 64, 64), patch_offsets=offsets)
     assert output.patch_offsets is offsets
@@ -470,7 +470,7 @@ def test_a_tensor_that_does_not_fit_is_named(
         None,
     ],
 )
-def test_a_shard_that_is_no_file_beside_its_index_is_refused(saved: Path, name: Any) -> None:
+def test_a_shard_that_is_not_a_file_beside_its_index_is_refused(saved: Path, name: Any) -> None:
     write_index(saved, shard(saved) | {"query.weight": name})
     with pytest.raises(ValueError, match=r"index\.json: .* plain name") as error:
         EomtDinov3ForUniversalSegmentation.from_pretrained(saved)

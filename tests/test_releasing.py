@@ -31,7 +31,7 @@ REPOS = [
 
 @pytest.fixture
 def output(me: str, tmp_path: Path) -> Path:
-    """Where a release goes; somebody is logged in."""
+    """The output folder of a release; a user is logged in."""
     return tmp_path / "release"
 
 
@@ -128,7 +128,7 @@ def test_what_was_changed_since_is_named_and_converted_again_once_it_was_moved_a
     assert not release(output, NAMES[0]).failed
 
 
-def test_force_starts_anew(hub: Hub, output: Path) -> None:
+def test_force_starts_over(hub: Hub, output: Path) -> None:
     release(output, NAMES[0])
     announced: list[str] = []
     release(output, NAMES[0], force=True, announce=announced.append)
@@ -151,7 +151,7 @@ def test_other_options_in_the_same_folder_are_refused(hub: Hub, output: Path) ->
         release(output, NAMES[0], dtype="bfloat16")
 
 
-def test_a_record_that_makes_no_sense_is_refused(hub: Hub, output: Path) -> None:
+def test_an_empty_release_json_is_refused(hub: Hub, output: Path) -> None:
     output.mkdir()
     (output / "release.json").write_text("{}")
 
@@ -159,7 +159,7 @@ def test_a_record_that_makes_no_sense_is_refused(hub: Hub, output: Path) -> None
         release(output)
 
 
-def test_a_dry_run_tells_what_is_left_and_asks_nobody(hub: Hub, output: Path) -> None:
+def test_a_dry_run_lists_what_is_left_without_any_request(hub: Hub, output: Path) -> None:
     release(output, NAMES[0])
     hub.requests.clear()
     planned = release(output, dry_run=True)
@@ -225,7 +225,7 @@ def test_a_shared_backbone_is_fetched_once(
     assert hub.request_lines.count(asked) == 1
 
 
-def test_who_is_logged_in_is_asked_once_for_all_checkpoints(hub: Hub, output: Path) -> None:
+def test_the_user_is_looked_up_once_for_all_checkpoints(hub: Hub, output: Path) -> None:
     release(output, *NAMES)
 
     assert hub.request_lines.count("GET /api/whoami-v2") == 1
@@ -317,7 +317,7 @@ def test_the_command_ends_in_1_if_any_failed(command: Command, hub: Hub, output:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
-def test_a_release_goes_on_after_a_kill(
+def test_a_release_continues_after_a_kill(
     hub: Hub, output: Path, me: str, tmp_path: Path, number: signal.Signals
 ) -> None:
     command = [sys.executable, "-c", "from converter.cli import main; main()", "release"]
@@ -343,7 +343,7 @@ def test_a_release_goes_on_after_a_kill(
     assert me not in (output / "release.json").read_text()
 
 
-def test_an_error_and_its_remedy_are_lines_of_their_own(
+def test_an_error_and_its_remedy_are_separate_lines(
     command: Command, hub: Hub, me: str, output: Path
 ) -> None:
     hub.break_request(Status(401), path="/api/repos/create", times=None)
@@ -355,7 +355,7 @@ def test_an_error_and_its_remedy_are_lines_of_their_own(
         assert "\\n" not in printed
 
 
-def test_a_release_json_of_another_form_is_refused(me: str, output: Path) -> None:
+def test_a_malformed_release_json_is_refused(me: str, output: Path) -> None:
     release(output, NAMES[0])
     content = json.loads((output / "release.json").read_text())
     content["checkpoints"][0]["commit"] = ["0123"]

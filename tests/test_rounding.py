@@ -120,7 +120,7 @@ BIASES = (
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_sums_are_held_against_the_recording_as_closely_as_float32(
+def test_the_sums_are_compared_with_the_recording_within_the_tolerance_of_float32(
     name: str, dtype: str, rounded: Callable[[str, Any], Path]
 ) -> None:
     found = verify(rounded(name, dtype), name)
@@ -135,7 +135,7 @@ def test_the_sums_are_held_against_the_recording_as_closely_as_float32(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NAMES)
-def test_what_rounding_costs_is_told(
+def test_the_verdict_says_what_rounding_costs(
     name: str, dtype: str, rounded: Callable[[str, Any], Path]
 ) -> None:
     model = rounded(name, dtype)
@@ -202,7 +202,7 @@ def test_pictures_are_those_of_the_sums_too(name: str, rounded: Callable[[str, A
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_type_need_not_be_declared(dtype: str, plant: Plant) -> None:
+def test_the_dtype_need_not_be_declared(dtype: str, plant: Plant) -> None:
     model = plant("tiny_semantic_48", dtype)
     content = json.loads((model / CONFIG).read_text())
     del content["dtype"]
@@ -273,7 +273,7 @@ def test_a_zeroed_bias_fails_without_the_sources(name: str, bias: str, plant: Pl
 def test_whatever_the_weights_were_before_rounding_no_part_is_beyond_it(
     name: str, dtype: str, rounded: Callable[[str, Any], Path]
 ) -> None:
-    """The model is right beside the outputs of any weights that round to its own."""
+    """The model is right compared with the outputs of any weights that round to its own."""
     folder = rounded(name, dtype)
     weights = {n: t.float() for n, t in load_file(folder / "model.safetensors").items()}
     recorded = read_recorded(FIXTURES / name)
@@ -353,7 +353,7 @@ def test_classes_that_change_fail_where_logits_hardly_do(
         (None, None, 200, []),
     ],
 )
-def test_agreement_is_held_against_what_rounding_leaves(
+def test_agreement_is_compared_with_what_rounding_leaves(
     best_class: float | None, mask_iou: float | None, queries: int, failing: list[str]
 ) -> None:
     found: dict[str, float | None] = {"best_class": best_class, "mask_iou": mask_iou}
@@ -366,7 +366,9 @@ def test_agreement_is_held_against_what_rounding_leaves(
 
 
 @pytest.mark.parametrize("name", ["tiny_panoptic_64", "tiny_panoptic_48x80"])
-def test_logits_alone_show_less_and_that_is_said(name: str, plant: Plant, tmp_path: Path) -> None:
+def test_logits_alone_show_less_and_the_verdict_says_so(
+    name: str, plant: Plant, tmp_path: Path
+) -> None:
     recorded = without_layers(name, tmp_path / "logits")
 
     found = converter.verify(plant(name), recorded=recorded)
@@ -380,7 +382,7 @@ def test_logits_alone_show_less_and_that_is_said(name: str, plant: Plant, tmp_pa
 
 @pytest.mark.parametrize("sources", [True, False])
 @pytest.mark.parametrize("name", ["tiny_panoptic_64", "tiny_instance_64_gated"])
-def test_what_was_recorded_of_rounded_weights_they_give_exactly(
+def test_rounded_weights_reproduce_their_own_recording(
     name: str, sources: bool, plant: Plant, tmp_path: Path
 ) -> None:
     model = plant(name)
@@ -427,7 +429,7 @@ def test_a_model_that_rounding_breaks_fails_although_its_sums_are_right(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["tiny_panoptic_64", "tiny_semantic_48", "shapes_panoptic_128"])
-def test_results_of_the_rounded_model_are_looked_at_too(
+def test_results_of_the_rounded_model_are_compared_too(
     name: str, dtype: Any, rounded: Callable[[str, Any], Path]
 ) -> None:
     found = verify(rounded(name, dtype), name)
@@ -476,11 +478,11 @@ def test_a_right_model_may_be_off_by_as_much_as_its_network_makes_of_rounding(
     assert numbers_found.status == "passed"
 
 
-# what is said of it -------------------------------------------------------------------------------
+# what is reported ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["tiny_panoptic_48x80", "tiny_semantic_48"])
-def test_layers_that_were_not_recorded_are_not_spoken_of(
+def test_layers_that_were_not_recorded_are_not_mentioned(
     name: str, plant: Plant, tmp_path: Path
 ) -> None:
     tensors = load_file(FIXTURES / name / "recorded.safetensors")
@@ -520,7 +522,7 @@ def test_the_first_difference_may_be_the_rotary_positions(name: str, plant: Plan
 
 
 @pytest.mark.parametrize("name", ["tiny_panoptic_64", "tiny_panoptic_48x80"])
-def test_a_tensor_of_no_numbers_is_the_one_cause(name: str, plant: Plant) -> None:
+def test_a_tensor_of_nan_is_the_only_cause(name: str, plant: Plant) -> None:
     model = plant(name)
     change_weights(model, lambda state: state["layers.0.mlp.up_proj.bias"].fill_(float("nan")))
 
@@ -533,7 +535,7 @@ def test_a_tensor_of_no_numbers_is_the_one_cause(name: str, plant: Plant) -> Non
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
-def test_weights_that_were_cut_off_are_no_other_normalisation(
+def test_truncated_weights_are_not_taken_for_a_wrong_normalisation(
     name: str, stored: str, plant: Plant, converted: Callable[[str], Path], tmp_path: Path
 ) -> None:
     exact = load_file(converted(name) / "model.safetensors")
@@ -549,7 +551,7 @@ def test_weights_that_were_cut_off_are_no_other_normalisation(
     assert found.cause is None or found.cause.name == "rounded-to-16-bits"
 
 
-# what is kept and told of it ---------------------------------------------------------------------
+# what is stored ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["tiny_panoptic_64", "tiny_semantic_48"])
@@ -587,7 +589,7 @@ def test_a_record_cannot_claim_sums_that_nothing_proves(
         {"relative_tolerance": "x", "rounded_to": "anything"},
     ],
 )
-def test_a_record_has_no_other_words(
+def test_a_record_with_invalid_figures_is_refused(
     figures: dict[str, Any], rounded: Callable[[str, Any], Path]
 ) -> None:
     content = json.loads((rounded("tiny_semantic_48", "float16") / "conversion.json").read_text())
@@ -600,7 +602,7 @@ def test_a_record_has_no_other_words(
         read_record(content["verdict"], {})
 
 
-def test_a_record_of_before_claims_no_more_than_rounded_weights_show(
+def test_a_record_of_0_1_claims_no_more_than_rounded_weights_show(
     rounded: Callable[[str, Any], Path],
 ) -> None:
     content = json.loads((rounded("tiny_semantic_48", "float16") / "conversion.json").read_text())

@@ -45,7 +45,7 @@ def images(name: str) -> Path:
 
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:
-    """A picture that a test may do with as it likes."""
+    """A copy of a picture, which a test may change."""
     return Path(shutil.copy(images(SHAPES) / "0.png", tmp_path / "street.png"))
 
 
@@ -231,7 +231,7 @@ def test_the_overlay_has_the_colours_of_the_classes(converted: Converted, tmp_pa
         assert (class_colour(class_id) in colours) == (class_id in {0, 3, 4})
 
 
-# pictures that are named ------------------------------------------------------------------------
+# arguments --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -255,7 +255,7 @@ def folder(tmp_path: Path) -> Path:
         (["more.png", "b.*"], ["more.png/c.png", "b.png"]),
     ],
 )
-def test_folders_and_patterns_stand_for_their_pictures(
+def test_folders_and_patterns_are_expanded_to_their_pictures(
     arguments: list[str],
     expected: list[str],
     folder: Path,
@@ -267,7 +267,7 @@ def test_folders_and_patterns_stand_for_their_pictures(
     assert [entry.picture for entry in found.pictures] == [folder / name for name in expected]
 
 
-def test_a_file_with_a_bracket_in_its_name_is_no_pattern(
+def test_a_file_with_a_bracket_in_its_name_is_not_a_pattern(
     converted: Converted, picture: Path, tmp_path: Path
 ) -> None:
     odd = picture.rename(tmp_path / "street[1].png")
@@ -313,7 +313,7 @@ def png(width: int, height: int) -> bytes:
         (None, "No such file"),
     ],
 )
-def test_what_cannot_be_read_is_reported_and_skipped(
+def test_unreadable_pictures_are_reported_and_skipped(
     content: bytes | None, reason: str, converted: Converted, picture: Path, tmp_path: Path
 ) -> None:
     if content is not None:
@@ -327,7 +327,7 @@ def test_what_cannot_be_read_is_reported_and_skipped(
     assert {path.name.partition(".")[0] for path in (tmp_path / "out").iterdir()} == {"street"}
 
 
-def test_a_pattern_of_nothing_is_reported(
+def test_a_pattern_without_matches_is_reported(
     converted: Converted, picture: Path, tmp_path: Path
 ) -> None:
     result = run(converted(SHAPES), tmp_path / "*.gif", picture, "--output", tmp_path / "out")
@@ -344,13 +344,13 @@ def test_without_any_picture_no_model_is_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [SHAPES, SEMANTIC])
-def test_a_strip_of_a_picture_is_skipped(name: str, converted: Converted, tmp_path: Path) -> None:
+def test_a_very_long_picture_is_skipped(name: str, converted: Converted, tmp_path: Path) -> None:
     Image.new("RGB", (20_000, 1)).save(tmp_path / "strip.png")
     found = segment(converted(name), [tmp_path / "strip.png"], tmp_path / "out")
     assert found.skipped[0].reason == "20000x1 pixels: longer than 16:1"
 
 
-def test_a_name_that_is_no_unicode_is_no_obstacle(
+def test_a_name_that_is_not_unicode_is_accepted(
     converted: Converted, picture: Path, tmp_path: Path
 ) -> None:
     odd = picture.rename(tmp_path / "stra\udcffe.png")
@@ -414,7 +414,7 @@ def test_planted_links_are_not_followed(
 
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_what_no_earlier_run_has_made_is_never_replaced(
+def test_files_that_no_earlier_run_made_are_never_replaced(
     converted: Converted, picture: Path, tmp_path: Path, ending: str, force: bool
 ) -> None:
     mine = tmp_path / f"street.{ending}"
@@ -426,7 +426,7 @@ def test_what_no_earlier_run_has_made_is_never_replaced(
     assert "me" in mine.read_text()
 
 
-def test_what_is_made_while_the_network_runs_is_not_replaced(
+def test_files_made_while_the_network_runs_are_not_replaced(
     converted: Converted, picture: Path, tmp_path: Path
 ) -> None:
     mine = tmp_path / "street.overlay.png"
@@ -461,7 +461,7 @@ def test_an_output_that_is_a_file_is_refused(
 # the model and how it runs ----------------------------------------------------------------------
 
 
-def test_a_published_semantic_model_whose_processor_pads_slides_windows_all_the_same(
+def test_a_semantic_model_whose_processor_pads_still_slides_windows(
     converted: Converted, tmp_path: Path
 ) -> None:
     shutil.copytree(converted(SEMANTIC), tmp_path / "model")
@@ -474,7 +474,7 @@ def test_a_published_semantic_model_whose_processor_pads_slides_windows_all_the_
 
 
 @pytest.mark.parametrize(("name", "task"), [(SHAPES, "panoptic"), (SEMANTIC, "semantic")])
-def test_without_conversion_json_the_other_files_tell_the_task(
+def test_without_conversion_json_the_other_files_show_the_task(
     name: str, task: str, converted: Converted, picture: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(converted(name), tmp_path / "model")
@@ -482,9 +482,7 @@ def test_without_conversion_json_the_other_files_tell_the_task(
     assert segment(tmp_path / "model", [picture], tmp_path / "out").task == task
 
 
-def test_a_task_that_nothing_tells_is_asked_for(
-    converted: Converted, picture: Path, tmp_path: Path
-) -> None:
+def test_an_unknown_task_must_be_given(converted: Converted, picture: Path, tmp_path: Path) -> None:
     shutil.copytree(converted(INSTANCE), tmp_path / "model")
     (tmp_path / "model" / "conversion.json").unlink()
     with pytest.raises(UsageError, match="--task"):
@@ -492,7 +490,7 @@ def test_a_task_that_nothing_tells_is_asked_for(
     assert segment(tmp_path / "model", [picture], tmp_path / "out", task="instance").pictures
 
 
-def test_a_model_can_be_put_to_another_task(
+def test_a_model_can_be_used_for_another_task(
     converted: Converted, picture: Path, tmp_path: Path
 ) -> None:
     (found,) = segment(converted(SHAPES), [picture], tmp_path, task="instance").pictures
@@ -513,7 +511,7 @@ def test_a_model_on_the_hub_is_downloaded_once(
     assert online.pictures[0].segments == offline.pictures[0].segments
 
 
-def test_weights_of_what_is_no_converted_model_are_not_downloaded(
+def test_weights_of_an_unconverted_model_are_not_downloaded(
     hub: Hub, picture: Path, tmp_path: Path
 ) -> None:
     delta = FIXTURES / SHAPES / "delta" / "pytorch_model.bin"
@@ -523,7 +521,7 @@ def test_weights_of_what_is_no_converted_model_are_not_downloaded(
     assert "tue-mps/delta/pytorch_model.bin" not in hub.served
 
 
-def test_a_model_that_is_not_there_is_said_to_be(picture: Path, tmp_path: Path) -> None:
+def test_a_missing_model_is_reported(picture: Path, tmp_path: Path) -> None:
     with pytest.raises(UnreadableFileError, match="There is no folder"):
         segment(tmp_path / "nothing", [picture], tmp_path / "out")
 
@@ -535,7 +533,7 @@ def test_a_threshold_does_not_go_with_semantic_segmentation(
         segment(converted(SEMANTIC), [picture], tmp_path / "out", threshold=0.5)
 
 
-def test_a_device_that_is_not_there_is_a_usage_error(
+def test_a_missing_device_is_a_usage_error(
     converted: Converted, picture: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match="'nonsense' cannot be used"):
@@ -566,7 +564,7 @@ def test_options_set_dtype_threads_and_batch_size(
     assert torch.get_num_threads() == threads
 
 
-def test_a_gpu_without_enough_memory_is_no_fault(
+def test_a_gpu_without_enough_memory_is_not_a_bug(
     converted: Converted, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def overflow(*_: Any, **__: Any) -> None:
@@ -590,7 +588,7 @@ def test_progress_counts_pictures(converted: Converted, tmp_path: Path) -> None:
     assert calls == [("Segmenting", done, 4) for done in (0, 2, 4)]
 
 
-def test_json_tells_the_files_and_the_segments(converted: Converted, tmp_path: Path) -> None:
+def test_json_has_the_files_and_the_segments(converted: Converted, tmp_path: Path) -> None:
     result = run(converted(SHAPES), images(SHAPES) / "0.png", "--output", tmp_path, "--json")
     content = json.loads(result.stdout)
 

@@ -20,7 +20,7 @@ def test_sizes_are_parsed_as_huggingface_hub_does(number: int, rest: str, unit: 
         assert parse_size(text) == parse_size_to_int(text)
 
 
-def test_a_size_without_a_unit_is_one_of_bytes() -> None:
+def test_a_size_without_a_unit_is_in_bytes() -> None:
     assert parse_size("1500000") == 1_500_000
 
 

@@ -28,7 +28,7 @@ BACKBONE, DELTA = "facebook/backbone", "tue-mps/delta"
     "text",
     ["/abs/olute", "./here", "../there", "~/home", "weights.bin", "a/b.safetensors", "x.pth"],
 )
-def test_paths_are_told_by_how_they_look(text: str) -> None:
+def test_paths_are_recognised_by_their_form(text: str) -> None:
     assert parse_source(text) == LocalSource(Path(text).expanduser())
 
 
@@ -48,7 +48,7 @@ def test_anything_else_of_the_form_owner_name_is_a_repository() -> None:
 
 
 @pytest.mark.parametrize("text", ["delta", "a/b/c", "a/", "a/b@", "@v1", " "])
-def test_what_is_neither_is_refused(text: str) -> None:
+def test_anything_that_is_neither_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
         parse_source(text)
 
@@ -94,7 +94,7 @@ def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
         fetch(LocalSource(tmp_path), Access())
 
 
-def test_a_path_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_path_is_named(tmp_path: Path) -> None:
     with pytest.raises(UnreadableFileError, match="There is no file or folder"):
         fetch(LocalSource(tmp_path / "x.bin"), Access())
 
@@ -147,7 +147,7 @@ def test_the_cache_is_enough_when_offline(repositories: Hub) -> None:
     assert repositories.requests == []
 
 
-def test_what_the_environment_says_of_offline_counts(
+def test_the_environment_can_switch_to_offline_mode(
     repositories: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -157,12 +157,12 @@ def test_what_the_environment_says_of_offline_counts(
     assert repositories.requests == []
 
 
-def test_what_is_not_in_the_cache_is_said_when_offline(repositories: Hub) -> None:
+def test_offline_the_error_names_what_the_cache_lacks(repositories: Hub) -> None:
     with pytest.raises(AccessError, match=rf"{BACKBONE} at main is not in the cache"):
         fetch(HubSource(BACKBONE), Access(local_files_only=True))
 
 
-def test_offline_it_is_said_which_shards_are_missing(hub: Hub) -> None:
+def test_offline_the_error_names_missing_shards(hub: Hub) -> None:
     index = {"weight_map": {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}}
     shards = dict.fromkeys(index["weight_map"].values(), b"")
     hub.create_repo(DELTA, {"model.safetensors.index.json": json.dumps(index).encode(), **shards})
@@ -180,7 +180,7 @@ def test_offline_another_revision_is_not_taken(repositories: Hub) -> None:
         fetch(HubSource(DELTA, "v1"), Access(local_files_only=True))
 
 
-def test_offline_it_is_said_which_weights_are_missing(repositories: Hub) -> None:
+def test_offline_the_error_names_missing_weights(repositories: Hub) -> None:
     fetch_config(HubSource(BACKBONE), Access())
 
     with pytest.raises(AccessError) as caught:
@@ -247,7 +247,7 @@ def test_every_published_backbone_has_a_copy_that_is_not_gated() -> None:
     assert {entry.backbone for entry in CATALOG if not entry.offline} <= set(OPEN_BACKBONES)
 
 
-def test_a_gated_repository_opens_to_who_has_access(hub: Hub) -> None:
+def test_a_gated_repository_opens_to_users_with_access(hub: Hub) -> None:
     hub.create_repo(DELTA, {"pytorch_model.bin": b"weights"}, gated=True)
     hub.add_user("ann", "hf_secret")
     hub.grant_access(DELTA, "ann")
@@ -272,13 +272,13 @@ def test_a_repository_without_weights_is_named(hub: Hub) -> None:
         fetch(HubSource(DELTA), Access())
 
 
-def test_an_expired_token_is_told_apart(repositories: Hub) -> None:
+def test_an_expired_token_has_its_own_error(repositories: Hub) -> None:
     with pytest.raises(AccessError, match="does not accept the token") as caught:
         fetch(HubSource(DELTA), Access(token="hf_expired"))
     assert "hf_expired" not in str(caught.value)
 
 
-def test_a_hub_that_is_down_is_told_apart(monkeypatch: pytest.MonkeyPatch, hub: Hub) -> None:
+def test_a_hub_that_is_down_has_its_own_error(monkeypatch: pytest.MonkeyPatch, hub: Hub) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
 
     with pytest.raises(HubUnavailableError, match="could not be reached"):

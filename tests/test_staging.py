@@ -39,7 +39,7 @@ def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def test_a_finished_output_stands_alone(tmp_path: Path) -> None:
+def test_only_the_finished_output_is_left(tmp_path: Path) -> None:
     make(tmp_path / "out")
 
     assert names(tmp_path) == ["out"]
@@ -228,7 +228,7 @@ def test_what_was_changed_since_it_was_made_is_not_replaced(
     assert names(tmp_path) == ["out"]
 
 
-def test_an_output_is_read_when_it_is_looked_at_and_when_it_is_replaced_only(
+def test_an_output_is_read_only_when_it_is_checked_and_when_it_is_replaced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place, read = tmp_path / "out", []
@@ -294,7 +294,7 @@ def test_an_output_that_was_made_meanwhile_is_not_replaced_without_force(tmp_pat
 
 @pytest.fixture(params=["mount point", "parent that cannot be written"])
 def fixed(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder that no folder can take the place of."""
+    """An empty folder that no other folder can replace."""
     place = tmp_path / "out"
     place.mkdir()
     rename, make_folder = Path.rename, tempfile.mkdtemp
@@ -328,7 +328,7 @@ def test_an_output_that_nothing_can_be_renamed_to_is_filled_and_replaced(fixed: 
     assert names(fixed.parent) == ["out"]
 
 
-def test_what_comes_with_a_file_system_is_not_in_the_way(
+def test_files_of_a_file_system_do_not_stop_an_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = tmp_path / "out"
@@ -494,7 +494,7 @@ def test_what_is_finished_is_on_the_disk_before_it_is_renamed(
 # one at a time --------------------------------------------------------------------------------
 
 
-def test_two_at_once_for_one_output_do_not_meet(tmp_path: Path) -> None:
+def test_two_runs_at_once_for_one_output_do_not_collide(tmp_path: Path) -> None:
     process = holding(tmp_path / "out")
     try:
         with pytest.raises(OutputError, match=rf"process {process.pid}\) is writing"):
@@ -541,7 +541,7 @@ def _race(place: Path, seconds: float) -> None:
             assert "is writing to" in error.message  # noqa: PT017
 
 
-def test_many_at_once_never_meet(tmp_path: Path) -> None:
+def test_many_runs_at_once_never_collide(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_race, args=(tmp_path / "out", 1.0)) for _ in range(4)]
     for process in processes:
@@ -608,9 +608,7 @@ def test_without_a_home_locks_are_in_the_folder_for_temporary_files(
     assert names(tmp_path) == [f"eomt-convert-{os.geteuid()}", "out"]
 
 
-def test_a_home_that_is_not_there_is_not_made(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_home_is_not_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -708,7 +706,7 @@ def test_a_run_that_was_killed_before_it_wrote_anything_leaves_nothing(tmp_path:
     assert names(tmp_path) == ["out"]
 
 
-def test_what_is_there_instead_of_an_output_that_is_to_be_put_back_is_kept(tmp_path: Path) -> None:
+def test_a_folder_in_the_place_of_an_output_that_is_to_be_restored_is_kept(tmp_path: Path) -> None:
     place = tmp_path / "out"
     make(place, "old")
     kill(holding(place, "output"))
@@ -725,7 +723,7 @@ def test_what_is_there_instead_of_an_output_that_is_to_be_put_back_is_kept(tmp_p
     assert contents(place) == {"config.json": "old", "weights": "old"}
 
 
-def test_what_cannot_be_removed_is_in_nobodys_way(
+def test_leftovers_that_cannot_be_removed_do_not_stop_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The output that was replaced has a folder in it that is kept from being removed."""

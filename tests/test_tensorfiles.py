@@ -125,7 +125,7 @@ def test_a_git_lfs_pointer_is_known_by_its_content(name: str, tmp_path: Path) ->
     assert "git lfs pull" in refused(tmp_path / name, pointer)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UnreadableFileError, match=r"missing.safetensors cannot be read"):
         TensorFile(tmp_path / "missing.safetensors")
 
@@ -152,7 +152,7 @@ def test_a_torch_file_from_before_1_6_is_refused_with_a_remedy(tmp_path: Path) -
     )
 
 
-def test_the_format_is_told_by_the_content_not_by_the_name(tmp_path: Path) -> None:
+def test_the_format_is_recognised_by_the_content_not_by_the_name(tmp_path: Path) -> None:
     save_file(STATE, tmp_path / "weights.bin")
     torch.save(STATE, tmp_path / "weights.safetensors")
     with TensorFile(tmp_path / "weights.bin") as file:
@@ -438,7 +438,7 @@ def test_a_view_with_gaps_or_repeats_is_refused(view: torch.Tensor, tmp_path: Pa
 
 
 class Callback:
-    """Stands for what only the training code knows."""
+    """A class that only the training code has."""
 
     def __init__(self) -> None:
         self.best = torch.ones(2)
@@ -484,7 +484,7 @@ def test_a_file_without_a_state_dict_is_refused(content: Any, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("value", [1, "a", None, [1.0], {"a": 1}])
-def test_an_entry_that_is_no_tensor_is_refused_by_name(value: Any, tmp_path: Path) -> None:
+def test_an_entry_that_is_not_a_tensor_is_refused_by_name(value: Any, tmp_path: Path) -> None:
     torch.save({"epoch": value}, tmp_path / "x.bin")
     with pytest.raises(UnreadableFileError, match=r"the entry 'epoch' .* is not a tensor"):
         TensorFile(tmp_path / "x.bin")
@@ -738,7 +738,7 @@ def test_a_wrong_checksum_is_named(tmp_path: Path) -> None:
             assert file.wrong_checksums() == wrong
 
 
-def test_checksums_that_torch_was_told_not_to_write_are_not_missed(tmp_path: Path) -> None:
+def test_files_that_torch_wrote_without_checksums_are_read(tmp_path: Path) -> None:
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -870,7 +870,7 @@ def test_a_tensor_in_two_shards_is_named(tmp_path: Path) -> None:
         {},
     ],
 )
-def test_a_shard_that_is_no_plain_file_name_is_refused(name: Any, tmp_path: Path) -> None:
+def test_a_shard_that_is_not_a_plain_file_name_is_refused(name: Any, tmp_path: Path) -> None:
     path = sharded(tmp_path, MAP | {"a": name})
     for function in (open_tensors, shard_names):
         with pytest.raises(
@@ -972,7 +972,7 @@ def test_the_links_of_the_hubs_cache_are_followed(shared: bool, tmp_path: Path) 
 
 
 def peak_memory(function: Callable[[], object]) -> int:
-    """Bytes that were allocated at most at a time while a function ran."""
+    """The most bytes that were allocated at any time while a function ran."""
     function()  # once before, for what is imported and cached
     tracemalloc.start()
     try:
@@ -1071,7 +1071,7 @@ def test_a_directory_larger_than_any_checkpoints_is_refused_unread(tmp_path: Pat
     assert time.process_time() - started < 3
 
 
-# accidents and mischief --------------------------------------------------------------------------
+# damaged and hostile files -----------------------------------------------------------------------
 
 FUZZING = settings(max_examples=150)
 

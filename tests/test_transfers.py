@@ -112,7 +112,7 @@ def test_a_model_that_is_damaged_in_the_cache_is_not_taken_for_a_wrong_one(
     assert cached.read_bytes() == (model / "model.safetensors").read_bytes()
 
 
-def test_offline_a_part_of_a_model_is_not_called_no_model(
+def test_offline_a_partly_cached_model_is_reported_as_incomplete(
     command: Command, hub: Hub, converted: Callable[[str], Path]
 ) -> None:
     model = converted("tiny_panoptic_64")
@@ -141,7 +141,7 @@ def test_a_source_that_is_damaged_in_the_cache_proves_nothing(
 def test_a_configuration_that_is_damaged_in_the_cache_is_not_converted(
     command: Command, hub: Hub, sources: None
 ) -> None:
-    """A value of it that no shape of the weights contradicts."""
+    """The damaged value does not contradict any shape of the weights."""
     assert command(*CONVERT, "--output", "first", "--no-verify").exit_code == 0
     path = Path(huggingface_hub.hf_hub_download(BACKBONE, "config.json"))
     right = path.read_bytes()
@@ -199,7 +199,9 @@ def test_weights_that_are_damaged_while_the_branch_moves_are_fetched_once_more(
 
 
 @in_every_way
-def test_what_is_inspected_is_what_the_hub_has(command: Command, hub: Hub, sources: None) -> None:
+def test_a_damaged_cached_file_is_replaced_before_it_is_inspected(
+    command: Command, hub: Hub, sources: None
+) -> None:
     assert command("inspect", DELTA).exit_code == 0
     cached = Path(huggingface_hub.hf_hub_download(DELTA, "pytorch_model.bin"))
     damage(cached)

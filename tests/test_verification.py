@@ -40,7 +40,7 @@ def change_json(path: Path, **changes: Any) -> None:
 
 
 def statuses(verdict: Verdict) -> dict[str, str]:
-    """Of the levels up to numbers."""
+    """The status of each level up to numbers."""
     return {level.level: level.status for level in verdict.levels[:3]}
 
 
@@ -118,7 +118,7 @@ def test_changed_weights_fail_with_figures(model: Path) -> None:
     assert numbers.figures["compared"]["class_logits"]["max_abs"] <= TOLERANCE
 
 
-def test_weights_changed_beyond_notice_are_told_by_their_digest(model: Path) -> None:
+def test_tiny_changes_of_weights_are_detected_by_the_digest(model: Path) -> None:
     change_weights(model, lambda state: state["layernorm.weight"].view(-1)[0].mul_(1 + 1e-6))
 
     verdict = converter.verify(model, recorded=TINY)
@@ -146,7 +146,7 @@ def test_one_flipped_bit_names_the_tensor(model: Path) -> None:
     assert (verdict.cause.name, verdict.cause.tensors) == ("tensor-replaced", (name,))
 
 
-def test_a_changed_config_is_noticed_by_the_numbers(model: Path) -> None:
+def test_a_changed_config_is_detected_by_the_numbers(model: Path) -> None:
     rope = {"rope_type": "default", "rope_theta": 10_000.0}
     change_json(model / "config.json", rope_parameters=rope)
 
@@ -156,7 +156,7 @@ def test_a_changed_config_is_noticed_by_the_numbers(model: Path) -> None:
     assert level_of(verdict, "arithmetic").figures["different_files"] == ["config.json"]
 
 
-def test_another_normalisation_is_noticed(model: Path) -> None:
+def test_a_wrong_normalisation_is_detected(model: Path) -> None:
     change_json(model / "preprocessor_config.json", image_mean=[0.5, 0.5, 0.5])
 
     assert statuses(converter.verify(model, recorded=TINY))["numbers"] == "failed"
@@ -188,7 +188,9 @@ def test_another_number_of_classes_fails_with_both_shapes(
     assert {trial.status for trial in verdict.tried} == {"not tried"}
 
 
-def test_a_tensor_of_no_name_that_is_recorded_is_not_compared(model: Path, tmp_path: Path) -> None:
+def test_a_recorded_tensor_with_an_unknown_name_is_not_compared(
+    model: Path, tmp_path: Path
+) -> None:
     recorded = load_file(TINY / "recorded.safetensors")
     recorded["hidden_states.2.0"] = recorded["hidden_states.2"] + 1
     save_file(recorded, tmp_path / "recorded.safetensors")
@@ -251,7 +253,7 @@ def test_a_missing_or_broken_file_is_unreadable(
 
 
 @pytest.mark.parametrize("changes", [{"hidden_act": "warp"}, {"num_blocks": 99}, {"id2label": 3}])
-def test_a_config_that_cannot_be_is_unreadable(model: Path, changes: dict[str, Any]) -> None:
+def test_an_invalid_config_is_unreadable(model: Path, changes: dict[str, Any]) -> None:
     change_json(model / "config.json", **changes)
 
     with pytest.raises(UnreadableFileError, match=next(iter(changes))):
@@ -275,7 +277,7 @@ def test_a_recording_without_its_essentials_is_unreadable(
         converter.verify(model, recorded=tmp_path)
 
 
-def test_a_model_on_the_move_is_checked_where_it_is(model: Path, tmp_path: Path) -> None:
+def test_a_moved_model_is_checked_in_its_new_place(model: Path, tmp_path: Path) -> None:
     moved = Path(shutil.move(model, tmp_path / "elsewhere"))
 
     assert converter.verify(moved).verdict == "passed"
@@ -355,7 +357,7 @@ def test_the_backbones_config_is_compared_where_it_is_given(model: Path) -> None
 # arithmetic --------------------------------------------------------------------------------------
 
 
-def test_the_sources_that_are_given_decide(model: Path) -> None:
+def test_given_sources_decide(model: Path) -> None:
     (model / "conversion.json").unlink()
     sources: Any = {"delta": str(TINY / "delta"), "backbone": str(TINY / "backbone")}
 
@@ -456,7 +458,7 @@ def test_levels_are_checked_up_to_the_one_asked_for(level: int, model: Path) -> 
 
 
 @pytest.mark.parametrize("options", [{"level": 0}, {"level": 6}, {"device": "abacus"}])
-def test_what_there_is_not_is_wrong_usage(options: dict[str, Any], model: Path) -> None:
+def test_an_unknown_level_or_device_is_wrong_usage(options: dict[str, Any], model: Path) -> None:
     with pytest.raises(UsageError, match=r"level|device"):
         converter.verify(model, **options)
 

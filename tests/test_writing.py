@@ -70,7 +70,7 @@ def test_too_few_or_too_many_bytes_are_an_error(tmp_path: Path) -> None:
             shards.write(bytes(1))
 
 
-def test_a_file_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
+def test_an_existing_file_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"kept")
     with (
         pytest.raises(FileExistsError),
