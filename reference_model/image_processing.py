@@ -62,10 +62,10 @@ class EomtImageProcessor:
     Invalid values raise ValueError.
 
     Attributes:
-        do_resize: whether pictures are resized: to fit into `size`, or to cover it where windows
-            slide.
-        size: of the network's input in pixels: `height` and `width`; or `shortest_edge` and
-            `longest_edge`, which stand for height and width, without the second for a square.
+        do_resize: whether pictures are resized: to fit into `size` or, with `do_split_image`, to
+            cover it.
+        size: of the network's input in pixels: `height` and `width`; or `shortest_edge` (height)
+            and `longest_edge` (width), where `shortest_edge` alone gives a square.
         resample: PIL's number of an interpolation, done on 8 bits per channel; 2 is bilinear.
         do_rescale, rescale_factor: whether pixel values from 0 to 255 are multiplied by the factor.
         do_normalize, image_mean, image_std: whether the mean is subtracted and the rest divided
@@ -75,7 +75,7 @@ class EomtImageProcessor:
             original's evaluation of semantic segmentation.
         ignore_index: if given, id 0 of segmentation maps is ignored, as is the class of this
             number, and the other ids are classes (or instances) counted from 1.
-        stuff_classes: ids of classes without instances; None if they are not known.
+        stuff_classes: ids of classes without instances; None if they are unknown.
     """
 
     do_resize: bool = True
@@ -218,7 +218,7 @@ class EomtImageProcessor:
                 transparent pixels are laid over black. The EXIF orientation is applied to files,
                 not to PIL images.
             segmentation_maps: for every picture, an id per pixel: (height, width).
-            instance_id_to_semantic_id: classes by id, where the ids are not classes; one mapping,
+            instance_id_to_semantic_id: the class of each id, if ids are not classes; one mapping,
                 or one for each picture.
             return_tensors: always "pt".
             input_data_format: "channels_first" or "channels_last", where an array's shape is
