@@ -13,7 +13,7 @@ from converter.checks.provenance import Provenance
 from converter.checks.verdict import Verdict, unverified
 from converter.checks.verification import Findings, Options, check, write_page
 from converter.class_names import ClassNames
-from converter.configs import CONFIGS, DTYPES, model_config, preprocessor_config
+from converter.configs import CONFIGS, DTYPES, PREPROCESSOR, model_config, preprocessor_config
 from converter.destination import Destination, made_files
 from converter.errors import (
     EomtConvertError,
@@ -460,11 +460,9 @@ def _write_configs(job: Job, inputs: Inputs, plan: Plan, classes: ClassNames, fo
                 "The weights have no preprocessor_config.json beside them: --task and --image-size "
                 "must be given."
             )
-        write_json(folder / "preprocessor_config.json", own)
+        write_json(folder / PREPROCESSOR, own)
     else:
-        write_json(
-            folder / "preprocessor_config.json", preprocessor_config(job.task, job.image_size)
-        )
+        write_json(folder / PREPROCESSOR, preprocessor_config(job.task, job.image_size))
 
 
 def _history(

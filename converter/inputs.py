@@ -8,6 +8,7 @@ from typing import Any
 from converter import class_names
 from converter.class_names import ClassNames
 from converter.configs import (
+    PREPROCESSOR,
     find_backbone_config,
     read_backbone_config,
     read_config,
@@ -85,8 +86,8 @@ def open_inputs(job: Job, access: Access, stack: ExitStack, *, dry_run: bool) ->
     _check_enough(job, weights, converted=converted)
     own = read_config(eomt.config) if converted and eomt.config else None
     own_preprocessor = None
-    if own and eomt.config and (eomt.config.parent / "preprocessor_config.json").is_file():
-        own_preprocessor = read_json_object(eomt.config.parent / "preprocessor_config.json")
+    if own and eomt.config and (eomt.config.parent / PREPROCESSOR).is_file():
+        own_preprocessor = read_json_object(eomt.config.parent / PREPROCESSOR)
     fetched: dict[Source, Fetched] = {role_of(weights): eomt}
     files: dict[Source, Any] = {role_of(weights): eomt_file}
     if weights == "delta" and job.backbone:

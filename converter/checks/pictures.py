@@ -15,7 +15,7 @@ from converter.checks.pipeline import Prepared, compute_logits, prepare, segment
 from converter.checks.recorded import Recorded, RecordedPictures, read_pictures
 from converter.checks.verdict import Level
 from converter.class_names import unnamed
-from converter.configs import preprocessor_config
+from converter.configs import PREPROCESSOR, preprocessor_config
 from converter.files import read_json_object
 from reference_model import (
     EomtDinov3Config,
@@ -29,7 +29,6 @@ NOT_SHOWN = (
     "scores of instances and classes",
 )
 
-_PREPROCESSOR = "preprocessor_config.json"
 
 # the settings that decide which pixels a picture becomes; errors in the others show in the logits
 _PREPARATION = ("do_split_image", "do_resize", "size", "do_pad", "resample")
@@ -131,7 +130,7 @@ def _check_labels(
     if pictures.stuff_classes is None:
         return problems, [*unchecked, "stuff_classes: recorded.json does not give them"], None
     # transformers does not know this key, but the reference model's processor uses it if present
-    theirs = read_json_object(folder / _PREPROCESSOR).get("stuff_classes")
+    theirs = read_json_object(folder / PREPROCESSOR).get("stuff_classes")
     names = config.id2label.values()
     placeholders = set(names) == set(unnamed(len(names)).names)
     if pictures.stuff_classes and placeholders and not config.stuff_classes and not theirs:
@@ -143,7 +142,7 @@ def _check_labels(
     if theirs is None or config.stuff_classes:
         problems += _differing_stuff("config.json", list(config.stuff_classes or ()), pictures)
     if theirs is not None:
-        problems += _differing_stuff(_PREPROCESSOR, theirs, pictures)
+        problems += _differing_stuff(PREPROCESSOR, theirs, pictures)
     return problems, unchecked, None
 
 
@@ -210,7 +209,7 @@ def _blame_preparation(
         inputs: what `_prepare` returned for the pictures: not the recorded pixels.
         pictures: the recorded pictures.
     """
-    found = read_json_object(folder / _PREPROCESSOR)
+    found = read_json_object(folder / PREPROCESSOR)
     height, width = pictures.pixels.shape[-2:]
     task: Task = "semantic" if "pipeline.crops" in pictures.tensors else "panoptic"
     right = preprocessor_config(task, (height, width))
@@ -222,18 +221,18 @@ def _blame_preparation(
         mended = _prepare(folder, settings, pictures)
         if not isinstance(mended, str) and not _difference(mended, pictures):
             problems = [
-                f"{key} in {_PREPROCESSOR} is {json.dumps(found.get(key))}, the recorded pictures "
+                f"{key} in {PREPROCESSOR} is {json.dumps(found.get(key))}, the recorded pictures "
                 f"were prepared with {json.dumps(value)}."
                 for key, value in settings.items()
             ]
             break
     else:
         if isinstance(inputs, str):
-            problems = [f"{_PREPROCESSOR} does not fit the recorded pictures: {inputs}."]
+            problems = [f"{PREPROCESSOR} does not fit the recorded pictures: {inputs}."]
         else:
             reason = _difference(inputs, pictures)
             problems = [
-                f"{_PREPROCESSOR} does not turn the pictures into the recorded pixels: {reason}."
+                f"{PREPROCESSOR} does not turn the pictures into the recorded pixels: {reason}."
             ]
     if input_size != (height, width):
         problems.append(

@@ -10,7 +10,7 @@ from converter.checks.pixels import open_picture, read_normalisation
 from converter.checks.recorded import IMAGES, PROVENANCE_FILE
 from converter.checks.verdict import LEVELS, NUMBERED, Verdict
 from converter.checks.verification import verify
-from converter.configs import CONFIGS
+from converter.configs import CONFIGS, PREPROCESSOR
 from converter.errors import (
     EomtConvertError,
     OutputsDifferError,
@@ -163,7 +163,7 @@ def record(
             processor = _load_processor(folder)
             inputs = _prepare(processor, pictures, image_size)
             pixels = inputs.pixels
-        values = read_normalisation(folder / "preprocessor_config.json", pixels.shape[1])(pixels)
+        values = read_normalisation(folder / PREPROCESSOR, pixels.shape[1])(pixels)
         tensors = {**_compute(network, values, layers=layers), "pixels": pixels}
         if random or image_size not in (None, processor.image_size):
             pictures = []  # the recorded inputs are not what these pictures become by default

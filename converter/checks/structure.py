@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from converter.checks.evidence import Evidence
 from converter.checks.pixels import Normalisation, read_normalisation
 from converter.checks.verdict import Level
-from converter.configs import DTYPES, read_config
+from converter.configs import DTYPES, PREPROCESSOR, read_config
 from converter.files import read_json_object
 from converter.models import size_mismatch
 from converter.weights.headers import TensorInfo
@@ -104,7 +104,7 @@ def read_model(folder: Path, *, keep: bool) -> StoredModel:
     path = find_weights(folder)
     values = read_config(folder / "config.json")
     config = EomtDinov3Config.from_dict(values)
-    normalisation = read_normalisation(folder / "preprocessor_config.json", config.num_channels)
+    normalisation = read_normalisation(folder / PREPROCESSOR, config.num_channels)
     weights: dict[str, Tensor] = {}
     digests, nonfinite, drawn = {}, [], ""
     with open_tensors(path) as file:
@@ -210,7 +210,7 @@ def _disagreements(found: StoredModel, evidence: Evidence) -> Iterator[str]:
     labels, ids = found.config.label2id, found.values.get("label2id")
     if ids is not None and ids != labels and len(labels) == len(found.config.id2label):
         yield "label2id in config.json is not the inverse of its id2label."
-    preprocessor = read_json_object(found.folder / "preprocessor_config.json")
+    preprocessor = read_json_object(found.folder / PREPROCESSOR)
     trained, made = found.config.input_size, _size_in(preprocessor)
     if made and (mismatch := size_mismatch(trained, made)):
         yield mismatch
