@@ -110,10 +110,8 @@ class MaskedAttentionModel(EomtDinov3PreTrainedModel):
             return self.attn_mask_probs.unbind(0)  # training draws masks whatever the values are
         if self.training:  # the loss waits for the GPU anyway, and torch may miss changes
             return tuple(self.attn_mask_probs.tolist())
-        probabilities: tuple[float, ...] = self._known_probabilities()
-        return probabilities
+        return self._known_probabilities()
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch's own
     def _known_probabilities(self) -> tuple[float, ...]:
         known = self._read_probabilities
         if known is None or not known.are_of(self.attn_mask_probs):
@@ -125,6 +123,10 @@ class MaskedAttentionModel(EomtDinov3PreTrainedModel):
                 )
             known = self._read_probabilities = _ReadProbabilities(self.attn_mask_probs)
         return known.values
+
+    # as torch.compiler.assume_constant_result marks it, which imports all of the compiler to do so:
+    # a second and 80 MB
+    _known_probabilities._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _refresh_mask_schedule(self, *_: object) -> None:
         """Reads the values ahead of an export, which cannot read them."""

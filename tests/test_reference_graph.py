@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -258,6 +259,19 @@ def test_an_exported_file_is_read_in_another_process(model: Model, tmp_path: Pat
         "assert isinstance(model(torch.zeros(1, 3, 32, 32)), Output)\n"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "model.pt2"], check=True)
+
+
+def test_the_compiler_is_not_imported_with_the_model() -> None:
+    """It takes longer to import than a small model to convert."""
+    code = "import sys, reference_model.model; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_probabilities_are_marked_as_torch_marks_constants() -> None:
+    marked: Any = torch.compiler.assume_constant_result(lambda: None)
+
+    assert vars(marked).items() <= vars(Model._known_probabilities).items()
+    assert vars(marked)
 
 
 @torch.no_grad()
