@@ -103,7 +103,7 @@ def test_the_server_is_named_without_a_password(
     assert endpoint_name() == name
 
 
-def test_bytes_that_are_no_answer_make_no_sense(hub: Hub, commit: str) -> None:
+def test_malformed_answers_are_refused(hub: Hub, commit: str) -> None:
     assert "is invalid (UnicodeDecodeError)" in error_of(WrongBytes(), hub).message
 
 

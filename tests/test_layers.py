@@ -106,7 +106,7 @@ def test_no_two_classes_have_one_name() -> None:
     assert [name for name in names if names.count(name) > 1] == []
 
 
-def test_the_reference_model_knows_nothing_of_the_converter() -> None:
+def test_the_reference_model_does_not_import_the_converter() -> None:
     names = [name for path in modules_of(REFERENCE_MODEL) for name in imported(path)]
 
     assert any(name.startswith("torch") for name in names)

@@ -327,7 +327,7 @@ def test_what_a_fine_tune_added_to_its_config_is_kept(model: Path, tmp_path: Pat
     assert json.loads((tmp_path / "out" / "config.json").read_text())["trained_by"] == "someone"
 
 
-def test_a_converted_folder_is_no_delta(model: Path, tmp_path: Path) -> None:
+def test_a_converted_folder_is_refused_as_a_delta(model: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="converted already"):
         converter.convert("tiny_panoptic_64", tmp_path / "out", delta=str(model), weights="delta")
 

@@ -244,7 +244,7 @@ def test_an_output_that_is_a_link_to_itself_is_refused(
     assert any(reason in message for reason in ("out is a file", "out cannot be written"))
 
 
-def test_the_root_of_the_file_system_is_no_output(command: Command) -> None:
+def test_the_root_of_the_file_system_is_refused_as_an_output(command: Command) -> None:
     assert "--force does not replace them" in error_of(command, *CONVERT[:-1], "/")
 
 

@@ -31,7 +31,7 @@ def test_a_size_without_a_unit_is_in_bytes() -> None:
         *("9" * 5000 + "GB", "0.0000001KB", "1_000MB"),
     ],
 )
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_invalid_sizes_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is not a size"):
         parse_size(text)
 
