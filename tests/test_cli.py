@@ -372,6 +372,22 @@ def test_an_interrupted_run_names_the_signal_and_leaves_nothing(
     assert names(tmp_path) == []
 
 
+def test_a_signal_that_arrives_in_a_finaliser_stops_the_run(tmp_path: Path) -> None:
+    """Python drops what is raised there."""
+    finaliser = "class Closed:\n    def __del__(self):\n"
+    finaliser += "        print('merging', flush=True)\n        time.sleep(3600)\n"
+    program = SLOW.replace("compute = merge.compute\n", f"compute = merge.compute\n{finaliser}")
+    program = program.replace(
+        '        print("merging", flush=True)\n        time.sleep(3600)\n', "        Closed()\n"
+    )
+    process = merging(tmp_path, program)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=HANGS)
+
+    assert process.returncode == 128 + signal.SIGTERM, stderr
+    assert names(tmp_path) == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT])
 def test_a_signal_that_was_ignored_at_the_start_stops_nothing(
     tmp_path: Path, number: signal.Signals

@@ -55,15 +55,26 @@ def _stopped_by_signals() -> Iterator[None]:
             signal.signal(each, signal.SIG_IGN)
         raise _StopError(number)
 
+    def stop_again(unraisable: Any) -> None:
+        """Sends the signal again, shortly after: Python drops what is raised in a finaliser."""
+        error = unraisable.exc_value
+        if not isinstance(error, _StopError):
+            hook(unraisable)
+            return
+        signal.signal(error.number, stop)
+        threading.Timer(0.01, os.kill, (os.getpid(), error.number)).start()
+
     # None: the handler was not set by Python
     left = (signal.SIG_IGN, None)
     before = {each: signal.getsignal(each) for each in _STOPPING}
     before = {each: handler for each, handler in before.items() if handler not in left}
     for each in before:
         signal.signal(each, stop)
+    hook, sys.unraisablehook = sys.unraisablehook, stop_again
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for each, handler in before.items():
             signal.signal(each, handler)
 
