@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 from converter.errors import OutputError, UnreadableFileError
 from reference_model import files
 from reference_model.files import JSON_LIMIT as JSON_LIMIT
+from reference_model.files import SHARD_NAME as SHARD_NAME
 from reference_model.files import open_regular as open_regular
 from reference_model.files import read_bytes as read_bytes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,10 @@ from typing import Any
 # Bytes of a JSON file: the largest config.json of a published model has 100 kB. Parsed, it takes up
 # to thirty times as much memory.
 JSON_LIMIT = 2**22
+
+# the name of a safetensors file, without folders, "..", control characters or other characters that
+# a terminal interprets
+SHARD_NAME = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 
 
 def fetch_file(folder_or_repo: str | Path, name: str, **hub: Any) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -26,7 +25,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from reference_model.config import EomtDinov3Config
-from reference_model.files import fetch_file, open_regular, read_json_object, replacing
+from reference_model.files import (
+    SHARD_NAME,
+    fetch_file,
+    open_regular,
+    read_json_object,
+    replacing,
+)
 
 MODEL_CARD = """\
 ---
@@ -40,9 +45,6 @@ pipeline_tag: image-segmentation
 An EoMT-DINOv3 segmentation model. `EomtDinov3ForUniversalSegmentation.from_pretrained` loads it,
 in transformers and in the reference model of eomt-convert alike.
 """
-
-# a name without folders, "..", control characters or other characters that a terminal interprets
-_SHARD_NAME = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
 
 FLOATING_POINT = {"F64", "F32", "F16", "BF16"}  # safetensors' names
 
@@ -220,7 +222,7 @@ def _shard_names(index: Path) -> list[str]:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{index}: not an index of safetensors shards") from error
     for name in names:
-        if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
+        if not isinstance(name, str) or not SHARD_NAME.fullmatch(name):
             raise ValueError(
                 f"{index}: {shortened(name)} is not the plain name of a safetensors file"
             )

@@ -15,7 +15,7 @@ from reprlib import repr as shortened
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from converter.errors import UnreadableFileError
-from converter.files import FileDigest, open_regular, readable
+from converter.files import SHARD_NAME, FileDigest, open_regular, readable
 from converter.places import WEIGHT_SUFFIXES
 from converter.weights.headers import MAX_DESCRIPTION, parse_json_object, read_header
 from converter.weights.unpickling import is_name
@@ -317,9 +317,6 @@ _NUMPY_TYPES = {
 
 # shards and their index -------------------------------------------------------------------------
 
-# a plain file name: no path to another folder, no control characters
-_SHARD_NAME = re.compile(r"\w[\w.-]*\.safetensors", re.ASCII)
-
 
 def shard_names(path: Path) -> list[str]:
     """The names of the files that an index lists; they belong in the index's folder.
@@ -366,7 +363,7 @@ def _weight_map(content: bytes, path: Path) -> dict[str, str]:
     for name, shard in weight_map.items():
         if not is_name(name):
             raise broken(f"{shortened(name)} is not a valid name of a tensor")
-        if type(shard) is not str or not _SHARD_NAME.fullmatch(shard):
+        if type(shard) is not str or not SHARD_NAME.fullmatch(shard):
             raise broken(
                 f"the shard of {name!r} is {shortened(shard)}, expected a *.safetensors beside it"
             )
