@@ -37,19 +37,22 @@ class Destination:
         output: str | Path | None = None,
         *,
         report: str | Path | None = None,
-        force: bool = False,
-        exist_ok: bool = False,
-        keep_unverified: bool = False,
-        require_verified: bool = False,
+        **switches: bool,
     ) -> Self:
         """The destination that options describe; nothing is written yet.
+
+        Args:
+            job: what is converted.
+            output: the folder to write; by default the checkpoint's name.
+            report: a page to write as well.
+            switches: the fields that are true or false.
 
         Raises:
             UsageError: there is no output for a job without a checkpoint, the report is in the
                 output, or options contradict each other.
             NotVerifiedError: a check is required and there is nothing to compare with.
         """
-        if require_verified:
+        if switches.get("require_verified"):
             _check_can_be_verified(job)
         if not output and job.checkpoint is None:
             raise UsageError("Without --checkpoint, --output must be given.")
@@ -57,7 +60,7 @@ class Destination:
         page = optional_path(report)
         if page and real_path(page).is_relative_to(place):
             raise UsageError(f"{page} is in the output {place}, which gets its own {REPORT}.")
-        return cls(place, page, force, exist_ok, keep_unverified, require_verified)
+        return cls(place, page, **switches)
 
     @property
     def rejected(self) -> Path | None:
