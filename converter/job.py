@@ -125,7 +125,7 @@ class Job:
             if field.name == "image" or value in (None, usual.get(field.name, field.default)):
                 continue
             option = f"--{field.name.replace('_', '-')}"
-            if isinstance(value, bool):
+            if isinstance(field.default, bool):
                 words.append(option if value else option.replace("--", "--no-", 1))
             else:
                 words += [option, _shown(value)]
@@ -142,7 +142,6 @@ _READ: Mapping[str, Callable[[Any], Any]] = {
     "max_shard_size": lambda size: parse_size(str(size)),
     "recorded": lambda path: find_recorded(user_path(path)),
     "image": user_path,
-    **dict.fromkeys(("verify", "check_backbone", "allow_mismatch", "allow_nonfinite"), bool),
 }
 
 

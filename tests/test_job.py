@@ -118,6 +118,14 @@ def test_options_that_equal_the_catalogues_are_not_in_the_command() -> None:
     assert job.command() == "eomt-convert --checkpoint tiny_panoptic_64"
 
 
+def test_a_switch_may_be_a_number() -> None:
+    options: Any = {"verify": 0, "check_backbone": 1, "allow_mismatch": 0}
+
+    command = Job.of("tiny_panoptic_64", **options).command()
+
+    assert command == "eomt-convert --checkpoint tiny_panoptic_64 --no-verify --check-backbone"
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
