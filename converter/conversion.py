@@ -475,10 +475,12 @@ def _history(
     folder: Path,
 ) -> History:
     """The content of conversion.json; it depends only on the job and its inputs."""
-    configs = {
-        role: digests_of([source.config] if source.config and role == "backbone" else [])
-        for role, source in inputs.fetched.items()
-    }
+    sources = {}
+    for role, source in inputs.fetched.items():
+        read = merged.inputs[role]
+        if role == "backbone" and source.config:
+            read = {**read, **digests_of([source.config])}
+        sources[role] = PastSource(source.repo_id, source.revision, read)
     files = {**merged.files, **digests_of(folder / name for name in CONFIGS)}
     return History(
         tool=TOOL,
@@ -488,12 +490,7 @@ def _history(
         task=job.task,
         dtype=job.dtype,
         weights=inputs.weights,
-        sources={
-            role: PastSource(
-                source.repo_id, source.revision, {**merged.inputs[role], **configs[role]}
-            )
-            for role, source in inputs.fetched.items()
-        },
+        sources=sources,
         files=dict(sorted(files.items())),
         rows={
             row.name: PastTensor(row.shape, row.dtype, row.recipe, merged.tensors[row.name])
