@@ -1,0 +1,1 @@
+"""Runs exported files: ONNX with onnxruntime, programs of torch.export with torch."""
