@@ -1,14 +1,16 @@
 """Opens converted models, from a folder or a Hub repository, so that they can be run."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from converter.catalog import find_named
-from converter.configs import PREPROCESSOR, read_config
-from converter.errors import UnreadableFileError, UsageError
+from converter.configs import PREPROCESSOR, Dtype, read_config
+from converter.errors import EomtConvertError, UnreadableFileError, UsageError
 from converter.files import read_json_object, user_path
 from converter.history import HISTORY, read_history
 from converter.hub.access import Access
@@ -19,7 +21,15 @@ from converter.places import HubSource, LocalSource, parse_source
 if TYPE_CHECKING:
     import torch
 
-    from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor
+    from reference_model import (
+        BatchFeature,
+        EomtDinov3ForUniversalSegmentation,
+        EomtDinov3ForUniversalSegmentationOutput,
+        EomtImageProcessor,
+    )
+
+# modes of torch.compile
+Compile = Literal["default", "max-autotune"]
 
 
 def fetch_model(model: str | Path, access: Access) -> Path:
@@ -100,7 +110,12 @@ def find_task(model: str | Path, folder: Path) -> str:
 
 
 def load_model(
-    folder: Path, *, device: str, dtype: str = "auto", windows: bool
+    folder: Path,
+    *,
+    device: str,
+    dtype: str = "auto",
+    windows: bool,
+    compile: Compile | None = None,
 ) -> "tuple[EomtDinov3ForUniversalSegmentation, EomtImageProcessor]":
     """Loads the network and its image processor, which is set to do what the original does.
 
@@ -111,11 +126,14 @@ def load_model(
         windows: whether windows slide over pictures, as for semantic segmentation; otherwise
             pictures are padded. This overrides the published preprocessor_config.json of semantic
             models, which pads.
+        compile: the mode of torch.compile; None to run the network as it is.
 
     Raises:
         UnreadableFileError: a file is missing or broken, or network and image processor are for
             different sizes.
+        UsageError: there is no such mode.
     """
+    check_mode(compile)
     from safetensors import SafetensorError
 
     from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor
@@ -140,7 +158,86 @@ def load_model(
             f"num_channels in {folder / 'config.json'} is {network.config.num_channels}, expected "
             "3 for pictures."
         )
+    if compile:
+        compile_network(network, compile)
     return network, processor
+
+
+def check_mode(compile: str | None) -> None:
+    """Checks that a mode of torch.compile is known.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if compile is not None and compile not in get_args(Compile):
+        raise UsageError(
+            f"There is no mode {compile!r} of compiling.",
+            f"There are {', '.join(get_args(Compile))}.",
+        )
+
+
+def in_dtype(
+    network: "EomtDinov3ForUniversalSegmentation", dtype: Dtype
+) -> "EomtDinov3ForUniversalSegmentation":
+    """Another network with the same weights in a dtype; they are shared if it is theirs."""
+    import torch
+
+    state = {
+        name: tensor.to(getattr(torch, dtype)) for name, tensor in network.state_dict().items()
+    }
+    with torch.device("meta"):
+        other = type(network)(network.config)
+    other.load_state_dict(state, assign=True)
+    return other.eval()
+
+
+def compile_network(network: "EomtDinov3ForUniversalSegmentation", mode: Compile) -> None:
+    """Has a network compiled as one graph when it is run; see `compiler_errors`.
+
+    The first batch decides the sizes. A batch of another size is compiled once more, for any number
+    of pictures, and a single picture once by itself.
+    """
+    network.compile(fullgraph=True, mode=mode)
+
+
+def run_network(
+    network: "EomtDinov3ForUniversalSegmentation", inputs: "BatchFeature"
+) -> "EomtDinov3ForUniversalSegmentationOutput":
+    """Runs a network on what its image processor made of pictures.
+
+    The positions of windows, of which there are more or fewer for every picture, stay out of a
+    compiled graph.
+
+    Raises:
+        EomtConvertError: the network cannot be compiled.
+    """
+    with compiler_errors():
+        outputs: EomtDinov3ForUniversalSegmentationOutput = network(inputs["pixel_values"])
+    return replace(outputs, patch_offsets=inputs.get("patch_offsets"))
+
+
+@contextmanager
+def compiler_errors() -> Iterator[None]:
+    """Makes errors of torch.compile in this block into a clear one.
+
+    Raises:
+        EomtConvertError: torch.compile fails.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        dynamo: Any = sys.modules.get("torch._dynamo.exc")  # not imported unless it was used
+        if dynamo is None or not isinstance(error, dynamo.TorchDynamoException):
+            raise
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = next(
+            (line for line in lines if not line.endswith("raised:")), "no reason is given"
+        )
+        raise EomtConvertError(
+            f"torch.compile cannot compile the model: {reason.rstrip('.')}.",
+            "It needs a C++ compiler, such as g++, and on GPUs Triton. Leave out --compile to run "
+            "without it.",
+        ) from error
 
 
 def size_mismatch(

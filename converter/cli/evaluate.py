@@ -6,13 +6,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converter.cli.session import Session, common_options, hub_options, progress_bar, threads_option
+from converter.cli.session import (
+    CompilingCommand,
+    Session,
+    common_options,
+    compile_option,
+    hub_options,
+    progress_bar,
+    threads_option,
+)
+from converter.models import Compile
 
 if TYPE_CHECKING:
     from converter.pictures.evaluation import Evaluation
 
 
-@click.command("evaluate")
+@click.command("evaluate", cls=CompilingCommand)
 @click.argument("model", metavar="MODEL|REPO[@REV]")
 @click.option(
     "--dataset",
@@ -28,6 +37,7 @@ if TYPE_CHECKING:
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Use only this many pictures.")
 @click.option("--device", help="As torch names it. [default: a GPU if there is one]")
+@compile_option
 @threads_option
 @hub_options
 @common_options
@@ -37,6 +47,7 @@ def evaluate_command(
     data: Path,
     limit: int | None,
     device: str | None,
+    compile: Compile | None,
     threads: int | None,
     token: str | None,
     cache_dir: Path | None,
@@ -65,6 +76,7 @@ def evaluate_command(
                 data,
                 limit=limit,
                 device=device,
+                compile=compile,
                 token=token,
                 cache_dir=cache_dir,
                 local_files_only=offline,

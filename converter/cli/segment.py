@@ -8,15 +8,24 @@ from typing import TYPE_CHECKING, get_args
 import click
 
 from converter.catalog import Task
-from converter.cli.session import Session, common_options, hub_options, progress_bar, threads_option
+from converter.cli.session import (
+    CompilingCommand,
+    Session,
+    common_options,
+    compile_option,
+    hub_options,
+    progress_bar,
+    threads_option,
+)
 from converter.configs import Dtype
 from converter.errors import UnreadableFileError
+from converter.models import Compile
 
 if TYPE_CHECKING:
     from converter.pictures.segmenting import Segmentation, SegmentedPicture
 
 
-@click.command("segment")
+@click.command("segment", cls=CompilingCommand)
 @click.argument("model", metavar="MODEL|REPO[@REV]")
 @click.argument("pictures", metavar="PICTURE...", nargs=-1, required=True)
 @click.option(
@@ -49,6 +58,7 @@ if TYPE_CHECKING:
     type=click.Choice(get_args(Dtype)),
     help="Of the weights. [default: as in the file]",
 )
+@compile_option
 @threads_option
 @click.option("--force", is_flag=True, help="Replace files of an earlier run, and no others.")
 @hub_options
@@ -62,6 +72,7 @@ def segment_command(
     batch_size: int,
     device: str | None,
     dtype: str | None,
+    compile: Compile | None,
     threads: int | None,
     force: bool,
     token: str | None,
@@ -89,6 +100,7 @@ def segment_command(
                 batch_size=batch_size,
                 device=device,
                 dtype=dtype or "auto",
+                compile=compile,
                 threads=threads,
                 force=force,
                 token=token,

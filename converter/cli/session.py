@@ -11,6 +11,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TextIO, get_args
@@ -20,6 +21,7 @@ import click
 from converter.configs import Dtype
 from converter.errors import EomtConvertError, OutputsDifferError
 from converter.hub.access import check_endpoint, without_secrets
+from converter.models import Compile
 from converter.outside import json_text, visible
 
 if TYPE_CHECKING:
@@ -331,6 +333,32 @@ cache_option = click.option(
     type=click.Path(path_type=Path),
     help="Where downloads are kept. [default: the Hub's cache]",
 )
+
+_MODES = get_args(Compile)
+
+compile_option = click.option(
+    "--compile",
+    type=click.Choice(_MODES),
+    help="Compile the network with torch.compile; on its own, in the default mode.",
+)
+
+
+class CompilingCommand(click.Command):
+    """A command with `compile_option`, whose value may be left out.
+
+    click would take whatever follows for the value, such as the name of a model.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        end = args.index("--") if "--" in args else len(args)
+        given = [
+            f"{argument}={_MODES[0]}"
+            if argument == "--compile" and following not in _MODES
+            else argument
+            for argument, following in pairwise([*args[:end], ""])
+        ]
+        return super().parse_args(ctx, [*given, *args[end:]])
+
 
 threads_option = click.option(
     "--threads", type=click.IntRange(1), help="Threads on the CPU. [default: torch's]"

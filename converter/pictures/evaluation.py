@@ -18,7 +18,14 @@ from converter.files import user_path
 from converter.history import has_weights_of, read_history
 from converter.hub.access import Access
 from converter.job import Progress
-from converter.models import choose_device, fetch_model, load_model, repository_of
+from converter.models import (
+    Compile,
+    choose_device,
+    fetch_model,
+    load_model,
+    repository_of,
+    run_network,
+)
 from converter.pictures.datasets import (
     DATASETS,
     Dataset,
@@ -112,6 +119,7 @@ def evaluate(
     *,
     limit: int | None = None,
     device: str | None = None,
+    compile: Compile | None = None,
     token: str | None = None,
     cache_dir: Path | None = None,
     local_files_only: bool = False,
@@ -128,6 +136,7 @@ def evaluate(
         data: the folder that holds the dataset's zips, or their unpacked content.
         limit: number of pictures to use, from the first; by default all.
         device: as torch names it; by default a GPU if there is one, another one for each process.
+        compile: the mode of torch.compile, ``default`` or ``max-autotune``; None for none.
         token: for the Hub; overrides HF_TOKEN and the login file.
         cache_dir: where downloads are kept.
         local_files_only: use only the cache.
@@ -137,8 +146,8 @@ def evaluate(
         UsageError: there is no such dataset or device, or there are more processes than pictures.
         UnreadableFileError: the model or the data cannot be read.
         AccessError, HubUnavailableError: the repository cannot be reached.
-        EomtConvertError: the model and the dataset differ in their number of classes, or a library
-            is missing.
+        EomtConvertError: the model and the dataset differ in their number of classes, a library is
+            missing, or the model cannot be compiled.
     """
     if dataset not in DATASETS:
         raise UsageError(f"There is no dataset {dataset!r}.", f"There are {', '.join(DATASETS)}.")
@@ -151,7 +160,11 @@ def evaluate(
         metric, predict = _recipe(dataset, examples)
         # the original's recipe, in float32
         network, processor = load_model(
-            folder, device=str(place), dtype="float32", windows=dataset == "ade20k-semantic"
+            folder,
+            device=str(place),
+            dtype="float32",
+            windows=dataset == "ade20k-semantic",
+            compile=compile,
         )
         if len(examples.names) != network.config.num_labels:
             raise EomtConvertError(
@@ -219,8 +232,7 @@ def _run(
 
     with torch.inference_mode():
         inputs = processor(images=example.image, return_tensors="pt").to(model.device)
-        outputs: EomtDinov3ForUniversalSegmentationOutput = model(**inputs)
-        return outputs
+        return run_network(model, inputs)
 
 
 def _predict_segments(

@@ -26,7 +26,14 @@ from converter.files import (
 )
 from converter.hub.access import Access
 from converter.job import Progress
-from converter.models import fetch_model, find_task, load_model, torch_device
+from converter.models import (
+    Compile,
+    fetch_model,
+    find_task,
+    load_model,
+    run_network,
+    torch_device,
+)
 from converter.pictures.coco import Segment, document, encode_mask, id_map_image, measure
 from converter.pictures.drawing import Label, draw_overlay
 from converter.version import TOOL, __version__
@@ -131,6 +138,7 @@ def segment(
     batch_size: int = 4,
     device: str | None = None,
     dtype: str = "auto",
+    compile: Compile | None = None,
     threads: int | None = None,
     force: bool = False,
     token: str | None = None,
@@ -154,6 +162,7 @@ def segment(
         batch_size: number of pictures that go through the network at once.
         device: as torch names it; by default a GPU if there is one.
         dtype: dtype of the weights, as torch names it; ``auto`` for that of the file.
+        compile: the mode of torch.compile, ``default`` or ``max-autotune``; None for none.
         threads: number of torch's CPU threads; by default torch's choice.
         force: replace files of an earlier run: the three files of a picture, if the JSON file says
             that this tool made them. Other files are never replaced.
@@ -167,6 +176,7 @@ def segment(
         UnreadableFileError: the model cannot be read, or there is no picture.
         OutputError: the output cannot be written, or exists.
         AccessError, HubUnavailableError: the repository cannot be reached.
+        EomtConvertError: the model cannot be compiled.
     """
     paths, skipped = find_pictures(pictures)
     if not paths:
@@ -189,7 +199,7 @@ def segment(
     done: list[SegmentedPicture] = []
     with torch_device(device, threads) as where:
         network, processor = load_model(
-            folder, device=where, dtype=dtype, windows=task == "semantic"
+            folder, device=where, dtype=dtype, windows=task == "semantic", compile=compile
         )
         categories = _categories(network, task)
         with writable(output):
@@ -329,7 +339,7 @@ def _run(
     try:
         with torch.inference_mode():
             inputs = processor(images=images).to(network.device, network.dtype)
-            outputs = network(**inputs)
+            outputs = run_network(network, inputs)
             if task == "semantic":
                 class_maps = processor.post_process_semantic_segmentation(outputs, sizes)
                 return map(_semantic, (class_map.numpy(force=True) for class_map in class_maps))
