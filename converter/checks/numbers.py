@@ -89,10 +89,32 @@ def check_numbers(
     return _judge(found, recorded, tolerance)
 
 
+def judge_outputs(
+    outputs: Mapping[str, Tensor],
+    recorded: Recorded,
+    tolerance: Tolerance,
+    widened: Mapping[str, float] | None = None,
+) -> Numbers:
+    """Compares outputs with recorded ones, whatever program computed them.
+
+    Args:
+        outputs: ``mask_logits``, ``class_logits`` and any others that a recording may have, by the
+            names of recorded tensors, on the CPU; only these are compared.
+        recorded: the recording to compare them with.
+        tolerance: how far apart they may be.
+        widened: factors of the tolerance by tensor name; 1 by default.
+    """
+    theirs = {
+        name: tensor for name, tensor in _comparable(recorded, bare=True).items() if name in outputs
+    }
+    compared = compare_all(outputs, theirs, tolerance, widened)
+    return _judge(Compared(dict(outputs), compared, widened or {}), recorded, tolerance)
+
+
 def judge_again(numbers: Numbers, recorded: Recorded, tolerance: Tolerance) -> Numbers:
     """Compares the same outputs with the same recording again, with another tolerance."""
     theirs = {name: recorded.tensors[name] for name in numbers.compared}
-    compared = _compare(numbers.outputs, theirs, tolerance)
+    compared = compare_all(numbers.outputs, theirs, tolerance)
     return _judge(Compared(dict(numbers.outputs), compared), recorded, tolerance)
 
 
@@ -211,7 +233,7 @@ def compare_outputs(
         ValueError: height or width of the input is not a multiple of the patch size.
     """
     outputs = compute()
-    found = Compared(outputs, _compare(outputs, recorded, tolerance))
+    found = Compared(outputs, compare_all(outputs, recorded, tolerance))
     failed = {name: c.max_abs for name, c in found.compared.items() if c.failure}
     near = all(
         largest <= _NEAR_TOLERANCES * tolerance.of(recorded[n]) for n, largest in failed.items()
@@ -222,15 +244,9 @@ def compare_outputs(
         exact = _in_float64(compute, modules)
     except torch.cuda.OutOfMemoryError:
         return found
-    errors = {
-        name: float(
-            (outputs[name][: len(theirs)].double() - exact[name][: len(theirs)]).abs().max()
-        )
-        / tolerance.of(theirs)
-        for name, theirs in recorded.items()
-    }
+    errors = _errors(outputs, exact, recorded, tolerance)
     factors = {n: min(max(1.0, _RECORDING_ERRORS * e), _MAX_WIDENING) for n, e in errors.items()}
-    compared = _compare(exact, recorded, tolerance, factors)
+    compared = compare_all(exact, recorded, tolerance, factors)
     if any(comparison.failure for comparison in compared.values()):
         return found
     note = (
@@ -238,6 +254,54 @@ def compare_outputs(
         f"{max(errors.values()):.2g} of the tolerance."
     )
     return Compared(outputs, compared, {n: f for n, f in factors.items() if f > 1}, note)
+
+
+def widening(
+    compute: Callable[[], dict[str, Tensor]],
+    modules: Sequence[nn.Module],
+    recorded: Mapping[str, Tensor],
+    tolerance: Tolerance,
+) -> dict[str, float]:
+    """By how much the tolerance must be widened for float32 outputs that are computed otherwise.
+
+    Neither they nor the recording can be computed in float64, so both may have an error as large as
+    the one measured in this network.
+
+    Args:
+        compute: runs the modules in their current dtype.
+        modules: in float32.
+        recorded: the recorded tensors.
+        tolerance: how far apart they may be.
+
+    Returns:
+        Factors above 1, by tensor name.
+    """
+    if not _has_float64(modules):
+        return {}
+    outputs = compute()
+    try:
+        exact = _in_float64(compute, modules)
+    except torch.cuda.OutOfMemoryError:
+        return {}
+    errors = _errors(outputs, exact, recorded, tolerance)
+    factors = {n: min(2 * _RECORDING_ERRORS * e, _MAX_WIDENING) for n, e in errors.items()}
+    return {name: factor for name, factor in factors.items() if factor > 1}
+
+
+def _errors(
+    outputs: Mapping[str, Tensor],
+    exact: Mapping[str, Tensor],
+    recorded: Mapping[str, Tensor],
+    tolerance: Tolerance,
+) -> dict[str, float]:
+    """How far float32 outputs are from exact ones, in tolerances, by tensor name."""
+    return {
+        name: float(
+            (outputs[name][: len(theirs)].double() - exact[name][: len(theirs)]).abs().max()
+        )
+        / tolerance.of(theirs)
+        for name, theirs in recorded.items()
+    }
 
 
 def _has_float64(modules: Sequence[nn.Module]) -> bool:
@@ -257,7 +321,7 @@ def _in_float64(
             module.float()
 
 
-def _compare(
+def compare_all(
     outputs: Mapping[str, Tensor],
     recorded: Mapping[str, Tensor],
     tolerance: Tolerance,
@@ -286,18 +350,22 @@ def _compare(
     }
 
 
-def run(model: EomtDinov3ForUniversalSegmentation, inputs: Tensor) -> dict[str, Tensor]:
+def run(
+    model: EomtDinov3ForUniversalSegmentation, inputs: Tensor, *, layers: bool = True
+) -> dict[str, Tensor]:
     """A model's outputs by the names of recorded tensors, on the CPU.
 
     Args:
         model: on any device.
         inputs: (batch, channels, height, width), rescaled and normalised.
+        layers: whether to return every layer's output, too.
 
     Raises:
         ValueError: height or width is not a multiple of the patch size.
     """
+    options = {"output_hidden_states": True} if layers else {}
     with torch.inference_mode():
-        output = model(inputs.to(model.device), output_hidden_states=True)
+        output = model(inputs.to(model.device), **options)
     return {name: tensor.cpu() for name, tensor in named_outputs(output).items()}
 
 

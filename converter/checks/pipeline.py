@@ -73,7 +73,7 @@ def compute_logits(
     Raises:
         ValueError: height or width is not a multiple of the patch size.
     """
-    outputs = run(model, inputs.values)
+    outputs = run(model, inputs.values, layers=False)
     return {f"pipeline.{name}": outputs[name] for name in LOGITS}
 
 

@@ -164,11 +164,11 @@ class Network:
 
 
 def named_outputs(output: Any) -> dict[str, Tensor]:
-    """A model's outputs and hidden states, by the names of recorded tensors, in order."""
-    embeddings, *hidden_states = output.hidden_states
+    """A model's outputs, and hidden states if it has any, by the names of recorded tensors."""
+    states = output.hidden_states or ()
+    names = ("patch_embeddings", *(f"hidden_states.{layer}" for layer in range(len(states) - 1)))
     return {
-        "patch_embeddings": embeddings,
-        **{f"hidden_states.{i}": state for i, state in enumerate(hidden_states)},
+        **dict(zip(names, states, strict=False)),
         "last_hidden_state": output.last_hidden_state,
         "class_logits": output.class_queries_logits,
         "mask_logits": output.masks_queries_logits,
