@@ -10,7 +10,8 @@ one, as verification makes them; their difference is the share of a picture's pi
 
 Further tables are of single layers, each run on what was computed before it, and of what rounding
 does to models; then of faults that verification finds in rounded models, and of how alike two
-trainings are (benchmarks/rounded.py).
+trainings are (benchmarks/rounded.py). benchmarks/computed.py measures what computing in 16 bits
+costs.
 """
 
 import argparse
@@ -61,8 +62,8 @@ from converter.checks.rounding import (
     allowing_for_rounding,
     with_rounding_error,
 )
+from reference_model import EomtDinov3Config, EomtImageProcessor
 from reference_model import EomtDinov3ForUniversalSegmentation as Model
-from reference_model import EomtImageProcessor
 
 Outputs: TypeAlias = Mapping[str, Tensor]
 
@@ -97,7 +98,6 @@ class Subject:
         masks: the mask logits that mask each block's attention, as verification takes them from a
             recording; empty to leave masked attention out.
         pictures: that the input was made of; None if it was not.
-        slow: whether 16-bit arithmetic takes a CPU minutes.
     """
 
     folder: Path
@@ -106,7 +106,6 @@ class Subject:
     recorded: Outputs
     masks: Sequence[Tensor]
     pictures: Prepared | None = None
-    slow: bool = False
 
     def load(self) -> Model:
         return Model.from_pretrained(self.folder)
@@ -150,8 +149,9 @@ def offline_pictures(recorded: Path, place: Path) -> Subject:
     return Subject(place, inputs.pixels, inputs.values, theirs, (), inputs)
 
 
-def random_subject(place: Path, image_size: int) -> Subject:
-    config = replace(config_of("small", image_size), initializer_range=WEIGHT_STD)
+def random_subject(place: Path, image_size: int, config: EomtDinov3Config | None = None) -> Subject:
+    """A model of random weights, by default of ViT-S's sizes, and two random pictures."""
+    config = replace(config or config_of("small", image_size), initializer_range=WEIGHT_STD)
     model = Model(config)
     model.attn_mask_probs.zero_()  # as in a converted model
     model.save_pretrained(place)
@@ -164,7 +164,7 @@ def random_subject(place: Path, image_size: int) -> Subject:
     )
     found = masked_predictions(model.eval(), inputs.values)
     masks = [found[f"masked.mask_logits.{block}"] for block in range(config.num_blocks)]
-    return Subject(place, inputs.pixels, inputs.values, {}, masks, inputs, slow=True)
+    return Subject(place, inputs.pixels, inputs.values, {}, masks, inputs)
 
 
 def _normalised(pixels: Tensor, folder: Path) -> Tensor:
@@ -216,10 +216,8 @@ def with_weights_in(dtype: torch.dtype, subject: Subject) -> Outputs:
     return subject.compute(subject.load().to(dtype).float(), subject.inputs)
 
 
-def computed_in(dtype: torch.dtype, subject: Subject) -> Outputs:
-    if subject.slow and dtype.itemsize == 2:
-        return {}
-    return subject.compute(subject.load().to(dtype), subject.inputs.to(dtype))
+def in_float64(subject: Subject) -> Outputs:
+    return subject.compute(subject.load().double(), subject.inputs.double())
 
 
 @contextmanager
@@ -242,13 +240,11 @@ class Row:
         title: what is different.
         compute: computes a model's outputs in that way.
         dtype: torch's name of the weights' dtype.
-        checked: whether verification ever computes in that way.
     """
 
     title: str
     compute: Callable[[Subject], Outputs]
     dtype: str = "float32"
-    checked: bool = True
 
     @property
     def of_range(self) -> bool:
@@ -287,8 +283,6 @@ class Row:
         ]
 
     def _limit(self, measured: list[float], tolerance: float, *, of_range: bool) -> list[str]:
-        if not self.checked:
-            return ["none", ""]
         largest = max(measured, key=_or_least)
         margin = f"{tolerance / largest:.1f}" if largest > 0 else "exact"
         return [_shown(tolerance, of_range=of_range), margin]
@@ -322,13 +316,9 @@ def rows(avx2: Executor, without_avx: Executor, threads: int) -> list[Row]:
         Row("instructions up to AVX2", partial(in_process, avx2)),
         Row("instructions before AVX", partial(in_process, without_avx)),
         Row("the original on a CPU with AVX-512", as_recorded),
-        Row("computed in float64", partial(computed_in, torch.float64)),
+        Row("computed in float64", in_float64),
         Row("weights in bfloat16", partial(with_weights_in, torch.bfloat16), "bfloat16"),
         Row("weights in float16", partial(with_weights_in, torch.float16), "float16"),
-        Row(
-            "computed in bfloat16", partial(computed_in, torch.bfloat16), "bfloat16", checked=False
-        ),
-        Row("computed in float16", partial(computed_in, torch.float16), "float16", checked=False),
     ]
 
 

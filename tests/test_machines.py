@@ -483,6 +483,21 @@ def test_a_right_model_passes_where_its_network_magnifies_rounding(
     assert (verdict.verdict, verdict.cause, verdict.tried) == ("passed", None, ())
 
 
+@pytest.mark.parametrize(("spread", "seed"), UNSTEADY)
+def test_a_right_compiled_model_passes_where_its_network_magnifies_rounding(
+    spread: float, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot be computed in float64: its error and the recording's may add up."""
+    model = unsteady_model(spread, seed, tmp_path / "model")
+    recorded = record_elsewhere(model, tmp_path / "recorded", -1)
+    monkeypatch.setattr(Model, "compile", lambda *_, **__: None)  # rounds as on this machine
+
+    verdict = converter.verify(model, recorded=recorded, compile="default")
+
+    assert verdict.levels[2].figures["compiled"] == "default"
+    assert (verdict.verdict, verdict.cause) == ("passed", None)
+
+
 def test_the_verdict_says_that_outputs_were_computed_in_float64(tmp_path: Path) -> None:
     """On every instruction set, at least one network needs it."""
     reasons = []

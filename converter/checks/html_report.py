@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from converter.checks.comparison import Tolerance, segments
+from converter.checks.computation import Computation
 from converter.checks.recorded import Recorded
 from converter.checks.verdict import NUMBERED, Level, Verdict
 from converter.colours import Colour, class_colour
@@ -304,6 +305,10 @@ def _charts(verdict: Verdict, recorded: Recorded | None) -> Iterator[Chart]:
         beside = "the recording" + (", before rounding" if figures.get("unrounded") else "")
         if level.level == "peers":
             beside = f"{figures['peer']} {figures['version']}"
+        elif "beside" in figures:
+            compared = "the recording" if figures["beside"] == "recording" else "the same weights"
+            how = Computation(figures.get("computed_in", "float32"), figures.get("compiled"))
+            beside = f"{compared}, {how}"
         tolerance = Tolerance(figures["tolerance"], figures["relative_tolerance"])
         theirs, widened = recorded.tensors if recorded else {}, figures.get("widened", {})
         points = (

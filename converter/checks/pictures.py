@@ -9,14 +9,22 @@ import torch
 from torch import Tensor
 
 from converter.catalog import Task
-from converter.checks.comparison import ROUNDED, Tolerance, equal_results, largest_difference
-from converter.checks.numbers import LOGITS, compare_outputs
+from converter.checks.comparison import (
+    ROUNDED,
+    Comparison,
+    Tolerance,
+    equal_results,
+    largest_difference,
+)
+from converter.checks.computed import Computed
+from converter.checks.numbers import LOGITS, compare_all, compare_outputs, widening
 from converter.checks.pipeline import Prepared, compute_logits, prepare, segment
 from converter.checks.recorded import Recorded, RecordedPictures, read_pictures
 from converter.checks.verdict import Level
 from converter.class_names import unnamed
 from converter.configs import PREPROCESSOR, preprocessor_config
 from converter.files import read_json_object
+from converter.models import compiler_errors
 from reference_model import (
     EomtDinov3Config,
     EomtDinov3ForUniversalSegmentation,
@@ -44,6 +52,7 @@ def check_pictures(
     size_is_meant: bool,
     rounded: EomtDinov3ForUniversalSegmentation | None = None,
     rounded_to: str | None = None,
+    computed: Computed | None = None,
 ) -> Level:
     """Takes the recorded pictures through the processor, the network and the post-processing.
 
@@ -57,6 +66,7 @@ def check_pictures(
         rounded: the model with rounded weights, if ``model`` has the weights before rounding; its
             results are checked too.
         rounded_to: ``bfloat16`` or ``float16``, the dtype of the rounded weights.
+        computed: the model compiled or in 16 bits, if it is to be checked, too.
 
     Raises:
         UnreadableFileError: a picture file is not the one that the recording was made from.
@@ -90,6 +100,13 @@ def check_pictures(
                 f"With weights in {rounded_to} results are equal in "
                 f"{figures['rounded_equal_pixels']:.1%} of the pixels (at least {least:.1%})."
             )
+        if computed and not problems:
+            found, of_computed = _check_computed(
+                computed, rounded or model, folder, inputs, pictures, stuff, rounded_to
+            )
+            problems += found
+            figures |= of_computed
+            notes.append(f"The figures are for the model {computed.computation}.")
         unchecked += _unchecked_results(pictures, figures.get("results", {}))
     figures |= {
         "pictures": len(pictures.images),
@@ -261,23 +278,71 @@ def _check_outputs(
         return [f"The model cannot run on the recorded pictures: {error}."], {}
     logits, compared = found.outputs, found.compared
     problems = [comparison.failure for comparison in compared.values() if comparison.failure]
-    figures: dict[str, Any] = {
-        "tolerance": tolerance.absolute,
-        "relative_tolerance": tolerance.relative,
-        "widened": dict(found.widened),
-        "max_abs": largest_difference(compared),
-        "compared": {name: comparison.to_dict() for name, comparison in compared.items()},
-    }
+    figures = _figures(compared, tolerance, found.widened)
     if not all(comparison.same_shape for comparison in compared.values()):
         return problems, figures
     results = _equal_results(folder, logits, inputs, pictures, stuff)
     if results:
         problems += _differing_results(results, tolerance.equal_pixels)
-        figures |= {
-            "results": results,
-            "equal_pixels": min(results.values()),
-            "least_equal_pixels": tolerance.equal_pixels,
-        }
+        figures |= _result_figures(results, tolerance.equal_pixels)
+    return problems, figures
+
+
+def _figures(
+    compared: Mapping[str, Comparison], tolerance: Tolerance, widened: Mapping[str, float]
+) -> dict[str, Any]:
+    return {
+        "tolerance": tolerance.absolute,
+        "relative_tolerance": tolerance.relative,
+        "widened": dict(widened),
+        "max_abs": largest_difference(compared),
+        "compared": {name: comparison.to_dict() for name, comparison in compared.items()},
+    }
+
+
+def _result_figures(results: Mapping[str, float], least: float) -> dict[str, Any]:
+    return {
+        "results": results,
+        "equal_pixels": min(results.values()),
+        "least_equal_pixels": least,
+    }
+
+
+def _check_computed(
+    computed: Computed,
+    own: EomtDinov3ForUniversalSegmentation,
+    folder: Path,
+    inputs: Prepared,
+    pictures: RecordedPictures,
+    stuff: tuple[int, ...] | None,
+    rounded_to: str | None,
+) -> tuple[list[str], dict[str, Any]]:
+    """Compares logits and results of a computation, as `_check_outputs` does those of float32.
+
+    ``own`` is the model with the same weights in float32; ``rounded_to`` is their dtype, if they
+    were rounded.
+    """
+    tolerance, how = computed.tolerance, f" when {computed.computation}"
+    with compiler_errors():
+        logits = {n: t.float() for n, t in compute_logits(computed.model, inputs).items()}
+    beside: Mapping[str, Tensor] = pictures.tensors
+    if computed.rounded:
+        beside = compute_logits(own, inputs)
+    theirs = {name: beside[name] for name in logits}
+    compared = compare_all(logits, theirs, tolerance)
+    wider: Mapping[str, float] = {}
+    if computed.computation.dtype == "float32" and any(
+        comparison.failure for comparison in compared.values()
+    ):
+        wider = widening(lambda: compute_logits(own, inputs), [own], theirs, tolerance)
+        compared = compare_all(logits, theirs, tolerance, wider)
+    problems = [f"{c.failure[:-1]}{how}." for c in compared.values() if c.failure]
+    figures = computed.computation.figures | _figures(compared, tolerance, wider)
+    if results := _equal_results(folder, logits, inputs, pictures, stuff):
+        rounding = ROUNDED[rounded_to].equal_pixels if computed.rounded and rounded_to else 1.0
+        least = min(tolerance.equal_pixels, rounding)
+        problems += _differing_results(results, least, how)
+        figures |= _result_figures(results, least)
     return problems, figures
 
 

@@ -66,7 +66,7 @@ def with_cost_of_rounding(
         level = replace(level, status="failed")
     else:
         reason = (
-            f"{level.reason} The numbers are for the float32 sums that the weights were rounded "
+            f"{level.reason} These numbers are for the float32 sums that the weights were rounded "
             f"from. Rounding to {dtype} moves logits by up to {max(shares):.2%} of their "
             f"range: same best class {agreed['best_class']:.1%}, mask IoU "
             f"{agreed['mask_iou']:.3f}, same segment {agreed['same_segment']:.1%}."

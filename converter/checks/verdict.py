@@ -197,7 +197,7 @@ class Verdict:
                 "its published sources, from which every tensor is proven to come, and with the "
                 "published numbers, as a spot check"
             )
-        return self._recorded_by + self._rounded
+        return self._recorded_by + self._rounded + self._computed
 
     @property
     def _rounded(self) -> str:
@@ -209,6 +209,19 @@ class Verdict:
         if numbers.get("unrounded"):
             return f", using the float32 sums before they were rounded to {dtype}"
         return f", as closely as weights in {dtype} allow: faults smaller than rounding do not show"
+
+    @property
+    def _computed(self) -> str:
+        """How it was computed, besides in float32, and what that cannot show; likewise."""
+        numbers = self._figures_of("numbers")
+        dtype, mode = (numbers.get(key) for key in ("computed_in", "compiled"))
+        compiled = f"; then compiled ({mode})" if mode else ""
+        if dtype is None:
+            return compiled
+        return (
+            f"{compiled}{' and' if mode else '; then'} computed in {dtype}, as closely as 16 bits "
+            "allow: faults of the computation smaller than its rounding do not show"
+        )
 
     @property
     def _recorded_by(self) -> str:

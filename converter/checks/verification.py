@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from converter.catalog import find_named
 from converter.checks.arithmetic import changed_files, check_arithmetic, sums_before_rounding
+from converter.checks.computation import Computation
 from converter.checks.evidence import Evidence
 from converter.checks.provenance import (
     Given,
@@ -25,13 +26,13 @@ from converter.checks.structure import (
     read_weights,
 )
 from converter.checks.verdict import LEVELS, NOT_ASKED, NUMBERED, Cause, Level, Verdict
-from converter.configs import CONFIGS, find_backbone_config, read_model_config
+from converter.configs import CONFIGS, Dtype, find_backbone_config, read_model_config
 from converter.errors import UsageError
 from converter.files import optional_path, prepare_place, read_json_object, sha256
 from converter.history import has_weights_of, read_history
 from converter.hub.access import Access
 from converter.hub.sources import fetch_config
-from converter.models import fetch_model, repository_of, torch_device
+from converter.models import Compile, fetch_model, repository_of, torch_device
 from converter.places import find_recorded, parse_source
 from converter.weights.tensorfiles import find_weights, open_tensors
 
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from converter.checks.comparison import Tolerance
+    from converter.checks.computed import Computed
     from converter.checks.diagnosis.stages import Stage
     from converter.checks.numbers import Numbers
     from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
@@ -59,6 +61,7 @@ class Options:
         device: where the model runs, as torch names it.
         threads: number of torch's CPU threads; None for torch's choice.
         allow_nonfinite: whether weights may be NaN or infinite.
+        computation: how outputs are computed, besides in float32.
         access: how the Hub is reached.
     """
 
@@ -68,6 +71,7 @@ class Options:
     device: str = "cpu"
     threads: int | None = None
     allow_nonfinite: bool = False
+    computation: Computation = field(default_factory=Computation)
     access: Access = field(default_factory=Access)
 
 
@@ -97,6 +101,8 @@ def verify(
     level: int = len(NUMBERED),
     image: str | Path | None = None,
     device: str = "cpu",
+    dtype: Dtype = "float32",
+    compile: Compile | None = None,
     threads: int | None = None,
     report: str | Path | None = None,
     token: str | None = None,
@@ -120,6 +126,10 @@ def verify(
             Pictures, which have no number, are checked from 4 on.
         image: the picture that published outputs were recorded on; by default it is downloaded.
         device: where the model runs, such as ``cuda``.
+        dtype: to compute in, after the model has passed in float32: ``bfloat16`` or ``float16``
+            show what that costs.
+        compile: the mode of torch.compile, ``default`` or ``max-autotune``, to run the model with
+            after it has passed without; None for none.
         threads: number of torch's CPU threads; by default torch's choice.
         report: an HTML file to write with the results.
         token: for the Hub, as everywhere in huggingface_hub; by default HF_TOKEN or the login.
@@ -131,8 +141,9 @@ def verify(
         PlanError: the given sources do not add up to a model.
         AccessError: a named repository is missing, gated, or not in the cache.
         HubUnavailableError: the Hub is down, out of reach, or asks to wait.
-        UsageError: there is no such level, device or peer.
+        UsageError: there is no such level, device, dtype, mode or peer.
         OutputError: the report cannot be written.
+        EomtConvertError: the model cannot be compiled.
     """
     if level not in range(1, len(NUMBERED) + 1):
         raise UsageError(f"There is no level {level}: {NUMBERED[0]} is 1, {NUMBERED[-1]} is 5.")
@@ -140,7 +151,15 @@ def verify(
     if page:
         prepare_place(page)
     access = Access.of(token, cache_dir, local_files_only)
-    options = Options(level, against, optional_path(image), device, threads, access=access)
+    options = Options(
+        level,
+        against,
+        optional_path(image),
+        device,
+        threads,
+        computation=Computation(dtype, compile),
+        access=access,
+    )
     folder = fetch_model(model, access)
     with open_tensors(find_weights(folder)) as file:
         tensors = dict(file.tensors)
@@ -200,6 +219,7 @@ def check(folder: Path, evidence: Evidence, options: Options | None = None) -> F
     Raises:
         UnreadableFileError: the model or the recording cannot be read.
         UsageError: there is no such device or peer.
+        EomtConvertError: the model cannot be compiled.
     """
     from converter.checks.precision import full_float32
 
@@ -226,18 +246,21 @@ def _check(found: "StoredModel", evidence: Evidence, options: Options) -> Findin
         if recorded:
             judged = _check_numbers(model, found, evidence, recorded, levels["arithmetic"])
             levels["numbers"] = judged.numbers.level
+            if options.computation and judged.numbers.level.status == "passed":
+                judged = _compute(judged, found, recorded, options.computation)
+                levels["numbers"] = judged.last.level
             if _is_asked("pictures", options):
                 levels["pictures"] = _check_pictures(judged, found, evidence, recorded)
-        if options.against and _is_asked("peers", options):
+        if options.against and _is_compared("peers", options):
             levels["peers"] = _check_peers(model, found, recorded, judged)
-        if (slices := _slices(evidence)) and _is_asked("published", options):
+        if (slices := _slices(evidence)) and _is_compared("published", options):
             levels["published"] = _check_published(model, slices, found, evidence, options, levels)
     all_levels = tuple(
-        levels.get(name) or Level(name, "not checked", _why_not_checked(name, options))
+        levels.get(name) or Level(name, "not checked", _why_not_checked(name, evidence, options))
         for name in LEVELS
     )
     verdict = _with_diagnosis(all_levels, found, evidence, options, recorded, judged)
-    return Findings(verdict, recorded, judged.numbers.outputs if judged else {})
+    return Findings(verdict, recorded, judged.last.outputs if judged else {})
 
 
 def _is_run(evidence: Evidence, options: Options) -> bool:
@@ -247,7 +270,12 @@ def _is_run(evidence: Evidence, options: Options) -> bool:
         "peers": options.against,
         "published": _slices(evidence),
     }
-    return any(of and _is_asked(level, options) for level, of in compared_with.items())
+    return any(of and _is_compared(level, options) for level, of in compared_with.items())
+
+
+def _is_compared(level: str, options: Options) -> bool:
+    """Whether to compare outputs on a level; peers and published numbers are for float32 only."""
+    return _is_asked(level, options) and (level == "numbers" or not options.computation)
 
 
 def _slices(evidence: Evidence) -> Slices | None:
@@ -263,9 +291,12 @@ def _is_asked(level: str, options: Options) -> bool:
     return options.level >= _number("peers" if level == "pictures" else level)
 
 
-def _why_not_checked(level: str, options: Options) -> str:
+def _why_not_checked(level: str, evidence: Evidence, options: Options) -> str:
     if not _is_asked(level, options):
         return _not_asked(options)
+    compared_with = {"peers": options.against, "published": _slices(evidence)}
+    if options.computation and compared_with.get(level):
+        return f"This would be in float32, not for the model {options.computation}."
     return "No peer was named with --against." if level == "peers" else NOTHING_RECORDED
 
 
@@ -299,6 +330,7 @@ class _Judged:
         tolerance: how far its outputs may be off.
         stages: the network's stages with tolerances for rounding, if there are any.
         rounded: the model with its own weights, if ``model`` has the sums before rounding.
+        computed: the model computed as asked for, if ``numbers`` passed and are not all.
     """
 
     numbers: "Numbers"
@@ -307,6 +339,12 @@ class _Judged:
     tolerance: "Tolerance"
     stages: "tuple[Stage, ...] | None" = None
     rounded: "EomtDinov3ForUniversalSegmentation | None" = None
+    computed: "Computed | None" = None
+
+    @property
+    def last(self) -> "Numbers":
+        """The numbers that were asked for, or those that failed before."""
+        return self.computed.numbers if self.computed else self.numbers
 
 
 def _check_numbers(
@@ -359,6 +397,22 @@ def _check_numbers(
     return replace(judged, numbers=replace(judged.numbers, level=level))
 
 
+def _compute(
+    judged: _Judged, found: StoredModel, recorded: Recorded, computation: Computation
+) -> _Judged:
+    from converter.checks.computed import check_computed
+
+    computed = check_computed(
+        computation,
+        judged.rounded or judged.model,
+        judged.numbers,
+        found.normalisation,
+        recorded,
+        rounded=bool(found.rounded) and not recorded.origin.rounded,
+    )
+    return replace(judged, computed=computed)
+
+
 def _check_pictures(
     judged: _Judged,
     found: StoredModel,
@@ -375,6 +429,7 @@ def _check_pictures(
         judged.tolerance,
         rounded=judged.rounded,
         rounded_to=found.rounded_to,
+        computed=judged.computed,
         size_is_meant=evidence.size_is_meant,
     )
 
@@ -432,8 +487,13 @@ def _with_diagnosis(
     from converter.checks.diagnosis.stages import Network, Skeleton
     from converter.checks.numbers import first_difference
 
+    computed = judged and judged.computed
+    if computed and computed.cause and "arithmetic" not in failed:
+        tried = not_tried("The same weights are right in float32, not compiled.")
+        return Verdict(levels, computed.difference, computed.cause, tried)
     difference = None
-    if judged and "numbers" in failed:
+    wrong = judged and judged.numbers.level.status == "failed"
+    if judged and wrong:
         difference = first_difference(judged.numbers.compared, found.config)
         if not judged.numbers.comparable:
             tried = not_tried("The recorded outputs are from a model with other sizes.")
@@ -443,7 +503,7 @@ def _with_diagnosis(
     weights = judged.weights if judged else found.weights or read_weights(found.folder)
     cause, tried = diagnose(
         Network(Skeleton(found.config), weights, found.normalisation),
-        recorded if "numbers" in failed else None,
+        recorded if wrong else None,
         judged.tolerance if judged else FLOAT32,
         judged.stages if judged else None,
         found.digests,

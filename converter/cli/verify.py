@@ -2,15 +2,25 @@
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import click
 
-from converter.cli.session import SOURCE, Session, common_options, hub_options, threads_option
+from converter.cli.session import (
+    SOURCE,
+    CompilingCommand,
+    Session,
+    common_options,
+    compile_option,
+    hub_options,
+    threads_option,
+)
+from converter.configs import Dtype
 from converter.errors import NotVerifiedError, OutputsDifferError
+from converter.models import Compile
 
 
-@click.command("verify")
+@click.command("verify", cls=CompilingCommand)
 @click.argument("model", metavar="MODEL")
 @click.option(
     "--recorded",
@@ -47,6 +57,14 @@ from converter.errors import NotVerifiedError, OutputsDifferError
     help="The picture that published outputs were recorded on. [default: downloaded]",
 )
 @click.option("--device", default="cpu", show_default=True, help="Where the model runs.")
+@click.option(
+    "--dtype",
+    type=click.Choice(get_args(Dtype)),
+    default="float32",
+    show_default=True,
+    help="Type to compute in: what it costs.",
+)
+@compile_option
 @threads_option
 @click.option(
     "--report",
@@ -66,6 +84,8 @@ def verify_command(
     level: int,
     image: Path | None,
     device: str,
+    dtype: Dtype,
+    compile: Compile | None,
     threads: int | None,
     report: Path | None,
     require_verified: bool,
@@ -93,6 +113,8 @@ def verify_command(
             level=level,
             image=image,
             device=device,
+            dtype=dtype,
+            compile=compile,
             threads=threads,
             report=report,
             token=token,
