@@ -1,6 +1,5 @@
 """The whole job: from the name of a checkpoint to a checked folder that transformers loads."""
 
-import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
@@ -9,12 +8,13 @@ from typing import Any, Unpack
 
 from converter.checks.bare_backbone import check_outputs
 from converter.checks.evidence import Evidence
+from converter.checks.findings import Findings, write_page
 from converter.checks.provenance import Provenance
 from converter.checks.verdict import Verdict, unverified
-from converter.checks.verification import Findings, Options, check, write_page
+from converter.checks.verification import Options, check
 from converter.class_names import ClassNames
 from converter.configs import CONFIGS, DTYPES, PREPROCESSOR, model_config, preprocessor_config
-from converter.destination import Destination, made_files
+from converter.destination import Destination, keep_rejected, made_files
 from converter.errors import (
     EomtConvertError,
     MismatchError,
@@ -278,10 +278,7 @@ def _move_into_place(done: Conversion, stage: StagedOutput, destination: Destina
         return done
     rejected = destination.rejected
     if rejected:
-        with staged(rejected, size=0, force=destination.force, made=made_files) as kept:
-            kept.folder.rmdir()
-            shutil.move(stage.folder, kept.folder)
-            kept.publish()
+        keep_rejected(stage, rejected, force=destination.force)
     raise OutputsDifferError(
         f"The converted model is wrong: {done.verdict.reason}",
         f"It was kept as {rejected}, for inspection."

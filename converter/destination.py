@@ -1,5 +1,6 @@
 """The destination of a conversion: what may be replaced there, and what must be verified first."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,9 +10,9 @@ from converter.checks.published import PUBLISHED
 from converter.configs import CONFIGS
 from converter.errors import NotVerifiedError, UnreadableFileError, UsageError
 from converter.files import digests_of, optional_path, prepare_place, real_path, user_path
-from converter.history import HISTORY, REPORT, read_history
+from converter.history import HISTORY, REPORT, read_export, read_history
 from converter.job import Job
-from converter.staging import check_place, put_back
+from converter.staging import StagedOutput, check_place, put_back, staged
 from converter.version import TOOL
 
 
@@ -65,8 +66,7 @@ class Destination:
     @property
     def rejected(self) -> Path | None:
         """The folder for a model that fails; None if it is not kept."""
-        # / has no name that with_name could change
-        return self.place.parent / f"{self.place.name}.unverified" if self.keep_unverified else None
+        return rejected_place(self.place) if self.keep_unverified else None
 
     def prepared(self, job: Job) -> Self:
         """Checks that the output may be written, and decides whether to replace an existing one.
@@ -84,15 +84,39 @@ class Destination:
         return replace(self, force=force)
 
 
+def rejected_place(place: Path) -> Path:
+    """The folder for an output that fails, beside the one that it was made for."""
+    # / has no name that with_name could change
+    return place.parent / f"{place.name}.unverified"
+
+
+def keep_rejected(stage: StagedOutput, rejected: Path, *, force: bool) -> None:
+    """Moves an output that fails to its folder.
+
+    Args:
+        stage: where it was made.
+        rejected: the folder.
+        force: whether to replace an existing one.
+
+    Raises:
+        OutputError: something is there that must not be replaced.
+    """
+    with staged(rejected, size=0, force=force, made=made_files) as kept:
+        kept.folder.rmdir()
+        shutil.move(stage.folder, kept.folder)
+        kept.publish()
+
+
 def made_files(folder: Path) -> Mapping[str, str | None]:
-    """Names and SHA-256 of the files that a conversion wrote, from its conversion.json."""
+    """Names and SHA-256 of the files that a conversion or an export wrote, by conversion.json."""
     try:
-        history = read_history(folder)
+        history, export = read_history(folder), read_export(folder)
     except UnreadableFileError:
         return {}
-    if history is None or history.tool != TOOL:
+    if export is None and (history is None or history.tool != TOOL):
         return {}
-    listed = {name: file.sha256 for name, file in history.files.items() if name == Path(name).name}
+    files = export.files if export else history.files if history else {}
+    listed = {name: file.sha256 for name, file in files.items() if name == Path(name).name}
     return {**listed, HISTORY: None, REPORT: None}
 
 

@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from converter.catalog import Checkpoint, Task, find_named
 from converter.configs import Dtype
@@ -18,6 +18,8 @@ from converter.weights.inspection import WeightsKind
 from converter.weights.plan import Source
 
 HISTORY = "conversion.json"
+
+Format = Literal["onnx", "torch"]
 
 # what was found, as a page; it has measured figures, which differ a little from machine to machine
 REPORT = "verdict.html"
@@ -52,6 +54,56 @@ class PastTensor:
     dtype: str
     recipe: str
     sha256: str
+
+
+@dataclass(frozen=True)
+class PastExport:
+    """How a model was exported: the part ``export`` of the conversion.json beside the export.
+
+    Attributes:
+        version: of eomt-convert.
+        format: ``onnx`` or ``torch``, a program of torch.export.
+        opset: version of ONNX's operators; None for a program.
+        dtype: of weights and computation.
+        image_size: (height, width) in pixels; None if the file takes any.
+        versions: of the packages that made it, by name.
+        input: name of the input.
+        outputs: names of the outputs, in order.
+        dynamic_axes: names of the axes of any size, by their number, of inputs and outputs by name.
+        files: the export's own files, by name.
+        tensors: SHA-256 of every tensor of the model as it was exported, by its name there.
+        verdict: what was found, as `converter.checks.verdict.read_record` takes it.
+    """
+
+    version: str
+    format: Format
+    opset: int | None
+    dtype: Dtype
+    image_size: tuple[int, int] | None
+    versions: Mapping[str, str]
+    input: str
+    outputs: Sequence[str]
+    dynamic_axes: Mapping[str, Mapping[str, str]]
+    files: Digests
+    tensors: Mapping[str, str]
+    verdict: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The part of conversion.json."""
+        return {
+            "version": self.version,
+            "format": self.format,
+            "opset": self.opset,
+            "dtype": self.dtype,
+            "image_size": list(self.image_size) if self.image_size else None,
+            "versions": dict(self.versions),
+            "input": self.input,
+            "outputs": list(self.outputs),
+            "dynamic_axes": {name: dict(axes) for name, axes in self.dynamic_axes.items()},
+            "files": digests_to_dict(self.files),
+            "tensors": dict(self.tensors),
+            "verdict": self.verdict,
+        }
 
 
 @dataclass(frozen=True)
@@ -125,23 +177,71 @@ class History:
         }
 
 
-def write_history(folder: Path, history: History) -> None:
-    """Writes a model's conversion.json.
+def write_history(folder: Path, history: History | None, export: PastExport | None = None) -> None:
+    """Writes a model's conversion.json, or that of its export.
+
+    Args:
+        folder: where the file goes.
+        history: of the model; None if it is unknown, as of a model that has no conversion.json.
+        export: how it was exported, if it was.
 
     Raises:
         OSError: it cannot be written.
     """
-    write_json(folder / HISTORY, history.to_dict())
+    content = history.to_dict() if history else {}
+    write_json(folder / HISTORY, content | ({"export": export.to_dict()} if export else {}))
 
 
 def read_history(folder: Path) -> History | None:
-    """Reads a model's conversion.json; None if there is none.
+    """Reads a model's conversion.json; None if there is none, or if it is only about an export.
 
     Raises:
         UnreadableFileError: it does not have the form that a conversion writes.
     """
     path = folder / HISTORY
-    return parse_history(read_json_object(path), path) if path.is_file() else None
+    if not path.is_file():
+        return None
+    content = read_json_object(path)
+    return None if content.keys() == {"export"} else parse_history(content, path)
+
+
+def read_export(folder: Path) -> PastExport | None:
+    """Reads how the model in a folder was exported, from its conversion.json; None if it was not.
+
+    Raises:
+        UnreadableFileError: it does not have the form that an export writes.
+    """
+    path = folder / HISTORY
+    content = read_json_object(path) if path.is_file() else {}
+    if "export" not in content:
+        return None
+    part = _Object(path, "", content).object("export")
+    _check_verdict(part.object("verdict"))
+    return PastExport(
+        version=part.text("version"),
+        format=cast("Format", part.one_of("format", *get_args(Format))),
+        opset=part.value(
+            "opset", "a number or null", lambda value: value is None or _is_size(value)
+        ),
+        dtype=cast("Dtype", part.one_of("dtype", *get_args(Dtype))),
+        image_size=_image_size(part),
+        versions=part.texts("versions"),
+        input=part.text("input"),
+        outputs=part.value("outputs", "a list of names", _are_texts),
+        dynamic_axes={name: axes.texts() for name, axes in part.object("dynamic_axes").objects()},
+        files=_digests(part),
+        tensors=part.texts("tensors"),
+        verdict=part.content["verdict"],
+    )
+
+
+def _image_size(part: "_Object") -> tuple[int, int] | None:
+    size = part.value(
+        "image_size",
+        "height and width, or null",
+        lambda value: value is None or (_is_shape(value) and len(value) == 2),
+    )
+    return None if size is None else (size[0], size[1])
 
 
 def has_weights_of(checkpoint: Checkpoint | None, history: History | None) -> bool:
@@ -248,6 +348,11 @@ class _Object:
         content = self.value(key, "an object", lambda value: isinstance(value, dict))
         return _Object(self.path, self.place_of(key), content)
 
+    def texts(self, key: str | None = None) -> dict[str, str]:
+        """The object under a key, or itself, whose values must be texts."""
+        content = self if key is None else self.object(key)
+        return {name: content.text(name) for name in content.content}
+
     def objects(self, *known: str) -> "Iterator[tuple[str, _Object]]":
         """Its values, which must be objects; if names are given, only those are allowed."""
         for name in self.content:
@@ -273,6 +378,10 @@ def _is_size(value: object) -> bool:
 
 def _is_shape(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_size, value))
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
 
 
 def _is_records(value: object) -> bool:

@@ -3,19 +3,29 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-Format = Literal["onnx", "torch"]
+from converter.history import Format
 
 # the name of the file in an export's folder
 FILES: Mapping[Format, str] = {"onnx": "model.onnx", "torch": "model.pt2"}
 
+# the file beside model.onnx that holds the weights where they are large
+EXTERNAL_DATA = "model.onnx.data"
+
 # the input's name, and recorded tensors' names by the outputs' names; those of layers are the same
 INPUT = "pixel_values"
 OUTPUTS = {"masks_queries_logits": "mask_logits", "class_queries_logits": "class_logits"}
+
+# what the axes of the input are, and of outputs, by their number
+_INPUT_AXES = ("batch", "channels", "height", "width")
+_OUTPUT_AXES = {
+    4: ("batch", "queries", "mask_height", "mask_width"),
+    3: ("batch", "tokens", "features"),
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +41,17 @@ class Port:
     name: str
     dtype: str
     shape: tuple[int | None, ...]
+
+    @property
+    def dynamic_axes(self) -> dict[str, str]:
+        """Names of the axes that may have any size, by their number."""
+        outputs = _OUTPUT_AXES.get(len(self.shape), ())
+        names = _INPUT_AXES if self.name == INPUT else outputs
+        return {
+            str(axis): name
+            for axis, (name, size) in enumerate(zip(names, self.shape, strict=False))
+            if size is None
+        }
 
 
 class StoredTensor(Protocol):
@@ -48,7 +69,7 @@ class StoredTensor(Protocol):
         """Its values; large ones are read from the file at each call."""
 
 
-class Session(Protocol):
+class ExportedSession(Protocol):
     """An exported file that is ready to run."""
 
     def run(self, pixel_values: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
@@ -68,16 +89,34 @@ class Session(Protocol):
 class ExportedFile(Protocol):
     """An exported file, inspected but not run. Nothing that it holds has been executed."""
 
-    path: Path
-    format: Format
-    opset: int | None
-    input: Port
-    outputs: Mapping[str, Port]
-    """By the names of recorded tensors: ``mask_logits``, ``class_logits``, and those of layers."""
-    tensors: Mapping[str, StoredTensor]
-    """Its constants of more than one value, by their names in the file."""
+    @property
+    def path(self) -> Path:
+        """Where it is."""
 
-    def open(self, providers: Sequence[str] = (), layers: int = 0) -> Session:
+    @property
+    def format(self) -> Format:
+        """Its format."""
+
+    @property
+    def opset(self) -> int | None:
+        """Version of ONNX's operators; None in other formats."""
+
+    @property
+    def input(self) -> Port:
+        """The pixels."""
+
+    @property
+    def outputs(self) -> Mapping[str, Port]:
+        """By the names of recorded tensors: ``mask_logits``, ``class_logits``, those of layers."""
+
+    @property
+    def tensors(self) -> Mapping[str, StoredTensor]:
+        """Its constants of more than one value, by their names in the file."""
+
+    def problems(self) -> list[str]:
+        """What breaks the rules of its format, in sentences."""
+
+    def open(self, providers: Sequence[str] = (), layers: int = 0) -> ExportedSession:
         """Makes it ready to run.
 
         Args:
