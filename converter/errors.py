@@ -36,6 +36,10 @@ class MismatchError(EomtConvertError):
     """A delta and a backbone do not belong together."""
 
 
+class MissingKernelError(EomtConvertError):
+    """The runtime lacks a kernel for an operator in the type of an exported file."""
+
+
 class OutputError(EomtConvertError):
     """The output cannot be written to the given path."""
 

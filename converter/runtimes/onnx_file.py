@@ -1,0 +1,572 @@
+"""Reads ONNX files, whoever made them, and runs them with onnxruntime.
+
+Nothing in a file is trusted: onnx parses it, which runs nothing, and what could run code, lead out
+of its folder or expand without limit is refused before onnxruntime sees the graph.
+"""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from converter.errors import (
+    EomtConvertError,
+    MissingKernelError,
+    UnreadableFileError,
+    UsageError,
+)
+from converter.files import open_regular, read_bytes, readable
+from converter.history import Format
+from converter.outside import visible
+from converter.runtimes.exported import INPUT, OUTPUTS, Port, StoredTensor
+from converter.runtimes.providers import CPU, check_available
+
+try:
+    import onnx
+    import onnxruntime
+    from onnx import checker, helper, numpy_helper, shape_inference
+    from onnxruntime.capi import onnxruntime_pybind11_state
+except ModuleNotFoundError as missing:
+    raise EomtConvertError(
+        f"ONNX files need {missing.name}, which is not installed.",
+        "Install it: pip install 'eomt-convert[export]'",
+    ) from missing
+
+# protobuf's limit for a message, in bytes; larger models have their weights in another file
+_LIMIT = 2**31
+
+# domains of operators that onnxruntime has built in
+_DOMAINS = ("", "ai.onnx", "com.microsoft")
+
+# largest number of nodes after functions are put in the places of their calls
+_MAX_NODES = 1_000_000
+
+# the outputs of layers that a recording may have
+_LAYER_OUTPUT = re.compile(r"patch_embeddings|hidden_states\.\d+|last_hidden_state")
+
+_Graph = Any  # onnx's messages have no types of their own
+_Node = Any
+_Tensor = Any
+
+
+@dataclass(frozen=True)
+class InlineTensor:
+    """A constant in the file itself."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    message: _Tensor
+
+    def read(self) -> NDArray[Any]:
+        """Its values."""
+        values: NDArray[Any] = numpy_helper.to_array(self.message)
+        return values
+
+
+@dataclass(frozen=True)
+class ExternalTensor:
+    """A constant in a file beside it.
+
+    Attributes:
+        path: of that file.
+        offset: where the values begin in it, in bytes.
+    """
+
+    element: np.dtype[Any]
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+
+    @property
+    def dtype(self) -> str:
+        """As numpy names it."""
+        return self.element.name
+
+    def read(self) -> NDArray[Any]:
+        """Its values, mapped from the file.
+
+        Raises:
+            UnreadableFileError: the file cannot be read.
+        """
+        with readable(self.path), open_regular(self.path) as file:
+            return np.memmap(file, self.element, "r", self.offset, self.shape)
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """An ONNX file of this model. The attributes are those of `ExportedFile`."""
+
+    path: Path
+    opset: int
+    input: Port
+    outputs: Mapping[str, Port]
+    tensors: Mapping[str, StoredTensor]
+    model: Any = field(repr=False)
+    format: Format = "onnx"
+
+    def problems(self) -> list[str]:
+        """What onnx's full check finds, in sentences.
+
+        It does not know onnxruntime's own operators; a file that has any gets the simple check.
+        """
+        ours = all(node.domain != "com.microsoft" for node in self.model.graph.node)
+        # the file itself where tensors are beside it, as their paths begin at its folder
+        subject = str(self.path) if self._external else self.model
+        try:
+            checker.check_model(subject, full_check=ours)
+        except Exception as error:  # several kinds, and those of shape inference
+            return [f"onnx's checker refuses it: {_first_line(error)}."]
+        return []
+
+    @cached_property
+    def _external(self) -> dict[str, ExternalTensor]:
+        return {n: each for n, each in self.tensors.items() if isinstance(each, ExternalTensor)}
+
+    def open(self, providers: Sequence[str] = (), layers: int = 0) -> "OnnxSession":
+        """Makes it ready to run; see `ExportedFile.open`.
+
+        Raises:
+            MissingKernelError: a provider lacks an operator in the file's type.
+            UsageError: a provider is not available.
+            UnreadableFileError: onnxruntime refuses the file.
+        """
+        check_available(providers)
+        names = {port.name: name for name, port in self.outputs.items()}
+        points: Mapping[str, str] = {}
+        if layers and not any(map(_LAYER_OUTPUT.fullmatch, self.outputs)):
+            points = _layer_points(self.model.graph, layers)
+        model = self.model
+        if points:
+            model = onnx.ModelProto()
+            model.CopyFrom(self.model)
+            known = {output.name for output in model.graph.output}
+            added = dict.fromkeys(value for value in points.values() if value not in known)
+            model.graph.output.extend(onnx.ValueInfoProto(name=value) for value in added)
+        return OnnxSession.of(self, model.SerializeToString(), names, points, providers)
+
+
+class OnnxSession:
+    """An ONNX file that is ready to run."""
+
+    def __init__(
+        self,
+        file: OnnxFile,
+        session: Any,
+        names: Mapping[str, str],
+        points: Mapping[str, str],
+        profiles: "TemporaryDirectory[str] | None",
+    ) -> None:
+        self._file = file
+        self._session = session
+        self._names = names
+        self._points = points
+        self._profiles = profiles
+        self._nodes: dict[str, int] = {}
+
+    @classmethod
+    def of(
+        cls,
+        file: OnnxFile,
+        model: bytes,
+        names: Mapping[str, str],
+        points: Mapping[str, str],
+        providers: Sequence[str],
+    ) -> "OnnxSession":
+        """Has onnxruntime load a model.
+
+        Args:
+            file: the file that it comes from.
+            model: the model, which may have more outputs than the file.
+            names: names of recorded tensors by those of the file's outputs.
+            points: names of the values with layers' outputs, by those of recorded tensors.
+            providers: best first; the nodes that each runs are counted if there are any.
+
+        Raises:
+            MissingKernelError: a provider lacks an operator in the file's type.
+            UnreadableFileError: onnxruntime refuses the file.
+        """
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # what matters is raised
+        profiles = TemporaryDirectory(prefix="eomt-convert-") if providers else None
+        if profiles:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(profiles.name, "profile"))
+        values = {name: _ort_value(tensor.read()) for name, tensor in file._external.items()}
+        if values:
+            options.add_external_initializers(list(values), list(values.values()))
+        try:
+            session = onnxruntime.InferenceSession(
+                model, options, providers=list(providers) or [CPU]
+            )
+        except onnxruntime_pybind11_state.NotImplemented as error:
+            raise MissingKernelError(
+                f"onnxruntime cannot run {file.path}: {_first_line(error)}."
+            ) from error
+        except Exception as error:  # onnxruntime's kinds have no common base
+            raise UnreadableFileError(
+                f"onnxruntime refuses {file.path}: {_first_line(error)}."
+            ) from error
+        return cls(file, session, names, points, profiles)
+
+    def run(self, pixel_values: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """Computes the outputs; see `ExportedSession.run`.
+
+        Raises:
+            UsageError: the file does not take inputs of this size.
+            EomtConvertError: onnxruntime fails.
+        """
+        port = self._file.input
+        fits = zip(port.shape, pixel_values.shape, strict=True)
+        if any(fixed not in (None, size) for fixed, size in fits):
+            raise UsageError(
+                f"{self._file.path} takes inputs of {shape_text(port.shape)}, found "
+                f"{shape_text(pixel_values.shape)}."
+            )
+        given = pixel_values.astype(port.dtype, copy=False)
+        try:
+            found = self._session.run(None, {port.name: given})
+        except Exception as error:  # as above
+            raise EomtConvertError(
+                f"onnxruntime fails to run {self._file.path}: {_first_line(error)}."
+            ) from error
+        if self._profiles:
+            with self._profiles:
+                self._nodes = _count_nodes(Path(self._session.end_profiling()))
+            self._profiles = None
+        outputs = [each.name for each in self._session.get_outputs()]
+        values = dict(zip(outputs, found, strict=True))
+        layers = _without_queries({name: values[value] for name, value in self._points.items()})
+        own = {self._names[value]: values[value] for value in outputs if value in self._names}
+        ordered = [*layers, *sorted(own, key=_place_in_network)]
+        return {name: (layers | own)[name].astype(np.float32, copy=False) for name in ordered}
+
+    def nodes_by_provider(self) -> dict[str, int]:
+        """How many nodes each provider ran in the first run."""
+        return dict(self._nodes)
+
+
+def _place_in_network(name: str) -> tuple[int, int]:
+    """Where the network computes a recorded tensor, to sort by."""
+    kind, _, number = name.partition(".")
+    order = (
+        "patch_embeddings",
+        "hidden_states",
+        "last_hidden_state",
+        "class_logits",
+        "mask_logits",
+    )
+    return order.index(kind) if kind in order else len(order), int(number or 0)
+
+
+def _without_queries(layers: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """The layers' outputs as they are recorded, from the inputs of the layers after them.
+
+    The queries are put in front of the other tokens before the first layer that sees them. The
+    output of the layer before, which has none, is recorded without them.
+    """
+    found = dict(layers)
+    for before, name in pairwise(layers):
+        queries = layers[name].shape[1] - layers[before].shape[1]
+        if queries > 0:
+            if name != "last_hidden_state":
+                found[name] = layers[name][:, queries:]
+            return found
+    found.pop("patch_embeddings", None)  # the queries are in front of the first layer already
+    return found
+
+
+def _count_nodes(profile: Path) -> dict[str, int]:
+    """How many nodes each provider ran, in a profile of onnxruntime."""
+    events = json.loads(profile.read_text(encoding="utf-8"))
+    providers = Counter(
+        event["args"]["provider"]
+        for event in events
+        if event.get("cat") == "Node" and event.get("args", {}).get("provider")
+    )
+    return dict(providers)
+
+
+def _ort_value(values: NDArray[Any]) -> Any:
+    """A tensor for onnxruntime in the memory of an array."""
+    value = onnxruntime.OrtValue
+    if values.dtype.name == "bfloat16":
+        bits = np.asarray(values).view(np.uint16)
+        return value.ortvalue_from_numpy_with_onnx_type(bits, onnx.TensorProto.BFLOAT16)
+    return value.ortvalue_from_numpy(np.asarray(values))
+
+
+def shape_text(shape: Sequence[int | None]) -> str:
+    """A shape, with ``*`` for axes of any size."""
+    return "x".join("*" if size is None else str(size) for size in shape)
+
+
+# reading -----------------------------------------------------------------------------------------
+
+
+def read_onnx(
+    path: Path, *, input_name: str | None = None, output_names: tuple[str, str] | None = None
+) -> OnnxFile:
+    """Reads an ONNX file; nothing in it is run.
+
+    Args:
+        path: of the file.
+        input_name: name of the input; by default ``pixel_values``, or the only one of rank 4.
+        output_names: names of the outputs for masks and classes; by default
+            ``masks_queries_logits`` and ``class_queries_logits``, or the only ones of rank 4 and 3.
+
+    Raises:
+        UnreadableFileError: it is no ONNX file, or has control flow, custom operators, other inputs
+            and outputs than this model, or tensors that are not where they should be.
+        UsageError: it has no input or output of the given name.
+    """
+    model = _parse(path)
+    graph = model.graph
+    opset = _check_operators(path, model)
+    tensors = dict(_tensors(path, graph))
+    known = {each.name for each in graph.initializer}
+    inputs = [_port(each) for each in graph.input if each.name not in known]
+    outputs = [_port(each) for each in graph.output]
+    if any(not port.shape for port in outputs):
+        inferred = shape_inference.infer_shapes(model)
+        outputs = [_port(each) for each in inferred.graph.output]
+    taken = _find_input(path, inputs, input_name)
+    return OnnxFile(path, opset, taken, _find_outputs(path, outputs, output_names), tensors, model)
+
+
+def _parse(path: Path) -> Any:
+    with readable(path):
+        content = read_bytes(path, _LIMIT)
+    model = onnx.ModelProto()
+    try:
+        model.ParseFromString(content)
+    except Exception as error:  # of protobuf, which onnx brings along
+        raise UnreadableFileError(f"{path} is no ONNX file: {_first_line(error)}.") from error
+    if not (model.ir_version and model.graph.node and model.graph.output):
+        raise UnreadableFileError(f"{path} is no ONNX file: it has no version, or no graph.")
+    return model
+
+
+def _check_operators(path: Path, model: Any) -> int:
+    """Refuses control flow, custom operators and functions that grow without limit.
+
+    Returns:
+        The version of ONNX's operators.
+    """
+    opsets = {each.domain: each.version for each in model.opset_import}
+    opset = opsets.get("", opsets.get("ai.onnx"))
+    if opset is None:
+        raise UnreadableFileError(f"{path} does not say which version of ONNX's operators it uses.")
+    functions = {(each.domain, each.name): each for each in model.functions}
+    graph_types = {onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS}
+    sizes: dict[tuple[str, str], int] = {}
+
+    def size_of(nodes: Sequence[_Node], within: tuple[tuple[str, str], ...]) -> int:
+        total = 0
+        for node in nodes:
+            name = f"{visible(node.op_type)} ({visible(node.name)})"
+            called = node.domain, node.op_type
+            if any(attribute.type in graph_types for attribute in node.attribute):
+                raise UnreadableFileError(
+                    f"{path} has control flow, which this model has not: {name}."
+                )
+            if called in functions:
+                if called in within:
+                    raise UnreadableFileError(f"{path} has a function that calls itself: {name}.")
+                if called not in sizes:
+                    sizes[called] = size_of(functions[called].node, (*within, called))
+                total += sizes[called]
+            elif node.domain not in _DOMAINS:
+                raise UnreadableFileError(
+                    f"{path} has a custom operator: {name} of {visible(node.domain)}.",
+                    "Export the model again, with operators of ONNX only.",
+                )
+            else:
+                total += 1
+        if total > _MAX_NODES:
+            raise UnreadableFileError(f"{path} has more than {_MAX_NODES:,} nodes.")
+        return total
+
+    size_of(model.graph.node, ())
+    return int(opset)
+
+
+def _tensors(path: Path, graph: _Graph) -> Iterator[tuple[str, StoredTensor]]:
+    """The constants of more than one value, by name.
+
+    Raises:
+        UnreadableFileError: one is not where it should be, or does not fit its shape.
+    """
+    if graph.sparse_initializer:
+        raise UnreadableFileError(f"{path} has sparse tensors, which this model has not.")
+    for node in graph.node:
+        for attribute in node.attribute:
+            for constant in (attribute.t, *attribute.tensors):
+                if constant.data_location == onnx.TensorProto.EXTERNAL:
+                    raise UnreadableFileError(
+                        f"{path} has a constant in another file that is no initialiser: "
+                        f"{visible(node.name)}."
+                    )
+            if node.op_type == "Constant" and attribute.name == "value":
+                yield from _tensor(path, node.output[0], attribute.t)
+    for tensor in graph.initializer:
+        yield from _tensor(path, tensor.name, tensor)
+
+
+def _tensor(path: Path, name: str, message: _Tensor) -> Iterator[tuple[str, StoredTensor]]:
+    shape = tuple(message.dims)
+    try:
+        dtype = helper.tensor_dtype_to_np_dtype(message.data_type)
+    except (KeyError, ValueError) as error:
+        raise UnreadableFileError(f"{visible(name)} in {path} has an unknown type.") from error
+    stored: StoredTensor
+    if message.data_location == onnx.TensorProto.EXTERNAL:
+        stored = _external(path, name, message, dtype)
+    else:
+        stored = InlineTensor(dtype.name, shape, message)
+        try:
+            found = stored.read().shape
+        except (ValueError, TypeError, OverflowError) as error:
+            raise UnreadableFileError(
+                f"{visible(name)} in {path} does not fit its shape {list(shape)}: "
+                f"{_first_line(error)}."
+            ) from error
+        if found != shape:
+            raise UnreadableFileError(f"{visible(name)} in {path} does not fit its shape.")
+    if int(np.prod(shape, dtype=object)) > 1:
+        yield name, stored
+
+
+def _external(path: Path, name: str, message: _Tensor, dtype: np.dtype[Any]) -> ExternalTensor:
+    """Where a tensor is outside of the file: in its folder, and there completely."""
+    entries = {entry.key: entry.value for entry in message.external_data}
+    location, shown = entries.get("location", ""), visible(entries.get("location", ""))
+    what = f"The data of {visible(name)} in {path}"
+    place = PurePosixPath(location)
+    if not location or place.is_absolute() or ".." in place.parts or "\\" in location:
+        raise UnreadableFileError(f"{what} is outside its folder: {shown!r}.")
+    folder = Path(os.path.realpath(path.parent))
+    file = folder / location
+    if Path(os.path.realpath(file)).parent != file.parent or file.is_symlink():
+        raise UnreadableFileError(f"{what} is outside its folder: {shown} is a link.")
+    if not file.is_file():
+        raise UnreadableFileError(
+            f"{what} is missing: {shown}.", "Keep the files of an export together."
+        )
+    try:
+        offset, length = int(entries.get("offset", 0)), int(entries.get("length", -1))
+    except ValueError as error:
+        raise UnreadableFileError(f"{what} has no valid place in {shown}.") from error
+    shape = tuple(message.dims)
+    count = int(np.prod(shape, dtype=object))
+    if any(size < 0 for size in shape) or dtype.itemsize * count != (
+        length if length >= 0 else dtype.itemsize * count
+    ):
+        raise UnreadableFileError(
+            f"{what} has {length} bytes in {shown}, expected {dtype.itemsize * count}."
+        )
+    if offset < 0 or offset + dtype.itemsize * count > file.stat().st_size:
+        raise UnreadableFileError(
+            f"{what} is not complete: {shown} ends before it.", "Download or copy it again."
+        )
+    return ExternalTensor(dtype, shape, file, offset)
+
+
+def _port(value: Any) -> Port:
+    kind = value.type.tensor_type
+    try:
+        dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type).name
+    except (KeyError, ValueError):
+        dtype = "unknown"
+    shape = tuple(
+        axis.dim_value if axis.HasField("dim_value") and axis.dim_value > 0 else None
+        for axis in kind.shape.dim
+    )
+    return Port(value.name, dtype, shape)
+
+
+def _find_input(path: Path, inputs: Sequence[Port], name: str | None) -> Port:
+    named = [port for port in inputs if port.name == (name or INPUT)]
+    if name and not named:
+        raise UsageError(f"{path} has no input {name!r}; it has {_listed(inputs)}.")
+    pictures = named or [port for port in inputs if len(port.shape) == 4]
+    if len(inputs) != 1 or len(pictures) != 1 or len(pictures[0].shape) != 4:
+        raise UnreadableFileError(
+            f"{path} is no export of this model: expected one input (batch, channels, height, "
+            f"width), found {_listed(inputs)}.",
+        )
+    if pictures[0].dtype not in ("float32", "float16"):
+        raise UnreadableFileError(
+            f"The input of {path} has the type {pictures[0].dtype}, expected float32 or float16."
+        )
+    return pictures[0]
+
+
+def _find_outputs(
+    path: Path, outputs: Sequence[Port], names: tuple[str, str] | None
+) -> dict[str, Port]:
+    """The outputs by the names of recorded tensors."""
+    by_name = {port.name: port for port in outputs}
+    if names:
+        for name in names:
+            if name not in by_name:
+                raise UsageError(f"{path} has no output {name!r}; it has {_listed(outputs)}.")
+        given = dict(zip(names, OUTPUTS.values(), strict=True))
+    else:
+        given = {**OUTPUTS, **{name: name for name in OUTPUTS.values()}}
+    found = {given[name]: port for name, port in by_name.items() if name in given}
+    found |= {n: port for n, port in by_name.items() if _LAYER_OUTPUT.fullmatch(n)}
+    for recorded, rank in (("mask_logits", 4), ("class_logits", 3)):
+        others = [p for p in outputs if p not in found.values() and len(p.shape) == rank]
+        if recorded not in found and len(others) == 1:
+            found[recorded] = others[0]
+        if recorded not in found or len(found[recorded].shape) != rank:
+            raise UnreadableFileError(
+                f"{path} is no export of this model: expected outputs for masks, of rank 4, and "
+                f"for classes, of rank 3; found {_listed(outputs)}.",
+                "--output-names MASKS,CLASSES says which they are.",
+            )
+    return found
+
+
+def _listed(ports: Sequence[Port]) -> str:
+    shown = [f"{visible(port.name)} {shape_text(port.shape)}" for port in ports[:10]]
+    return ", ".join(shown) or "none"
+
+
+def _layer_points(graph: _Graph, layers: int) -> dict[str, str]:
+    """The values that are layers' outputs, by the names of recorded tensors, in order.
+
+    Every layer has two layer norms, whose inputs are what is passed from layer to layer. A norm
+    whose scale is used again is the one before the heads, in a graph with masked attention. Empty
+    if the graph has another structure.
+    """
+    norms = [node for node in graph.node if node.op_type == "LayerNormalization"]
+    uses = Counter(node.input[1] for node in norms)
+    of_layers = [node for node in norms if uses[node.input[1]] == 1][: 2 * layers]
+    if len(of_layers) < 2 * layers:
+        return {}
+    after = norms[norms.index(of_layers[-1]) + 1 :]
+    if not after:
+        return {}
+    final = after[0]
+    states = [node.input[0] for node in of_layers[::2]] + [final.input[0]]
+    return {
+        "patch_embeddings": states[0],
+        **{f"hidden_states.{layer}": state for layer, state in enumerate(states[1:])},
+        "last_hidden_state": final.output[0],
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return visible(lines[0].rstrip(".") if lines else type(error).__name__)

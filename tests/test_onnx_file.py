@@ -1,0 +1,346 @@
+"""ONNX files of strangers: what is refused, what is recognised, and how they run."""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from click.testing import Result
+from exported_files import change, initialiser
+from onnx import TensorProto, helper, numpy_helper
+
+from converter.errors import (
+    EomtConvertError,
+    MissingKernelError,
+    UnreadableFileError,
+    UsageError,
+)
+from converter.runtimes.onnx_file import read_onnx
+from converter.runtimes.providers import parse_providers
+from reference_model import EomtDinov3ForUniversalSegmentation
+
+INPUT = ("pixel_values", [None, 3, None, None])
+MASKS = ("masks_queries_logits", [None, 2, None, None])
+CLASSES = ("class_queries_logits", [None, 2, 5])
+
+Named = tuple[str, list[int | None]]
+
+
+def small_file(
+    path: Path,
+    *,
+    inputs: Sequence[Named] = (INPUT,),
+    outputs: Sequence[Named] = (MASKS, CLASSES),
+    nodes: Sequence[onnx.NodeProto] = (),
+    weights: Sequence[onnx.TensorProto] = (),
+    functions: Sequence[onnx.FunctionProto] = (),
+    dtype: int = TensorProto.FLOAT,
+) -> Path:
+    """A file with a network's inputs and outputs, each output computed by a node."""
+    computing = [
+        helper.make_node("ReduceSum", [inputs[0][0]], [name], f"node_{index}", keepdims=1)
+        for index, (name, _) in enumerate(outputs)
+    ]
+    graph = helper.make_graph(
+        [*nodes, *computing],
+        "graph",
+        [helper.make_tensor_value_info(name, dtype, shape) for name, shape in inputs],
+        [helper.make_tensor_value_info(name, dtype, shape) for name, shape in outputs],
+        list(weights),
+    )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("mine", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, functions=list(functions))
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def external(values: np.ndarray[Any, Any], **entries: str | int) -> onnx.TensorProto:
+    """An initialiser whose data is said to be in another file."""
+    tensor = numpy_helper.from_array(values, "weight")
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in entries.items():
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+# what is no ONNX file of this model ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not a model", b"PK\x03\x04" + bytes(100), bytes(1000), os.urandom(4000), b"\x08" * 300],
+    ids=["empty", "text", "zip", "zeros", "random", "numbers"],
+)
+def test_what_is_no_onnx_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    with pytest.raises(UnreadableFileError, match=r"model\.onnx is no ONNX file"):
+        read_onnx(path)
+
+
+def test_a_file_that_was_cut_off_is_refused(exported: Callable[..., Path], tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    content = (exported("tiny_panoptic_64") / "model.onnx").read_bytes()
+    for length in (10, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(UnreadableFileError):
+            read_onnx(path)
+
+
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.onnx")
+    for path in (tmp_path / "missing.onnx", tmp_path / "pipe.onnx", tmp_path):
+        with pytest.raises(UnreadableFileError):
+            read_onnx(path)
+
+
+def test_control_flow_is_refused(tmp_path: Path) -> None:
+    branch = helper.make_graph([], "branch", [], [])
+    node = helper.make_node("If", ["c"], ["d"], "choice", then_branch=branch, else_branch=branch)
+    with pytest.raises(UnreadableFileError, match=r"control flow.*If \(choice\)"):
+        read_onnx(small_file(tmp_path / "model.onnx", nodes=[node]))
+
+
+def test_control_flow_in_a_function_is_refused(tmp_path: Path) -> None:
+    branch = helper.make_graph([], "branch", [], [])
+    node = helper.make_node("If", ["x"], ["y"], "choice", then_branch=branch, else_branch=branch)
+    opsets = [helper.make_opsetid("", 20)]
+    function = helper.make_function("mine", "f", ["x"], ["y"], [node], opsets)
+    call = helper.make_node("f", ["pixel_values"], ["z"], "call", domain="mine")
+    with pytest.raises(UnreadableFileError, match="control flow"):
+        read_onnx(small_file(tmp_path / "model.onnx", nodes=[call], functions=[function]))
+
+
+def test_custom_operators_are_refused(tmp_path: Path) -> None:
+    node = helper.make_node("Attention", ["pixel_values"], ["x"], "custom", domain="com.stranger")
+    with pytest.raises(UnreadableFileError, match=r"Attention \(custom\) of com\.stranger"):
+        read_onnx(small_file(tmp_path / "model.onnx", nodes=[node]))
+
+
+def doubling(depth: int) -> list[onnx.FunctionProto]:
+    """Functions that each call the one before twice."""
+    functions = []
+    for level in range(depth):
+        called, domain = ("Identity", "") if level == 0 else (f"f{level - 1}", "mine")
+        nodes = [
+            helper.make_node(called, ["x"], ["y"], domain=domain),
+            helper.make_node(called, ["y"], ["z"], domain=domain),
+        ]
+        opsets = [helper.make_opsetid("", 20), helper.make_opsetid("mine", 1)]
+        functions.append(helper.make_function("mine", f"f{level}", ["x"], ["z"], nodes, opsets))
+    return functions
+
+
+def test_functions_that_grow_without_limit_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    call = helper.make_node("f3", ["pixel_values"], ["x"], domain="mine")
+    read_onnx(small_file(path, nodes=[call], functions=doubling(4)))
+    call = helper.make_node("f63", ["pixel_values"], ["x"], domain="mine")
+    with pytest.raises(UnreadableFileError, match="more than 1,000,000 nodes"):
+        read_onnx(small_file(path, nodes=[call], functions=doubling(64)))
+
+
+def test_a_function_that_calls_itself_is_refused(tmp_path: Path) -> None:
+    node = helper.make_node("f", ["x"], ["y"], domain="mine")
+    function = helper.make_function(
+        "mine", "f", ["x"], ["y"], [node], [helper.make_opsetid("mine", 1)]
+    )
+    call = helper.make_node("f", ["pixel_values"], ["z"], domain="mine")
+    with pytest.raises(UnreadableFileError, match="calls itself"):
+        read_onnx(small_file(tmp_path / "model.onnx", nodes=[call], functions=[function]))
+
+
+# data outside of the file -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"location": "/etc/passwd"}, "outside its folder: '/etc/passwd'"),
+        ({"location": "../secret.data"}, r"outside its folder: '\.\./secret\.data'"),
+        ({"location": "inner/../../secret.data"}, "outside its folder"),
+        ({"location": "link.data"}, "link"),
+        ({"location": "folder/secret.data"}, "link"),
+        ({}, "outside its folder: ''"),
+        ({"location": "missing.data"}, r"missing: missing\.data"),
+        ({"location": "there.data", "offset": 8}, "not complete"),
+        ({"location": "there.data", "offset": -8}, "not complete"),
+        ({"location": "there.data", "length": 8}, "has 8 bytes in there.data, expected 16"),
+        ({"location": "there.data", "offset": "x"}, "no valid place"),
+    ],
+)
+def test_data_that_is_not_in_the_folder_is_refused(
+    tmp_path: Path, entries: dict[str, str | int], message: str
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret.data").write_bytes(bytes(100))
+    (folder / "link.data").symlink_to(tmp_path / "secret.data")
+    (folder / "folder").symlink_to(tmp_path)
+    (folder / "there.data").write_bytes(bytes(16))
+    weight = external(np.ones(4, np.float32), **entries)
+    with pytest.raises(UnreadableFileError, match=message):
+        read_onnx(small_file(folder / "model.onnx", weights=[weight]))
+
+
+def test_data_in_the_folder_is_read(tmp_path: Path) -> None:
+    values = np.arange(8, dtype=np.float32)
+    (tmp_path / "there.data").write_bytes(bytes(4) + values.tobytes())
+    weight = external(values, location="there.data", offset=4, length=32)
+    file = read_onnx(small_file(tmp_path / "model.onnx", weights=[weight]))
+
+    assert np.array_equal(file.tensors["weight"].read(), values)
+
+
+def test_a_tensor_that_does_not_fit_its_shape_is_refused(tmp_path: Path) -> None:
+    weight = numpy_helper.from_array(np.ones(4, np.float32), "weight")
+    weight.dims[:] = [2**40]
+    with pytest.raises(UnreadableFileError, match=r"weight in .* does not fit its shape"):
+        read_onnx(small_file(tmp_path / "model.onnx", weights=[weight]))
+
+
+# inputs and outputs -------------------------------------------------------------------------------
+
+
+def test_inputs_and_outputs_are_recognised_by_name_or_rank(tmp_path: Path) -> None:
+    named = read_onnx(small_file(tmp_path / "named.onnx"))
+    by_rank = read_onnx(
+        small_file(
+            tmp_path / "by_rank.onnx",
+            inputs=[("images", [1, 3, 64, 64])],
+            outputs=[("logits", [1, 2, 5]), ("masks", [1, 2, 16, 16])],
+        )
+    )
+
+    assert named.input.shape == (None, 3, None, None)
+    assert named.outputs["class_logits"].shape == (None, 2, 5)
+    assert (by_rank.input.name, by_rank.outputs["mask_logits"].name) == ("images", "masks")
+
+
+def test_other_inputs_and_outputs_are_listed(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    with pytest.raises(UnreadableFileError, match=r"one input .*found text \*x77"):
+        read_onnx(small_file(path, inputs=[("text", [None, 77])]))
+    with pytest.raises(UnreadableFileError, match=r"found boxes \*x100x4"):
+        read_onnx(small_file(path, outputs=[("boxes", [None, 100, 4])]))
+    two: list[Named] = [("a", [1, 2, 16, 16]), ("b", [1, 2, 16, 16]), ("c", [1, 2, 5])]
+    with pytest.raises(UnreadableFileError, match="output-names MASKS,CLASSES"):
+        read_onnx(small_file(path, outputs=two))
+    assert read_onnx(path, output_names=("b", "c")).outputs["mask_logits"].name == "b"
+    with pytest.raises(UsageError, match="has no output 'd'; it has a 1x2x16x16"):
+        read_onnx(path, output_names=("d", "c"))
+    with pytest.raises(UsageError, match="has no input 'd'"):
+        read_onnx(path, input_name="d")
+
+
+def test_onnx_checks_the_file(exported: Callable[..., Path], tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    shutil.copy(exported("tiny_panoptic_64") / "model.onnx", path)
+    assert read_onnx(path).problems() == []
+
+    def break_type(graph: onnx.GraphProto) -> None:
+        next(node for node in graph.node if node.op_type == "Softmax").op_type = "Softmacks"
+
+    change(path, break_type)
+    (problem,) = read_onnx(path).problems()
+    assert "Softmacks" in problem
+
+
+# running ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.numbers
+def test_the_layers_outputs_are_added_in_memory(
+    exported: Callable[..., Path], converted: Callable[[str], Path]
+) -> None:
+    model = EomtDinov3ForUniversalSegmentation.from_pretrained(converted("tiny_panoptic_64"))
+    path = exported("tiny_panoptic_64") / "model.onnx"
+    before = path.read_bytes()
+    pixels = torch.randn(2, 3, 48, 80, generator=torch.Generator().manual_seed(0))
+    found = read_onnx(path).open(layers=len(model.layers)).run(pixels.numpy())
+    with torch.inference_mode():
+        expected = model(pixels, output_hidden_states=True)
+
+    states = dict(
+        zip(["patch_embeddings", *list(found)[1:-3]], expected.hidden_states, strict=True)
+    )
+    assert list(states)[-1] == f"hidden_states.{len(model.layers) - 1}"
+    states["last_hidden_state"] = expected.last_hidden_state
+    for name, state in states.items():
+        torch.testing.assert_close(torch.from_numpy(found[name]), state, atol=1e-4, rtol=1e-4)
+    assert path.read_bytes() == before
+
+
+def test_a_size_that_a_file_does_not_take_is_refused(tmp_path: Path) -> None:
+    path = small_file(tmp_path / "model.onnx", inputs=[("pixel_values", [1, 3, 64, 64])])
+    with pytest.raises(UsageError, match="takes inputs of 1x3x64x64, found 1x3x32x64"):
+        read_onnx(path).open().run(np.zeros((1, 3, 32, 64), np.float32))
+
+
+def test_what_onnxruntime_cannot_load_or_run_is_one_error(
+    exported: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "model.onnx"
+    shutil.copy(exported("tiny_panoptic_64") / "model.onnx", path)
+    name = "layers.1.mlp.up_proj.bias"
+
+    def shorten(graph: onnx.GraphProto) -> None:
+        initialiser(graph, name).CopyFrom(numpy_helper.from_array(np.zeros(3, np.float32), name))
+
+    change(path, shorten)
+    with pytest.raises(EomtConvertError, match=r"onnxruntime (refuses|fails to run) .*model\.onnx"):
+        read_onnx(path).open().run(np.zeros((1, 3, 64, 64), np.float32))
+
+
+def test_a_missing_kernel_is_told_from_a_broken_file(tmp_path: Path) -> None:
+    # onnxruntime computes in float32 what it lacks in float16, but not in bfloat16
+    nodes = [
+        helper.make_node("Cast", ["pixel_values"], ["x"], "cast", to=TensorProto.BFLOAT16),
+        helper.make_node("Hardmax", ["x"], ["y"], "rare"),
+    ]
+    path = small_file(tmp_path / "model.onnx", nodes=nodes)
+    with pytest.raises(MissingKernelError, match="Hardmax"):
+        read_onnx(path).open()
+
+
+def test_short_names_of_providers_are_known() -> None:
+    assert parse_providers("CPU") == ("CPUExecutionProvider",)
+    assert parse_providers(["CPUExecutionProvider"]) == ("CPUExecutionProvider",)
+    assert parse_providers("") == ()
+    with pytest.raises(UsageError, match="has no provider 'TensorrtExecutionProvider' here"):
+        parse_providers("tensorrt,cpu")
+
+
+def test_nodes_are_counted_by_provider_and_no_profile_is_left(
+    exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.chdir(tmp_path)
+    file = read_onnx(exported("tiny_panoptic_64") / "model.onnx")
+    session = file.open(["CPUExecutionProvider"])
+    assert session.nodes_by_provider() == {}
+    for _ in range(2):
+        session.run(np.zeros((1, 3, 64, 64), np.float32))
+
+    assert session.nodes_by_provider().keys() == {"CPUExecutionProvider"}
+    assert session.nodes_by_provider()["CPUExecutionProvider"] > 50
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_names_the_extra_that_is_missing(
+    command: Callable[..., Result], exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "converter.runtimes.onnx_file")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    result = command("verify", exported("tiny_panoptic_64"))
+
+    assert result.exit_code == 1
+    assert "pip install 'eomt-convert[export]'" in result.stderr
