@@ -24,6 +24,7 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
+from converter.exporting.export import Export, export
 from converter.publishing.push import Publication, publish
 from converter.publishing.release import Release, release
 from converter.version import __version__
@@ -33,6 +34,7 @@ __all__ = [
     "Cause",
     "Conversion",
     "EomtConvertError",
+    "Export",
     "FirstDifference",
     "HubUnavailableError",
     "Level",
@@ -50,6 +52,7 @@ __all__ = [
     "Verdict",
     "__version__",
     "convert",
+    "export",
     "publish",
     "record",
     "release",

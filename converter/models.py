@@ -17,6 +17,7 @@ from converter.hub.access import Access
 from converter.hub.downloads import not_in_cache
 from converter.hub.sources import fetch, fetch_first
 from converter.places import HubSource, LocalSource, parse_source
+from converter.runtimes.network import ExportedNetwork, find_exported, open_exported
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
         EomtDinov3ForUniversalSegmentationOutput,
         EomtImageProcessor,
     )
+
+    # what segments pictures: its attributes config, device and dtype, and calling it, are the same
+    Network = EomtDinov3ForUniversalSegmentation | ExportedNetwork
 
 # modes of torch.compile
 Compile = Literal["default", "max-autotune"]
@@ -109,6 +113,14 @@ def find_task(model: str | Path, folder: Path) -> str:
     )
 
 
+def task_of(model: str | Path, folder: Path) -> str | None:
+    """The same as `find_task`; None if nothing shows the task."""
+    try:
+        return find_task(model, folder)
+    except UsageError:
+        return None
+
+
 def load_model(
     folder: Path,
     *,
@@ -116,13 +128,14 @@ def load_model(
     dtype: str = "auto",
     windows: bool,
     compile: Compile | None = None,
-) -> "tuple[EomtDinov3ForUniversalSegmentation, EomtImageProcessor]":
+) -> "tuple[Network, EomtImageProcessor]":
     """Loads the network and its image processor, which is set to do what the original does.
 
     Args:
-        folder: the folder of a converted model.
+        folder: the folder of a converted or an exported model.
         device: where the network runs, as torch names it.
-        dtype: of its weights, as torch names it, or ``auto`` for the one in the file.
+        dtype: of its weights, as torch names it, or ``auto`` for the one in the file, which is the
+            only one for an exported model.
         windows: whether windows slide over pictures, as for semantic segmentation; otherwise
             pictures are padded. This overrides the published preprocessor_config.json of semantic
             models, which pads.
@@ -131,17 +144,21 @@ def load_model(
     Raises:
         UnreadableFileError: a file is missing or broken, or network and image processor are for
             different sizes.
-        UsageError: there is no such mode.
+        UsageError: there is no such mode, or an exported model cannot run in this way.
     """
     check_mode(compile)
     from safetensors import SafetensorError
 
     from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor
 
+    network: Network
     try:
-        network = EomtDinov3ForUniversalSegmentation.from_pretrained(
-            folder, device=device, dtype=dtype
-        )
+        if exported := find_exported(folder):
+            network = open_exported(exported, folder, device, dtype)
+        else:
+            network = EomtDinov3ForUniversalSegmentation.from_pretrained(
+                folder, device=device, dtype=dtype
+            )
         processor = EomtImageProcessor.from_pretrained(
             folder, do_resize=True, do_split_image=windows, do_pad=not windows
         )
@@ -159,6 +176,8 @@ def load_model(
             "3 for pictures."
         )
     if compile:
+        if isinstance(network, ExportedNetwork):
+            raise UsageError(f"{folder} is an export, which torch cannot compile.")
         compile_network(network, compile)
     return network, processor
 
@@ -201,7 +220,7 @@ def compile_network(network: "EomtDinov3ForUniversalSegmentation", mode: Compile
 
 
 def run_network(
-    network: "EomtDinov3ForUniversalSegmentation", inputs: "BatchFeature"
+    network: "Network", inputs: "BatchFeature"
 ) -> "EomtDinov3ForUniversalSegmentationOutput":
     """Runs a network on what its image processor made of pictures.
 

@@ -118,8 +118,8 @@ def _finding(level: Level) -> str:
         case "structure", "passed":
             return f"{figures['tensors']} tensors, {figures['parameters']:,} parameters"
         case "arithmetic", "passed":
-            given = (
-                "their sources give" if figures["against"] == "sources" else "conversion.json says"
+            given = {"sources": "their sources give", "the model": "the model has"}.get(
+                figures["against"], "conversion.json says"
             )
             return f"{figures['tensors']} tensors are what {given}"
         case "arithmetic", "failed":

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from filelock import FileLock
 from hub_client import TRANSFERS
 from hub_server import Hub, choose_transfer, point_client_at, running_hub
 from hypothesis import HealthCheck, settings
@@ -101,6 +102,25 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         return folder / name
 
     return convert
+
+
+@pytest.fixture(scope="session")
+def exported(
+    converted: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """The export of an offline checkpoint, made once for all workers; not to be written to."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def export(name: str, **options: Any) -> Path:
+        folder = shared / "exported" / "-".join([name, *map(str, options.values())])
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                converter.export(converted(name), folder, **options)
+        return folder
+
+    return export
 
 
 @pytest.fixture

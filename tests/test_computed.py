@@ -234,7 +234,7 @@ def test_an_overflow_is_found_with_its_largest_value_in_float32() -> None:
 
     found = find_overflow(model, inputs)
     assert found is not None
-    assert (found.layer, found.largest) == ("layers.1.attention.v_proj", values[0])
+    assert (found.place, found.largest) == ("layers.1.attention.v_proj", values[0])
     assert found.largest > torch.finfo(torch.float16).max
 
 
@@ -250,7 +250,7 @@ def test_a_sum_that_overflows_is_named_by_its_layer() -> None:
     found = find_overflow(model, inputs)
 
     assert found is not None
-    assert found.layer == "layers.2"
+    assert found.place == "layers.2"
 
 
 @pytest.fixture

@@ -29,7 +29,6 @@ from converter.files import replacing
 from converter.history import History, read_history
 from converter.outside import visible
 from converter.version import __version__
-from converter.weights.tensorfiles import find_weights, open_tensors
 from reference_model import EomtDinov3Config
 
 _TEMPLATES = Path(__file__).parent / "templates"
@@ -284,7 +283,7 @@ def gather(
         verdict=verdict,
         charts=tuple(_charts(verdict, recorded)),
         pictures=_pictures(recorded, outputs, folder) if recorded and outputs else (),
-        tensors=_tensor_rows(folder, history, verdict),
+        tensors=_tensor_rows(history, verdict),
         sources=tuple(
             SourceFile(role, source.repo_id, source.revision, name, file.sha256)
             for role, source in (history.sources if history else {}).items()
@@ -326,20 +325,20 @@ def _charts(verdict: Verdict, recorded: Recorded | None) -> Iterator[Chart]:
         yield Chart(level.level, beside, tuple(points))
 
 
-def _tensor_rows(folder: Path, history: History | None, verdict: Verdict) -> tuple[TensorRow, ...]:
+def _tensor_rows(history: History | None, verdict: Verdict) -> tuple[TensorRow, ...]:
     figures = {level.level: level.figures for level in verdict.levels}
-    digests = figures.get("structure", {}).get("digests", {})
+    structure = figures.get("structure", {})
+    digests = structure.get("digests", {})
     different = figures.get("arithmetic", {}).get("different")
     unknown: tuple[tuple[int, ...], str, str] = ((), "", "")
     planned = {
         name: (row.shape, row.dtype, row.recipe)
         for name, row in (history.rows if history else {}).items()
     }
-    with open_tensors(find_weights(folder)) as file:
-        found = {
-            name: (info.shape, info.dtype, planned.get(name, unknown)[2])
-            for name, info in file.tensors.items()
-        }
+    found = {
+        name: (tuple(stored["shape"]), stored["dtype"], planned.get(name, unknown)[2])
+        for name, stored in structure.get("stored", {}).items()
+    }
 
     def status(name: str) -> TensorStatus:
         if name not in found:

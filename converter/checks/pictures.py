@@ -3,13 +3,14 @@
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from converter.catalog import Task
 from converter.checks.comparison import (
+    FLOAT32,
     ROUNDED,
     Comparison,
     Tolerance,
@@ -17,7 +18,7 @@ from converter.checks.comparison import (
     largest_difference,
 )
 from converter.checks.computed import Computed
-from converter.checks.numbers import LOGITS, compare_all, compare_outputs, widening
+from converter.checks.numbers import LOGITS, Compared, compare_all, compare_outputs, widening
 from converter.checks.pipeline import Prepared, compute_logits, prepare, segment
 from converter.checks.recorded import Recorded, RecordedPictures, read_pictures
 from converter.checks.verdict import Level
@@ -25,11 +26,15 @@ from converter.class_names import unnamed
 from converter.configs import PREPROCESSOR, preprocessor_config
 from converter.files import read_json_object
 from converter.models import compiler_errors
+from converter.runtimes.network import ExportedNetwork
 from reference_model import (
     EomtDinov3Config,
     EomtDinov3ForUniversalSegmentation,
     EomtImageProcessor,
 )
+
+if TYPE_CHECKING:
+    from converter.models import Network
 
 # what may be wrong in a model although the results for all recorded pictures are right
 NOT_SHOWN = (
@@ -43,7 +48,7 @@ _PREPARATION = ("do_split_image", "do_resize", "size", "do_pad", "resample")
 
 
 def check_pictures(
-    model: EomtDinov3ForUniversalSegmentation,
+    model: "Network",
     folder: Path,
     task: str | None,
     recorded: Recorded,
@@ -53,6 +58,7 @@ def check_pictures(
     rounded: EomtDinov3ForUniversalSegmentation | None = None,
     rounded_to: str | None = None,
     computed: Computed | None = None,
+    same_weights: EomtDinov3ForUniversalSegmentation | None = None,
 ) -> Level:
     """Takes the recorded pictures through the processor, the network and the post-processing.
 
@@ -67,6 +73,7 @@ def check_pictures(
             results are checked too.
         rounded_to: ``bfloat16`` or ``float16``, the dtype of the rounded weights.
         computed: the model compiled or in 16 bits, if it is to be checked, too.
+        same_weights: for an exported model, the reference model with its weights, if known.
 
     Raises:
         UnreadableFileError: a picture file is not the one that the recording was made from.
@@ -88,7 +95,9 @@ def check_pictures(
     if isinstance(inputs, str) or _difference(inputs, pictures):
         problems += _blame_preparation(folder, model.config.input_size, inputs, pictures)
     else:
-        found, figures = _check_outputs(model, folder, inputs, pictures, tolerance, stuff)
+        found, figures = _check_outputs(
+            model, same_weights, folder, inputs, pictures, tolerance, stuff
+        )
         problems += found
         if rounded and rounded_to and "results" in figures:
             logits = compute_logits(rounded, inputs)
@@ -100,7 +109,7 @@ def check_pictures(
                 f"With weights in {rounded_to} results are equal in "
                 f"{figures['rounded_equal_pixels']:.1%} of the pixels (at least {least:.1%})."
             )
-        if computed and not problems:
+        if computed and not problems and not isinstance(model, ExportedNetwork):
             found, of_computed = _check_computed(
                 computed, rounded or model, folder, inputs, pictures, stuff, rounded_to
             )
@@ -263,7 +272,8 @@ def _blame_preparation(
 
 
 def _check_outputs(
-    model: EomtDinov3ForUniversalSegmentation,
+    model: "Network",
+    same_weights: EomtDinov3ForUniversalSegmentation | None,
     folder: Path,
     inputs: Prepared,
     pictures: RecordedPictures,
@@ -273,7 +283,12 @@ def _check_outputs(
     """Compares logits and results; returns what is wrong, in sentences, and the figures."""
     recorded = {f"pipeline.{name}": pictures.tensors[f"pipeline.{name}"] for name in LOGITS}
     try:
-        found = compare_outputs(lambda: compute_logits(model, inputs), [model], recorded, tolerance)
+        if isinstance(model, ExportedNetwork):
+            found = _compare_export(model, same_weights, inputs, recorded, tolerance)
+        else:
+            found = compare_outputs(
+                lambda: compute_logits(model, inputs), [model], recorded, tolerance
+            )
     except ValueError as error:
         return [f"The model cannot run on the recorded pictures: {error}."], {}
     logits, compared = found.outputs, found.compared
@@ -286,6 +301,25 @@ def _check_outputs(
         problems += _differing_results(results, tolerance.equal_pixels)
         figures |= _result_figures(results, tolerance.equal_pixels)
     return problems, figures
+
+
+def _compare_export(
+    export: ExportedNetwork,
+    same_weights: EomtDinov3ForUniversalSegmentation | None,
+    inputs: Prepared,
+    recorded: Mapping[str, Tensor],
+    tolerance: Tolerance,
+) -> Compared:
+    """Compares an export's logits, and allows for what float32 alone does to these weights."""
+    logits = compute_logits(export, inputs)
+    compared = compare_all(logits, recorded, tolerance)
+    wider: Mapping[str, float] = {}
+    fails = any(comparison.failure for comparison in compared.values())
+    if same_weights and fails and tolerance == FLOAT32:
+        modules = [same_weights]
+        wider = widening(lambda: compute_logits(same_weights, inputs), modules, recorded, tolerance)
+        compared = compare_all(logits, recorded, tolerance, wider)
+    return Compared(logits, compared, wider)
 
 
 def _figures(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -9,10 +10,12 @@ from torch import Tensor
 
 from converter.checks.numbers import LOGITS, run
 from reference_model import (
-    EomtDinov3ForUniversalSegmentation,
     EomtDinov3ForUniversalSegmentationOutput,
     EomtImageProcessor,
 )
+
+if TYPE_CHECKING:
+    from converter.models import Network
 
 # Score and overlap thresholds of the recorded panoptic maps: the original's
 # (github.com/tue-mps/eomt training/mask_classification_panoptic.py), and lower ones that keep more
@@ -65,9 +68,7 @@ def prepare(processor: EomtImageProcessor, images: Sequence[Image.Image]) -> Pre
     )
 
 
-def compute_logits(
-    model: EomtDinov3ForUniversalSegmentation, inputs: Prepared
-) -> dict[str, Tensor]:
+def compute_logits(model: "Network", inputs: Prepared) -> dict[str, Tensor]:
     """A model's logits for pictures, by the names of recorded tensors, on the CPU.
 
     Raises:

@@ -9,12 +9,18 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from converter.catalog import CATALOG, Task
+from converter.catalog import CATALOG, Checkpoint, Task
 from converter.checks.pixels import open_picture
 from converter.checks.verdict import BASES, Basis
 from converter.configs import CONFIGS
 from converter.errors import UnreadableFileError
-from converter.files import PICTURE_LIMIT, read_bytes, read_json_object, readable
+from converter.files import (
+    PICTURE_LIMIT,
+    optional_path,
+    read_bytes,
+    read_json_object,
+    readable,
+)
 from converter.places import RECORDED, find_recorded
 from converter.weights.tensorfiles import TensorFile
 
@@ -140,6 +146,26 @@ class RecordedPictures:
         """The network's inputs for the pictures, (inputs, 3, height, width) uint8."""
         windows = self.tensors.get("pipeline.crops")
         return self.tensors["pipeline.pixels"] if windows is None else windows
+
+
+def recording_of(
+    folder: Path, checkpoint: Checkpoint | None, recorded: str | Path | None
+) -> Path | None:
+    """The recorded.safetensors to compare a model with, if there is one.
+
+    Args:
+        folder: of the model; a recording in it, or in its folder ``recorded``, is the model's own.
+        checkpoint: the catalogue's entry of the model, whose recording is used without its own.
+        recorded: the one that was asked for, if any.
+
+    Raises:
+        UnreadableFileError: the one that was asked for does not exist.
+    """
+    own = next(
+        (each for each in (folder, folder / "recorded") if (each / RECORDED).is_file()), None
+    )
+    place = optional_path(recorded) or own or (checkpoint.recorded if checkpoint else None)
+    return find_recorded(place) if place else None
 
 
 def read_recorded(path: Path) -> Recorded:

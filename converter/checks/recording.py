@@ -20,8 +20,15 @@ from converter.errors import (
 from converter.files import read_json_object, real_path, sha256, user_path, write_json
 from converter.history import read_history
 from converter.hub.access import Access
-from converter.models import fetch_model, find_task, repository_of, torch_device
+from converter.models import (
+    fetch_model,
+    repository_of,
+    task_of,
+    torch_device,
+)
 from converter.places import RECORDED
+from converter.runtimes.exported import EXTERNAL_DATA, FILES
+from converter.runtimes.network import ExportedNetwork, find_exported, open_exported
 from converter.staging import check_place, staged
 from converter.version import TOOL, __version__
 from converter.weights.tensorfiles import is_model_file
@@ -32,6 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from converter.checks.pipeline import Prepared
+    from converter.models import Network
     from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor
 
 # the levels that a model must not fail for its outputs to be worth recording
@@ -105,8 +113,8 @@ def record(
             known.
         random: number of inputs with random pixels, instead of pictures.
         seed: seed of the random pixels.
-        layers: also record every layer's output for the first input, and every block's predictions
-            with masked attention.
+        layers: also record every layer's output for the first input and, of a model that is not
+            exported, every block's predictions with masked attention.
         image_size: (height, width) of the input in pixels; by default the model's. A smaller one
             makes a smaller recording, without segments.
         force: replace an existing recording: the files that its recorded.json names, and nothing
@@ -154,7 +162,7 @@ def record(
 
     files = [user_path(image) for image in images]
     pictures = [open_picture(file) for file in files]
-    task = _task_of(model, folder)
+    task = task_of(model, folder)
     with torch_device(device, threads), full_float32():
         network = _load(folder, device)
         if random:
@@ -195,8 +203,8 @@ def made_files(folder: Path) -> Mapping[str, str | None]:
     return {**ours, PROVENANCE_FILE: None}
 
 
-def _load(folder: Path, device: str) -> "EomtDinov3ForUniversalSegmentation":
-    """The model in float32.
+def _load(folder: Path, device: str) -> "Network":
+    """The model in float32, or an exported one with its layers' outputs.
 
     Raises:
         EomtConvertError: its masked attention is on.
@@ -205,6 +213,8 @@ def _load(folder: Path, device: str) -> "EomtDinov3ForUniversalSegmentation":
 
     from reference_model import EomtDinov3ForUniversalSegmentation
 
+    if exported := find_exported(folder):
+        return open_exported(exported, folder, device, layers=True)
     model = EomtDinov3ForUniversalSegmentation.from_pretrained(
         folder, device=device, dtype=torch.float32
     )
@@ -246,16 +256,8 @@ def _prepare(
         raise UnreadableFileError(f"The pictures cannot be used: {error}") from error
 
 
-def _task_of(model: str | Path, folder: Path) -> str | None:
-    """The task that a model was converted for; None if unknown."""
-    try:
-        return find_task(model, folder)
-    except UsageError:
-        return None
-
-
 def _random_pixels(
-    model: "EomtDinov3ForUniversalSegmentation",
+    model: "Network",
     count: int,
     seed: int,
     image_size: tuple[int, int] | None,
@@ -272,9 +274,7 @@ def _random_pixels(
 # the outputs ------------------------------------------------------------------------------------
 
 
-def _compute(
-    model: "EomtDinov3ForUniversalSegmentation", inputs: "Tensor", *, layers: bool
-) -> "dict[str, Tensor]":
+def _compute(model: "Network", inputs: "Tensor", *, layers: bool) -> "dict[str, Tensor]":
     """Computes the outputs to record, in the network's order.
 
     Raises:
@@ -294,7 +294,8 @@ def _compute(
         outputs = {
             name: output if name in _LOGITS else output[:1] for name, output in outputs.items()
         }
-        outputs = _rope(model, inputs) | outputs | masked_predictions(model, inputs)
+        if not isinstance(model, ExportedNetwork):
+            outputs = _rope(model, inputs) | outputs | masked_predictions(model, inputs)
     else:
         outputs = {name: outputs[name] for name in _LOGITS}
     for name, output in outputs.items():
@@ -369,7 +370,10 @@ def _describe(folder: Path, repo_id: str | None, verdict: Verdict) -> dict[str, 
     """Which model was recorded, and the result of its verification."""
     history = read_history(folder)
     configs = [folder / name for name in CONFIGS]
-    weights = sorted(path for path in folder.iterdir() if is_model_file(path.name))
+    names = {*FILES.values(), EXTERNAL_DATA}
+    weights = sorted(
+        path for path in folder.iterdir() if is_model_file(path.name) or path.name in names
+    )
     return {
         "repo": repo_id,
         "checkpoint": history.checkpoint.name if history and history.checkpoint else None,

@@ -189,6 +189,10 @@ def check_structure(found: StoredModel, evidence: Evidence, *, allow_nonfinite: 
         "tensors": len(found.tensors),
         "parameters": sum(info.size for name, info in found.tensors.items() if name not in BUFFERS),
         "dtypes": sorted({info.dtype for info in found.tensors.values()}),
+        "stored": {
+            name: {"dtype": info.dtype, "shape": list(info.shape)}
+            for name, info in found.tensors.items()
+        },
         "digests": dict(found.digests),
         "problems": problems,
     }

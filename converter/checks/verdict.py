@@ -13,6 +13,12 @@ NUMBERED = ("structure", "arithmetic", "numbers", "peers", "published")
 # how the reason begins for a level that was left out
 NOT_ASKED = "Only levels up to"
 
+# the reason of an unverified verdict if there are no recorded outputs of the model
+NOTHING_RECORDED = "No recorded outputs to compare the model with."
+
+# who computed what an export was compared with, if nothing was recorded
+SAME_WEIGHTS = "the reference model with the same weights"
+
 Status = Literal["passed", "failed", "not checked"]
 
 # The evidence for a passed verdict, the strongest first: outputs recorded from the original
@@ -233,6 +239,11 @@ class Verdict:
             return (
                 "outputs of the reference model, recorded from exactly these files after they had "
                 "passed a comparison with the original's, as recorded.json states"
+            )
+        if numbers.get("recorded_by") == SAME_WEIGHTS:
+            return (
+                f"outputs of {SAME_WEIGHTS}, for random pixels: it computes what the model "
+                "computes, but this does not show that the model is right"
             )
         reference = numbers.get("recorded_by") == "reference"
         return (

@@ -10,6 +10,7 @@ from converter.catalog import find_named
 from converter.checks.arithmetic import changed_files, check_arithmetic, sums_before_rounding
 from converter.checks.computation import Computation
 from converter.checks.evidence import Evidence
+from converter.checks.findings import Findings, write_page
 from converter.checks.provenance import (
     Given,
     Provenance,
@@ -17,7 +18,7 @@ from converter.checks.provenance import (
     open_sources,
 )
 from converter.checks.published import PUBLISHED, Slices, check_published
-from converter.checks.recorded import Recorded, read_recorded
+from converter.checks.recorded import Recorded, read_recorded, recording_of
 from converter.checks.structure import (
     StoredModel,
     check_structure,
@@ -25,15 +26,24 @@ from converter.checks.structure import (
     read_model,
     read_weights,
 )
-from converter.checks.verdict import LEVELS, NOT_ASKED, NUMBERED, Cause, Level, Verdict
+from converter.checks.verdict import (
+    LEVELS,
+    NOT_ASKED,
+    NOTHING_RECORDED,
+    NUMBERED,
+    Cause,
+    Level,
+    Verdict,
+)
 from converter.configs import CONFIGS, Dtype, find_backbone_config, read_model_config
 from converter.errors import UsageError
-from converter.files import optional_path, prepare_place, read_json_object, sha256
+from converter.files import optional_path, prepare_place, read_json_object, sha256, user_path
 from converter.history import has_weights_of, read_history
 from converter.hub.access import Access
 from converter.hub.sources import fetch_config
 from converter.models import Compile, fetch_model, repository_of, torch_device
-from converter.places import find_recorded, parse_source
+from converter.places import parse_source
+from converter.runtimes.network import find_exported
 from converter.weights.tensorfiles import find_weights, open_tensors
 
 if TYPE_CHECKING:
@@ -45,9 +55,6 @@ if TYPE_CHECKING:
     from converter.checks.diagnosis.stages import Stage
     from converter.checks.numbers import Numbers
     from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
-
-# the reason of an unverified verdict if there are no recorded outputs of the model
-NOTHING_RECORDED = "No recorded outputs to compare the model with."
 
 
 @dataclass(frozen=True)
@@ -75,22 +82,6 @@ class Options:
     access: Access = field(default_factory=Access)
 
 
-@dataclass(frozen=True)
-class Findings:
-    """The result of checking a model, with its outputs.
-
-    Attributes:
-        verdict: the verdict.
-        recorded: the recording that its numbers were compared with, if any.
-        outputs: its outputs for the recorded input, by the names of recorded tensors; empty if it
-            was not run on one.
-    """
-
-    verdict: Verdict
-    recorded: Recorded | None = None
-    outputs: "Mapping[str, Tensor]" = field(default_factory=dict)
-
-
 def verify(
     model: str | Path,
     *,
@@ -105,19 +96,25 @@ def verify(
     compile: Compile | None = None,
     threads: int | None = None,
     report: str | Path | None = None,
+    made_from: str | Path | None = None,
+    providers: str | Sequence[str] = (),
+    input_name: str | None = None,
+    output_names: tuple[str, str] | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Verdict:
-    """Checks a converted model, and looks for the cause if it fails.
+    """Checks a converted or an exported model, and looks for the cause if it fails.
 
     ``converter.verify("model", recorded="recorded").verdict`` is ``passed``, ``failed`` or
     ``unverified``.
 
     Args:
-        model: its folder, or a Hub repository as owner/name or owner/name@revision.
-        recorded: a folder with recorded outputs, or its recorded.safetensors. By default those of
-            the catalogue's entry that conversion.json names, if they come with the package.
+        model: its folder, or a Hub repository as owner/name or owner/name@revision. An exported
+            model's folder, or an .onnx or .pt2 file, whoever made it.
+        recorded: a folder with recorded outputs, or its recorded.safetensors. By default those in
+            the model's folder, or those of the catalogue's entry that conversion.json names, if
+            they come with the package.
         delta: the delta it was made from: a file, a folder, or owner/name[@revision]. By default
             the one that conversion.json names, if it is in the cache.
         backbone: the backbone it was made from, given in the same way.
@@ -132,6 +129,13 @@ def verify(
             after it has passed without; None for none.
         threads: number of torch's CPU threads; by default torch's choice.
         report: an HTML file to write with the results.
+        made_from: for an exported model, the one that was exported: a folder or a repository. By
+            default its tensors are known from conversion.json.
+        providers: for an ONNX file, onnxruntime's execution providers, best first, such as
+            ``tensorrt`` or ``CUDAExecutionProvider``, also as text with commas; by default the
+            CPU's.
+        input_name: for an ONNX file, the name of its input, if it is not recognised.
+        output_names: for an ONNX file, the names of its outputs for masks and classes, likewise.
         token: for the Hub, as everywhere in huggingface_hub; by default HF_TOKEN or the login.
         cache_dir: where downloads are kept; by default the Hub's cache.
         local_files_only: whether only that cache is used.
@@ -151,6 +155,39 @@ def verify(
     if page:
         prepare_place(page)
     access = Access.of(token, cache_dir, local_files_only)
+    if exported := _exported(model):
+        others = {
+            "--delta": delta,
+            "--backbone": backbone,
+            "--against": against,
+            "--image": image,
+            "--device": device != "cpu",
+            "--dtype": dtype != "float32",
+            "--compile": compile,
+        }
+        _refuse(others, "is for models that are not exported")
+        from converter.checks.exported import verify_exported
+
+        findings = verify_exported(
+            exported,
+            recorded=recorded,
+            source=fetch_model(made_from, access) if made_from else None,
+            providers=providers,
+            input_name=input_name,
+            output_names=output_names,
+            level=level,
+            threads=threads,
+        )
+        if page:
+            write_page([page], exported.absolute().parent.name, exported.parent, findings)
+        return findings.verdict
+    for_exports = {
+        "--model": made_from,
+        "--provider": providers,
+        "--input-name": input_name,
+        "--output-names": output_names,
+    }
+    _refuse(for_exports, "is for exported models")
     options = Options(
         level,
         against,
@@ -165,7 +202,7 @@ def verify(
         tensors = dict(file.tensors)
     history = read_history(folder)
     checkpoint = history.checkpoint if history else find_named(repository_of(model))
-    place = optional_path(recorded) or (checkpoint.recorded if checkpoint else None)
+    place = recording_of(folder, checkpoint, recorded)
     with ExitStack() as stack:
         sources: Provenance | str = _not_asked(options)
         if level >= _number("arithmetic"):
@@ -178,7 +215,7 @@ def verify(
                 stack,
             )
         evidence = Evidence(
-            recorded=find_recorded(place) if place else None,
+            recorded=place,
             published=checkpoint if has_weights_of(checkpoint, history) else None,
             task=history.task if history else (checkpoint.task if checkpoint else None),
             history=history,
@@ -202,15 +239,21 @@ def verify(
     return findings.verdict
 
 
-def write_page(paths: Sequence[Path], title: str, folder: Path, findings: Findings) -> None:
-    """Writes the results as an HTML page, the same one to every path.
+def _refuse(options: Mapping[str, object], reason: str) -> None:
+    """Refuses options that were given.
 
     Raises:
-        OutputError: a file cannot be written.
+        UsageError: one was.
     """
-    from converter.checks.html_report import write_report
+    for name, value in options.items():
+        if value:
+            raise UsageError(f"{name} {reason}.", "Leave it out.")
 
-    write_report(paths, title, folder, findings.verdict, findings.recorded, findings.outputs)
+
+def _exported(model: str | Path) -> Path | None:
+    """The exported file that is meant; None for a converted model, or a repository."""
+    place = user_path(model)
+    return find_exported(place) if place.exists() or place.suffix else None
 
 
 def check(folder: Path, evidence: Evidence, options: Options | None = None) -> Findings:

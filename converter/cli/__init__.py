@@ -2,6 +2,7 @@
 
 from converter.cli.convert import main
 from converter.cli.evaluate import evaluate_command
+from converter.cli.export import export_command
 from converter.cli.look import inspect_command, list_command
 from converter.cli.publish import push_command, release_command
 from converter.cli.record import record_command
@@ -13,6 +14,7 @@ for command in (
     inspect_command,
     verify_command,
     record_command,
+    export_command,
     push_command,
     release_command,
     segment_command,

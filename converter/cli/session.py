@@ -384,7 +384,7 @@ def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def progress_bar(
-    shown: bool, *, of: Literal["bytes", "pictures"] = "bytes"
+    shown: bool, *, of: Literal["bytes", "pictures", "stages"] = "bytes"
 ) -> "Iterator[Progress]":
     """Gives a function that shows a stage's progress: its name, what is done and the total."""
     if not shown:

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import click
 
@@ -18,6 +18,20 @@ from converter.cli.session import (
 from converter.configs import Dtype
 from converter.errors import NotVerifiedError, OutputsDifferError
 from converter.models import Compile
+
+
+class OutputNames(click.ParamType[tuple[str, str]]):
+    """Two names with a comma between them."""
+
+    name = "names"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, str]:
+        masks, comma, classes = str(value).partition(",")
+        if not (masks and comma and classes) or "," in classes:
+            self.fail(f"{value!r} is not of the form MASKS,CLASSES", param, ctx)
+        return masks, classes
 
 
 @click.command("verify", cls=CompilingCommand)
@@ -67,6 +81,27 @@ from converter.models import Compile
 @compile_option
 @threads_option
 @click.option(
+    "--model",
+    "made_from",
+    metavar="MODEL",
+    help="For an export: the model that was exported. [default: known from conversion.json]",
+)
+@click.option(
+    "--provider",
+    "providers",
+    metavar="NAME[,NAME]",
+    default="",
+    help="For ONNX: execution providers of onnxruntime, best first, by its names or cpu, cuda, "
+    "tensorrt, openvino, coreml. [default: cpu]",
+)
+@click.option("--input-name", metavar="NAME", help="For ONNX: the input, if not recognised.")
+@click.option(
+    "--output-names",
+    type=OutputNames(),
+    metavar="MASKS,CLASSES",
+    help="For ONNX: the outputs, if not recognised.",
+)
+@click.option(
     "--report",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     metavar="FILE.html",
@@ -87,6 +122,10 @@ def verify_command(
     dtype: Dtype,
     compile: Compile | None,
     threads: int | None,
+    made_from: str | None,
+    providers: str,
+    input_name: str | None,
+    output_names: tuple[str, str] | None,
     report: Path | None,
     require_verified: bool,
     token: str | None,
@@ -95,7 +134,9 @@ def verify_command(
     as_json: bool,
     debug: bool,
 ) -> None:
-    """Check a model, a folder or a repository, and look for the cause if it is wrong.
+    """Check a model, and look for the cause if it is wrong.
+
+    MODEL is a folder, a repository, the folder of an export, or an .onnx or .pt2 file.
 
     Exit codes: 0 passed or unverified (1 with --require-verified), 3 failed, 1 unreadable.
     """
@@ -116,6 +157,10 @@ def verify_command(
             dtype=dtype,
             compile=compile,
             threads=threads,
+            made_from=made_from,
+            providers=providers,
+            input_name=input_name,
+            output_names=output_names,
             report=report,
             token=token,
             cache_dir=cache_dir,

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from converter.errors import EomtConvertError, UsageError
 from converter.exporting.tracing import output_names
-from converter.runtimes.exported import FILES, INPUT
+from converter.runtimes.exported import EXTERNAL_DATA, FILES, INPUT
 from converter.version import TOOL, __version__
 from reference_model import EomtDinov3ForUniversalSegmentation
 
@@ -32,8 +32,6 @@ except ModuleNotFoundError as missing:
 # versions of ONNX's operators; the exporter has none before 18, and Gelu is one operator since 20
 OPSET = 20
 OPSETS = range(18, 26)
-
-DATA_FILE = f"{FILES['onnx']}.data"
 
 # bytes of tensors up to which they are in model.onnx itself; a protobuf file ends at 2 GiB
 _INLINE = 2**24
@@ -108,7 +106,7 @@ def write_onnx(
     _name_constants(onnx_model.graph, weights)
     _clear_metadata(onnx_model)
     large = sum(tensor.nbytes for tensor in weights.values()) > _INLINE
-    return _save(onnx_model, folder, DATA_FILE if large else None)
+    return _save(onnx_model, folder, EXTERNAL_DATA if large else None)
 
 
 @contextmanager

@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     import torch
     from torchmetrics import Metric
 
+    from converter.models import Network
     from converter.pictures.metrics import Figures
     from reference_model import (
-        EomtDinov3ForUniversalSegmentation,
         EomtDinov3ForUniversalSegmentationOutput,
         EomtImageProcessor,
     )
@@ -226,7 +226,7 @@ def _recipe(dataset: str, examples: Dataset) -> "tuple[Metric, Predict]":
 
 
 def _run(
-    model: "EomtDinov3ForUniversalSegmentation", processor: "EomtImageProcessor", example: Example
+    model: "Network", processor: "EomtImageProcessor", example: Example
 ) -> "EomtDinov3ForUniversalSegmentationOutput":
     import torch
 

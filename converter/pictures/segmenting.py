@@ -39,7 +39,8 @@ from converter.pictures.drawing import Label, draw_overlay
 from converter.version import TOOL, __version__
 
 if TYPE_CHECKING:
-    from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor
+    from converter.models import Network
+    from reference_model import EomtImageProcessor
 
 OVERLAY, ID_MAP, SEGMENTS = ".overlay.png", ".segments.png", ".segments.json"
 
@@ -323,7 +324,7 @@ def _read(path: Path) -> Image.Image:
 
 
 def _run(
-    network: "EomtDinov3ForUniversalSegmentation",
+    network: "Network",
     processor: "EomtImageProcessor",
     images: Sequence[Image.Image],
     task: str,
@@ -402,7 +403,7 @@ def _instances(result: dict[str, Any]) -> tuple[NDArray[np.integer[Any]], tuple[
     return id_map, segments
 
 
-def _categories(network: "EomtDinov3ForUniversalSegmentation", task: str) -> list[dict[str, Any]]:
+def _categories(network: "Network", task: str) -> list[dict[str, Any]]:
     """The model's classes as COCO lists them."""
     stuff = network.config.stuff_classes or ()
     return [

@@ -113,6 +113,13 @@ class Network:
             )
         return named_outputs(output)
 
+    def build(self) -> EomtDinov3ForUniversalSegmentation:
+        """A model with these weights."""
+        with torch.device("meta"):
+            model = EomtDinov3ForUniversalSegmentation(self.config)
+        model.load_state_dict(dict(self.weights), assign=True)
+        return model.eval()
+
     def call(self, module: str, *args: Any) -> Tensor:
         """Runs one module of the network, by its name."""
         prefix = f"{module}."

@@ -1,0 +1,447 @@
+"""Checks an exported file against the evidence, whoever made it and whatever runs it."""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from converter.checks.diagnosis.exports import blame
+from converter.checks.diagnosis.stages import Network, Skeleton
+from converter.checks.exported_numbers import Judged, Runs, check_numbers
+from converter.checks.file_tensors import FileTensor, find_tensors
+from converter.checks.findings import Findings
+from converter.checks.pictures import check_pictures
+from converter.checks.pixels import Normalisation, read_normalisation
+from converter.checks.precision import full_float32
+from converter.checks.recorded import Recorded, read_recorded, recording_of
+from converter.checks.verdict import (
+    LEVELS,
+    NOT_ASKED,
+    NOTHING_RECORDED,
+    NUMBERED,
+    SAME_WEIGHTS,
+    Level,
+    Verdict,
+)
+from converter.configs import (
+    CONFIGS,
+    DTYPES,
+    IMAGE_MEAN,
+    IMAGE_STD,
+    PREPROCESSOR,
+    read_model_config,
+)
+from converter.errors import MissingKernelError, UsageError
+from converter.files import read_json_object, sha256
+from converter.history import HISTORY, History, PastExport, read_export, read_history
+from converter.models import task_of, torch_device
+from converter.runtimes.exported import FILES, ExportedFile, Port
+from converter.runtimes.network import ExportedNetwork, read_exported
+from converter.runtimes.providers import parse_providers
+from converter.weights.merge import BUFFERS, round_to
+from converter.weights.tensorfiles import find_weights, open_tensors
+from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """An exported file, and what is known about the model in it.
+
+    Attributes:
+        file: the exported file.
+        folder: the folder with the model's configuration files; None if there is none.
+        config: its config.json.
+        normalisation: how its preprocessor_config.json rescales and normalises pixels; ImageNet's
+            if there is none.
+        history: how the model was made, if known.
+        export: how it was exported, if known.
+        tensors: the model's tensors that were found in the file, by name.
+        misfits: sentences that say which of them have a wrong shape.
+        digests: SHA-256 that they should have, by name; empty if unknown.
+        against: where those come from.
+    """
+
+    file: ExportedFile
+    folder: Path | None
+    config: EomtDinov3Config | None
+    normalisation: Normalisation
+    history: History | None
+    export: PastExport | None
+    tensors: Mapping[str, FileTensor]
+    misfits: tuple[str, ...]
+    digests: Mapping[str, str]
+    against: str
+
+    @property
+    def dtype(self) -> str:
+        """The type that the file computes in, as torch names it: that of most of its tensors."""
+        types = _types(self)
+        return max(sorted(set(types) & DTYPES.keys()), key=types.count, default="float32")
+
+    def network(self) -> Network | None:
+        """The reference model with the file's weights in float32; None if some are unknown."""
+        if self.config is None or self.misfits:
+            return None
+        skeleton = Skeleton(self.config)
+        weights = {}
+        for name, needed in skeleton.model.state_dict().items():
+            if name in BUFFERS:  # which no inference needs
+                weights[name] = torch.zeros(needed.shape)
+            elif name in self.tensors:
+                values = np.ascontiguousarray(self.tensors[name].read().astype(np.float32))
+                weights[name] = torch.from_numpy(values)
+            else:
+                return None
+        return Network(skeleton, weights, self.normalisation)
+
+
+def read_exported_model(
+    path: Path,
+    *,
+    source: Path | None = None,
+    input_name: str | None = None,
+    output_names: tuple[str, str] | None = None,
+) -> ExportedModel:
+    """Reads an exported file, the configuration beside it, and what its tensors should be.
+
+    Args:
+        path: the exported file.
+        source: the folder of the model that was exported, if known.
+        input_name: the name of an ONNX file's input; by default it is recognised.
+        output_names: the names of its outputs for masks and classes, likewise.
+
+    Raises:
+        UnreadableFileError: a file cannot be read, or is not an export of this kind of model.
+        UsageError: there is no input or output of the given name.
+    """
+    file = read_exported(path, input_name=input_name, output_names=output_names)
+    folder = next((each for each in (path.parent, source) if each and _has_config(each)), None)
+    ours = path.name == FILES[file.format]
+    history = read_history(path.parent) if ours else None
+    export = read_export(path.parent) if ours else None
+    config = read_model_config(folder / "config.json") if folder else None
+    normalisation = Normalisation(1 / 255, IMAGE_MEAN, IMAGE_STD)
+    if folder and config and (folder / PREPROCESSOR).is_file():
+        normalisation = read_normalisation(folder / PREPROCESSOR, config.num_channels)
+    model = ExportedModel(
+        file, folder, config, normalisation, history, export, {}, (), {}, "nothing"
+    )
+    if config is None:
+        return model
+    shapes = _shapes(config)
+    digests: Mapping[str, str] = {}
+    if source:
+        digests = _digests(source, model.dtype)
+        against = "the model"
+    elif export:
+        same_type = history and history.dtype == export.dtype
+        digests = history.tensors if history and same_type else export.tensors
+        against = "conversion.json"
+    digests = {name: digest for name, digest in digests.items() if name not in BUFFERS}
+    tensors = find_tensors(file.tensors, shapes, digests)
+    misfits = tuple(_misfits(file, shapes, tensors))
+    return replace(
+        model,
+        tensors=tensors,
+        misfits=misfits,
+        digests=digests,
+        against=against if digests else "nothing",
+    )
+
+
+def _types(model: ExportedModel) -> list[str]:
+    """The types of the model's tensors or, if they are unknown, of all of the file's constants."""
+    known = [tensor.stored for tensor in model.tensors.values()]
+    return [each.dtype for each in known or model.file.tensors.values()]
+
+
+def _has_config(folder: Path) -> bool:
+    path = folder / "config.json"
+    return (
+        path.is_file() and read_json_object(path).get("model_type") == EomtDinov3Config.model_type
+    )
+
+
+def _shapes(config: EomtDinov3Config) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that inference needs, by name."""
+    with torch.device("meta"):
+        needed = EomtDinov3ForUniversalSegmentation(config).state_dict()
+    return {n: tuple(tensor.shape) for n, tensor in needed.items() if n not in BUFFERS}
+
+
+def _digests(source: Path, dtype: str) -> dict[str, str]:
+    """SHA-256 of a model's tensors, in another type, by name."""
+    with open_tensors(find_weights(source)) as file:
+        return {
+            name: hashlib.sha256(
+                np.ascontiguousarray(
+                    round_to(file.read(name).astype(np.float32), DTYPES[dtype])
+                ).data
+            ).hexdigest()
+            for name in file.tensors
+        }
+
+
+def _misfits(
+    file: ExportedFile, shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, FileTensor]
+) -> Iterator[str]:
+    for name, shape in shapes.items():
+        given = next((n for n in file.tensors if n == name or n.endswith(f".{name}")), None)
+        if name not in found and given:
+            yield (
+                f"{given} has the shape {list(file.tensors[given].shape)}, expected {list(shape)} "
+                "by config.json."
+            )
+
+
+@dataclass(frozen=True)
+class Checks:
+    """How an exported file is checked.
+
+    Attributes:
+        recorded: the recorded.safetensors to compare it with; None for the reference model.
+        task: the task that the model was made for, if known.
+        level: the last of the five numbered levels to check.
+        providers: onnxruntime's execution providers, best first; empty for the CPU's.
+    """
+
+    recorded: Path | None = None
+    task: str | None = None
+    level: int = len(NUMBERED)
+    providers: tuple[str, ...] = ()
+
+    def ask_for(self, level: str) -> bool:
+        """Whether to check a level; pictures are checked with the level after numbers."""
+        return self.level > NUMBERED.index("peers" if level == "pictures" else level)
+
+
+def verify_exported(
+    path: Path,
+    *,
+    recorded: str | Path | None,
+    source: Path | None,
+    providers: str | Sequence[str],
+    input_name: str | None,
+    output_names: tuple[str, str] | None,
+    level: int,
+    threads: int | None,
+) -> Findings:
+    """Checks an exported file, with the options of `converter.verify`; source is ``made_from``.
+
+    Raises:
+        EomtConvertError: as `converter.verify` does.
+    """
+    model = read_exported_model(
+        path, source=source, input_name=input_name, output_names=output_names
+    )
+    checkpoint = model.history.checkpoint if model.history else None
+    task: str | None = model.history.task if model.history else None
+    if source and task is None:
+        task = task_of(source, source)
+    chosen = parse_providers(providers)
+    if chosen and model.file.format != "onnx":
+        raise UsageError("Only ONNX files have execution providers.", "Leave out --provider.")
+    checks = Checks(recording_of(path.parent, checkpoint, recorded), task, level, chosen)
+    with torch_device("cpu", threads), full_float32():
+        return check_exported(model, checks)
+
+
+def check_exported(model: ExportedModel, checks: Checks) -> Findings:
+    """Checks an exported file against a recording or, without one, against the reference model.
+
+    Raises:
+        UnreadableFileError: the recording cannot be read.
+        UsageError: there is no such provider.
+    """
+    levels = {"structure": _check_structure(model)}
+    if checks.ask_for("arithmetic"):
+        levels["arithmetic"] = _check_arithmetic(model)
+    recorded = read_recorded(checks.recorded) if checks.recorded else None
+    judged: Judged | None = None
+    if checks.ask_for("numbers"):
+        try:
+            runs = Runs.of(model.file, checks.providers, _num_layers(model, recorded))
+        except MissingKernelError as error:
+            for name in ("numbers", "pictures"):
+                levels[name] = Level(name, "not checked", error.message)
+        else:
+            network = model.network()
+            judged = check_numbers(runs, network, model.normalisation, model.dtype, recorded)
+            judged = replace(judged, level=_with_basis(judged, model))
+            levels["numbers"] = judged.level
+            if recorded and checks.ask_for("pictures"):
+                levels["pictures"] = _check_pictures(model, judged, recorded, checks.task)
+    for name in LEVELS:
+        levels.setdefault(name, Level(name, "not checked", _why_not(name, checks)))
+    verdict = Verdict(tuple(levels[name] for name in LEVELS))
+    if judged and verdict.verdict == "failed":
+        digests = {name: tensor.sha256 for name, tensor in model.tensors.items()}
+        verdict = blame(verdict, judged, digests, model.digests)
+    if judged and judged.numbers and judged.case and not judged.case.computed:
+        return Findings(verdict, recorded, judged.numbers.outputs)
+    return Findings(verdict)
+
+
+def _why_not(level: str, checks: Checks) -> str:
+    if not checks.ask_for(level):
+        return f"{NOT_ASKED} {checks.level} were asked for."
+    if level == "pictures":
+        return NOTHING_RECORDED
+    return "An exported file is held against recordings and the reference model only."
+
+
+def _num_layers(model: ExportedModel, recorded: Recorded | None) -> int:
+    if model.config:
+        return model.config.num_hidden_layers
+    return len(recorded.numbered("hidden_states")) if recorded else 0
+
+
+# structure and arithmetic ------------------------------------------------------------------------
+
+
+def _check_structure(model: ExportedModel) -> Level:
+    """Checks the file by the rules of its format, and against the configuration beside it."""
+    problems = [*model.file.problems(), *model.misfits, *_disagreements(model), *_changes(model)]
+    finite = {name: bool(np.isfinite(each.read()).all()) for name, each in model.tensors.items()}
+    problems += [f"{name} holds NaN or infinity." for name, each in finite.items() if not each]
+    file = model.file
+    figures = {
+        "format": file.format,
+        "opset": file.opset,
+        "inputs": {file.input.name: _axes(file.input)},
+        "outputs": {port.name: _axes(port) for port in file.outputs.values()},
+        "tensors": len(file.tensors),
+        "parameters": sum(math.prod(each.shape) for each in file.tensors.values()),
+        "dtypes": sorted({DTYPES.get(each, each) for each in _types(model)}),
+        "stored": {
+            name: {
+                "dtype": DTYPES.get(tensor.stored.dtype, tensor.stored.dtype),
+                "shape": list(tensor.read().shape),
+            }
+            for name, tensor in model.tensors.items()
+        },
+        "digests": {name: tensor.sha256 for name, tensor in model.tensors.items()},
+        "problems": problems,
+    }
+    if problems:
+        more = f" {len(problems) - 1} more problems were found." if len(problems) > 1 else ""
+        return Level("structure", "failed", problems[0] + more, figures)
+    return Level("structure", "passed", figures=figures)
+
+
+def _axes(port: Port) -> list[int | str]:
+    return ["any" if size is None else size for size in port.shape]
+
+
+def _disagreements(model: ExportedModel) -> Iterator[str]:
+    """Says where the file's inputs and outputs do not fit the model's config.json."""
+    config, file = model.config, model.file
+    expected = {"mask_logits": 4, "class_logits": 3}
+    for name, rank in expected.items():
+        port = file.outputs[name]
+        if len(port.shape) != rank:
+            yield f"The output {port.name} has {len(port.shape)} dimensions, expected {rank}."
+            return
+    if config is None:
+        return
+    ports = (
+        ("The input", file.input, 1, config.num_channels, "num_channels"),
+        ("The output", file.outputs["mask_logits"], 1, config.num_queries, "num_queries"),
+        ("The output", file.outputs["class_logits"], 1, config.num_queries, "num_queries"),
+        ("The output", file.outputs["class_logits"], 2, config.num_labels + 1, "classes + 1"),
+    )
+    for kind, port, axis, size, key in ports:
+        if port.shape[axis] not in (None, size):
+            yield (
+                f"{kind} {port.name} has the shape {_axes(port)}, expected {size} in axis {axis}: "
+                f"{key} in config.json."
+            )
+
+
+def _changes(model: ExportedModel) -> Iterator[str]:
+    """Says what is not as conversion.json has it."""
+    export, file = model.export, model.file
+    if export is None:
+        return
+    for name, digest in export.files.items():
+        path = file.path.parent / name
+        if name != Path(name).name or not path.is_file():
+            yield f"{name} is missing; {HISTORY} lists it."
+        elif sha256(path) != digest.sha256:
+            yield f"{name} was changed: its SHA-256 is not the one in {HISTORY}."
+    stated = (export.format, export.opset, export.input)
+    found = (file.format, file.opset, file.input.name)
+    for key, theirs, ours in zip(("format", "opset", "input"), stated, found, strict=True):
+        if theirs != ours:
+            yield f"{key} is {ours}, {HISTORY} says {theirs}."
+
+
+def _check_arithmetic(model: ExportedModel) -> Level:
+    """Compares the digests of the model's tensors in the file with what they should be."""
+    if not model.digests:
+        reason = "The model that was exported is unknown: name it with --model."
+        return Level("arithmetic", "not checked", reason)
+    different = [
+        name
+        for name, digest in model.digests.items()
+        if name not in model.tensors or model.tensors[name].sha256 != digest
+    ]
+    figures = {"tensors": len(model.digests), "against": model.against, "different": different}
+    if not different:
+        return Level("arithmetic", "passed", figures=figures)
+    first = different[0]
+    wrong = f"is not what {model.against} says" if first in model.tensors else "was not found"
+    more = f" {len(different) - 1} more tensors are wrong." if len(different) > 1 else ""
+    return Level("arithmetic", "failed", f"{first} {wrong}.{more}", figures)
+
+
+# numbers and pictures ----------------------------------------------------------------------------
+
+
+def _with_basis(judged: Judged, model: ExportedModel) -> Level:
+    """The level of the numbers, with what they rest on and which providers computed them."""
+    level, case, asked = judged.level, judged.case, judged.runs.providers
+    if case is None:
+        return level
+    if case.computed:
+        rests_on = {"basis": "reference", "recorded_by": SAME_WEIGHTS, "known_recording": False}
+    else:
+        digests = {name: tensor.sha256 for name, tensor in model.tensors.items()}
+        configs = {name: sha256(model.folder / name) for name in CONFIGS} if model.folder else {}
+        rests_on = case.recorded.origin.figures({**digests, **configs})
+    figures = {**level.figures, **rests_on}
+    if model.dtype != "float32":
+        figures["computed_in"] = model.dtype
+    level = replace(level, figures=figures)
+    if not asked:
+        return level
+    nodes = figures["providers"]["nodes"]
+    ran = ", ".join(f"{name} {count}" for name, count in nodes.items())
+    if level.status == "passed" and not nodes.get(asked[0]):
+        reason = f"{asked[0]} was asked for, but ran none of the nodes: {ran}."
+        return replace(level, status="not checked", reason=reason)
+    return replace(level, reason=f"{level.reason} Nodes by provider: {ran}.".strip())
+
+
+def _check_pictures(
+    model: ExportedModel, judged: Judged, recorded: Recorded, task: str | None
+) -> Level:
+    if model.folder is None or model.config is None:
+        reason = f"There is no config.json and {PREPROCESSOR} beside the file."
+        return Level("pictures", "not checked", reason)
+    if judged.case is None or judged.case.computed:
+        return Level("pictures", "not checked", "The file takes inputs of another size.")
+    network = ExportedNetwork(model.file, judged.runs.plain, model.config)
+    return check_pictures(
+        network,
+        model.folder,
+        task,
+        recorded,
+        judged.case.tolerance,
+        size_is_meant=model.export is not None,
+        same_weights=judged.network.build() if judged.network else None,
+    )

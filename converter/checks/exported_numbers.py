@@ -1,0 +1,247 @@
+"""Runs an exported file, and compares its outputs with a recording or the reference model's."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from converter.checks.comparison import COMPUTED, FLOAT32, ROUNDED, Tolerance
+from converter.checks.diagnosis.by_value import is_coarse
+from converter.checks.diagnosis.stages import Network
+from converter.checks.numbers import Numbers, judge_outputs, run, widening
+from converter.checks.pixels import Normalisation
+from converter.checks.recorded import Origin, Recorded
+from converter.checks.verdict import Level
+from converter.runtimes.exported import ExportedFile, ExportedSession
+from converter.runtimes.network import run_in_batches
+from converter.runtimes.providers import CPU
+from reference_model import EomtDinov3Config
+
+# seed of the random pixels that are compared where nothing was recorded
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Runs:
+    """An exported file, ready to run.
+
+    Attributes:
+        file: the exported file.
+        providers: onnxruntime's execution providers that were asked for; empty for the CPU's.
+        layers: the network's number of layers; 0 if unknown.
+        plain: runs the file as its users do.
+        layered: runs it with every layer's output, as far as it shows them.
+    """
+
+    file: ExportedFile
+    providers: tuple[str, ...]
+    layers: int
+    plain: ExportedSession
+    layered: ExportedSession | None
+
+    @classmethod
+    def of(cls, file: ExportedFile, providers: Sequence[str], layers: int) -> Self:
+        """Makes a file ready to run.
+
+        Raises:
+            MissingKernelError: the provider lacks an operator in the file's type.
+            UsageError: a provider is not available.
+            UnreadableFileError: the runtime refuses the file.
+        """
+        # a provider that is named is profiled
+        named = providers or ((CPU,) if file.format == "onnx" else ())
+        layered = file.open(named, layers) if layers else None
+        return cls(file, tuple(providers), layers, file.open(named), layered)
+
+    def on_the_cpu(self) -> Self:
+        """The same file on the CPU."""
+        return self.of(self.file, (), self.layers)
+
+    def accept(self, shape: Sequence[int]) -> bool:
+        """Whether the file takes inputs of this (batch, channels, height, width); any batch."""
+        return all(
+            fixed in (None, size)
+            for fixed, size in zip(self.file.input.shape[1:], shape[1:], strict=True)
+        )
+
+    def outputs(self, inputs: Tensor) -> dict[str, Tensor]:
+        """The file's outputs and its layers', by the names of recorded tensors, in order.
+
+        Args:
+            inputs: (batch, channels, height, width), rescaled and normalised.
+
+        Raises:
+            EomtConvertError: the runtime fails.
+        """
+        batch = self.file.input.shape[0]
+        found = run_in_batches(self.layered, inputs, batch) if self.layered else {}
+        found |= run_in_batches(self.plain, inputs, batch)  # the same names keep their places
+        return {name: torch.from_numpy(values) for name, values in found.items()}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a file's outputs are compared with.
+
+    Attributes:
+        recorded: a recording, or the reference model's outputs like one.
+        tolerance: how far apart they may be.
+        computed: whether the reference model computed them just now, with the file's weights.
+    """
+
+    recorded: Recorded
+    tolerance: Tolerance
+    computed: bool = False
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The numbers of an exported file.
+
+    Attributes:
+        level: the level's line in the verdict.
+        runs: what ran the file.
+        network: the reference model with the file's weights; None if some are unknown.
+        normalisation: of the pixels.
+        dtype: what the file computes in, as torch names it.
+        rounded: the 16-bit type of each tensor that was rounded, by name.
+        case: what its outputs were compared with; None if they were not.
+        numbers: its outputs and how they compare; None likewise.
+    """
+
+    level: Level
+    runs: Runs
+    network: Network | None
+    normalisation: Normalisation
+    dtype: str
+    rounded: Mapping[str, str]
+    case: Case | None = None
+    numbers: Numbers | None = None
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """How far its outputs may be from those of the reference model with the same weights."""
+        return FLOAT32 if self.dtype == "float32" else COMPUTED[self.dtype]
+
+
+def check_numbers(
+    runs: Runs,
+    network: Network | None,
+    normalisation: Normalisation,
+    dtype: str,
+    recorded: Recorded | None,
+) -> Judged:
+    """Runs an exported file, and compares its outputs.
+
+    They are compared with the recording's, if there is one and the file takes inputs of its size;
+    otherwise with those of the reference model with the same weights, for random pixels.
+
+    Args:
+        runs: the file.
+        network: the reference model with the file's weights; None if some are unknown.
+        normalisation: of the pixels.
+        dtype: what the file computes in, as torch names it.
+        recorded: the recording, if there is one.
+    """
+    coarse = {name: is_coarse(each) for name, each in network.weights.items()} if network else {}
+    rounded = {name: each for name, each in coarse.items() if each}
+    unjudged = Level("numbers", "not checked", _nothing_to_compare(runs, recorded))
+    judged = Judged(unjudged, runs, network, normalisation, dtype, rounded)
+    found = [judge(judged, case) for case in _cases(judged, recorded)]
+    failed = [each for each in found if each.level.status == "failed"]
+    chosen = next(iter([*failed, *found]), judged)
+    inputs = [list(each.case.recorded.pixels.shape) for each in found if each.case]
+    figures = {**chosen.level.figures, "inputs": inputs, "providers": _providers(runs)}
+    return replace(chosen, level=replace(chosen.level, figures=figures))
+
+
+def _cases(judged: Judged, recorded: Recorded | None) -> Iterator[Case]:
+    network = judged.network
+    if recorded and judged.runs.accept(recorded.pixels.shape):
+        types = set(judged.rounded.values())
+        if judged.dtype != "float32" or not types or recorded.origin.rounded:
+            yield Case(recorded, judged.tolerance)
+            return
+        yield Case(recorded, ROUNDED["bfloat16" if "bfloat16" in types else "float16"])
+        if network:  # shows faults of the computation that rounded weights hide
+            yield Case(computed_by(network, recorded.pixels), judged.tolerance, computed=True)
+    elif network:
+        for shape in _shapes(judged.runs.file, network.config):
+            pixels = random_pixels(shape)
+            yield Case(computed_by(network, pixels), judged.tolerance, computed=True)
+
+
+def _shapes(file: ExportedFile, config: EomtDinov3Config) -> Iterator[tuple[int, ...]]:
+    """Inputs of two batch sizes and two image sizes, as far as the file takes them."""
+    patch, (height, width) = config.patch_size, config.input_size
+    # a program of torch.export takes two patches or more
+    other = max(height // 2 // patch, 2) * patch, (width // 2 // patch + 2) * patch
+    for batch, size in ((1, (height, width)), (2, other)):
+        usual = (batch, config.num_channels, *size)
+        yield tuple(fixed or each for fixed, each in zip(file.input.shape, usual, strict=True))
+
+
+def random_pixels(shape: tuple[int, ...]) -> Tensor:
+    """Uniformly random pixels, uint8, always the same ones.
+
+    Args:
+        shape: (batch, channels, height, width).
+    """
+    generator = np.random.default_rng(_SEED)
+    return torch.from_numpy(generator.integers(256, size=shape, dtype=np.uint8))
+
+
+def computed_by(network: Network, pixels: Tensor) -> Recorded:
+    """What the reference model computes on the CPU in float32, like a recording.
+
+    Args:
+        network: the reference model with weights.
+        pixels: (batch, channels, height, width) uint8.
+    """
+    return Recorded(Path(), "", Origin("reference"), {"pixels": pixels, **network.run(pixels)})
+
+
+def _nothing_to_compare(runs: Runs, recorded: Recorded | None) -> str:
+    if recorded is None:
+        return "There are no recorded outputs, and the model's weights in this file are unknown."
+    height, width = recorded.pixels.shape[-2:]
+    return (
+        f"The file takes inputs of {list(runs.file.input.shape)}, recorded were {height}x{width} "
+        "pixels, and the model's weights in this file are unknown."
+    )
+
+
+def judge(judged: Judged, case: Case) -> Judged:
+    """Compares a file's outputs.
+
+    Some networks magnify the rounding errors of float32, by an amount that depends on the machine.
+    What they do to the reference model with the same weights is allowed for.
+
+    Args:
+        judged: the file; what was found of it before is replaced.
+        case: what to compare its outputs with.
+    """
+    recorded, network = case.recorded, judged.network
+    judged = replace(judged, case=case)
+    channels = recorded.pixels.shape[1]
+    if channels != len(judged.normalisation.mean):
+        reason = f"The model cannot run on the recorded input: it has {channels} channels."
+        return replace(judged, level=Level("numbers", "failed", reason))
+    outputs = judged.runs.outputs(judged.normalisation(recorded.pixels))
+    numbers = judge_outputs(outputs, recorded, case.tolerance)
+    fails = numbers.level.status == "failed" and numbers.comparable
+    if network and fails and judged.dtype == "float32":
+        model = network.build()
+        inputs = judged.normalisation(recorded.pixels)
+        theirs = {name: recorded.tensors[name] for name in numbers.compared}
+        wider = widening(lambda: run(model, inputs), [model], theirs, case.tolerance)
+        numbers = judge_outputs(outputs, recorded, case.tolerance, wider)
+    return replace(judged, level=numbers.level, numbers=numbers)
+
+
+def _providers(runs: Runs) -> dict[str, Any]:
+    return {"asked": list(runs.providers), "nodes": runs.plain.nodes_by_provider()}

@@ -1,0 +1,300 @@
+"""Exports: what is written, and how it is checked."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from click.testing import Result
+from conftest import FIXTURES, NAMES
+from exported_files import change, normalise_again, set_epsilon, set_values, swap
+
+import converter
+from converter.errors import OutputError, UsageError
+from reference_model import EomtDinov3ForUniversalSegmentation
+
+WEIGHT = "layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def export(exported: Callable[..., Path], tmp_path: Path) -> Path:
+    """A separate copy of the export of tiny_panoptic_64, which a test may change."""
+    folder = tmp_path / "export"
+    shutil.copytree(exported("tiny_panoptic_64"), folder)
+    return folder
+
+
+def level(verdict: converter.Verdict, name: str) -> converter.Level:
+    return next(each for each in verdict.levels if each.level == name)
+
+
+@pytest.mark.numbers
+@pytest.mark.parametrize("name", NAMES)
+def test_an_export_passes_against_the_recordings_of_the_original(
+    exported: Callable[..., Path], name: str
+) -> None:
+    verdict = converter.verify(exported(name))
+
+    assert verdict.verdict == "passed", verdict.reason
+    assert verdict.basis == "original"
+    for each in ("structure", "arithmetic", "numbers", "pictures"):
+        assert level(verdict, each).status == "passed", each
+    compared = level(verdict, "numbers").figures["compared"]
+    assert {"patch_embeddings", "hidden_states.0", "last_hidden_state"} < compared.keys()
+
+
+@pytest.mark.numbers
+def test_a_program_of_torch_passes_against_the_recordings_of_the_original(
+    exported: Callable[..., Path],
+) -> None:
+    verdict = converter.verify(exported("tiny_instance_64_gated", format="torch"))
+
+    assert (verdict.verdict, verdict.basis) == ("passed", "original"), verdict.reason
+    assert "hidden_states.0" in level(verdict, "numbers").figures["compared"]
+
+
+@pytest.mark.numbers
+@pytest.mark.parametrize("size", [(16, 16), (80, 48), (112, 144)])
+def test_an_export_takes_sizes_that_were_not_traced(
+    exported: Callable[..., Path], converted: Callable[[str], Path], size: tuple[int, int]
+) -> None:
+    patch = 16
+    model = EomtDinov3ForUniversalSegmentation.from_pretrained(converted("tiny_panoptic_64"))
+    assert model.config.patch_size == patch
+    pixels = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(0))
+    session = onnxruntime.InferenceSession(exported("tiny_panoptic_64") / "model.onnx")
+    masks, classes = session.run(None, {"pixel_values": pixels.numpy()})
+    with torch.inference_mode():
+        expected = model(pixels)
+
+    assert np.allclose(masks, expected.masks_queries_logits, atol=2e-4, rtol=1e-5)
+    assert np.allclose(classes, expected.class_queries_logits, atol=2e-4, rtol=1e-5)
+
+
+def test_conversion_json_tells_how_the_model_was_exported(
+    exported: Callable[..., Path], converted: Callable[[str], Path]
+) -> None:
+    folder = exported("tiny_panoptic_64")
+    content = json.loads((folder / "conversion.json").read_text())
+    export = content.pop("export")
+
+    assert content == json.loads((converted("tiny_panoptic_64") / "conversion.json").read_text())
+    assert (export["format"], export["opset"], export["dtype"]) == ("onnx", 20, "float32")
+    assert export["versions"]["torch"] == torch.__version__
+    assert export["input"] == "pixel_values"
+    assert export["outputs"] == ["masks_queries_logits", "class_queries_logits"]
+    assert export["dynamic_axes"]["pixel_values"] == {"0": "batch", "2": "height", "3": "width"}
+    assert set(export["files"]) == {"model.onnx", "config.json", "preprocessor_config.json"}
+    assert export["verdict"]["basis"] == "original"
+    assert export["tensors"][WEIGHT] == content["tensors"][WEIGHT]["sha256"]
+    assert (folder / "verdict.html").is_file()
+
+
+# what is wrong is found, and placed ---------------------------------------------------------------
+
+
+@pytest.mark.numbers
+def test_a_changed_initialiser_is_found_with_its_layer(export: Path) -> None:
+    change(export / "model.onnx", lambda graph: set_values(graph, WEIGHT, lambda w: w * 1.5))
+    verdict = converter.verify(export)
+
+    assert verdict.verdict == "failed"
+    assert level(verdict, "arithmetic").figures["different"] == [WEIGHT]
+    assert verdict.first_difference is not None
+    assert verdict.first_difference.layer == "layers.1"
+    assert verdict.cause is not None
+    assert (verdict.cause.name, verdict.cause.tensors) == ("tensor-replaced", (WEIGHT,))
+
+
+@pytest.mark.numbers
+def test_a_swapped_pair_is_found_with_its_layer(export: Path) -> None:
+    pair = "layers.2.norm1.weight", "layers.2.norm2.weight"
+    change(export / "model.onnx", lambda graph: swap(graph, *pair))
+    verdict = converter.verify(export)
+
+    assert verdict.verdict == "failed"
+    assert verdict.first_difference is not None
+    assert verdict.first_difference.layer == "layers.2"
+    assert verdict.cause is not None
+    assert (verdict.cause.name, set(verdict.cause.tensors)) == ("tensors-swapped", set(pair))
+
+
+@pytest.mark.numbers
+def test_another_epsilon_in_one_layer_is_found_with_the_layer(export: Path) -> None:
+    change(export / "model.onnx", lambda graph: set_epsilon(graph, 1e-2, of="layers.1."))
+    verdict = converter.verify(export)
+
+    assert verdict.verdict == "failed"
+    assert level(verdict, "arithmetic").status == "passed"
+    assert verdict.first_difference is not None
+    assert verdict.first_difference.layer == "layers.1"
+    assert "computes something else with the right weights" in level(verdict, "numbers").reason
+
+
+@pytest.mark.numbers
+def test_another_epsilon_everywhere_is_named(export: Path) -> None:
+    change(export / "model.onnx", lambda graph: set_epsilon(graph, 1e-2, of="layer"))
+    verdict = converter.verify(export)
+
+    assert verdict.cause is not None
+    assert verdict.cause.name == "layer-norm-epsilon"
+    assert "0.01" in verdict.cause.explanation
+
+
+@pytest.mark.numbers
+def test_a_graph_that_normalises_pixels_itself_is_recognised(export: Path) -> None:
+    change(export / "model.onnx", normalise_again)
+    verdict = converter.verify(export)
+
+    assert verdict.verdict == "failed"
+    assert verdict.cause is not None
+    assert verdict.cause.name == "image-normalisation"
+    assert "pixels from 0 to 1" in verdict.cause.explanation
+
+
+@pytest.mark.numbers
+def test_another_normalisation_in_the_preprocessor_is_found(export: Path) -> None:
+    path = export / "preprocessor_config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"image_mean": [0.5, 0.5, 0.5]}))
+    verdict = converter.verify(export)
+
+    assert verdict.verdict == "failed"
+    assert verdict.cause is not None
+    assert verdict.cause.name == "image-normalisation"
+
+
+# other files -------------------------------------------------------------------------------------
+
+
+@pytest.mark.numbers
+def test_a_file_without_anything_beside_it_is_held_against_a_recording(
+    export: Path, tmp_path: Path
+) -> None:
+    alone = tmp_path / "elsewhere" / "network.onnx"
+    alone.parent.mkdir()
+    shutil.copy(export / "model.onnx", alone)
+    verdict = converter.verify(alone, recorded=FIXTURES / "tiny_panoptic_64")
+
+    assert (verdict.verdict, verdict.basis) == ("passed", "original")
+    assert level(verdict, "arithmetic").status == "not checked"
+    assert level(verdict, "pictures").status == "not checked"
+
+
+@pytest.mark.numbers
+def test_a_models_tensors_are_found_in_a_file_without_names(
+    export: Path, converted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def rename(graph: onnx.GraphProto) -> None:
+        names = {tensor.name: f"onnx::{i}" for i, tensor in enumerate(graph.initializer)}
+        for tensor in graph.initializer:
+            tensor.name = names[tensor.name]
+        for node in graph.node:
+            node.input[:] = [names.get(name, name) for name in node.input]
+
+    alone = tmp_path / "network.onnx"
+    shutil.copy(export / "model.onnx", alone)
+    change(alone, rename)
+    verdict = converter.verify(
+        alone,
+        recorded=FIXTURES / "tiny_panoptic_64",
+        made_from=converted("tiny_panoptic_64"),
+    )
+
+    assert verdict.verdict == "passed", verdict.reason
+    assert level(verdict, "arithmetic").figures["against"] == "the model"
+    assert level(verdict, "pictures").status == "passed"
+
+
+def test_a_provider_that_is_not_there_is_named(export: Path) -> None:
+    with pytest.raises(UsageError, match="TensorrtExecutionProvider"):
+        converter.verify(export, providers="tensorrt,cpu")
+
+
+@pytest.mark.numbers
+def test_a_session_that_falls_back_to_the_cpu_is_no_proof(export: Path) -> None:
+    verdict = converter.verify(export, providers="AzureExecutionProvider")
+
+    assert verdict.verdict == "unverified"
+    assert "ran none of the nodes" in level(verdict, "numbers").reason
+    assert level(verdict, "numbers").figures["providers"]["nodes"].keys() == {
+        "CPUExecutionProvider"
+    }
+
+
+# where models are used ---------------------------------------------------------------------------
+
+
+@pytest.mark.numbers
+@pytest.mark.parametrize("format", ["onnx", "torch"])
+def test_segmenting_with_an_export_writes_the_same_segments(
+    exported: Callable[..., Path],
+    converted: Callable[[str], Path],
+    command: Callable[..., Result],
+    tmp_path: Path,
+    format: str,
+) -> None:
+    pictures = sorted((FIXTURES / "shapes_panoptic_128" / "images").iterdir())[:2]
+    for name, folder in (
+        ("model", converted("shapes_panoptic_128")),
+        ("export", exported("shapes_panoptic_128", format=format)),
+    ):
+        result = command("segment", folder, *pictures, "--output", tmp_path / name)
+        assert result.exit_code == 0, result.output
+    for picture in pictures:
+        for ending in ("segments.png", "overlay.png"):
+            name = f"{picture.stem}.{ending}"
+            assert (tmp_path / "model" / name).read_bytes() == (
+                tmp_path / "export" / name
+            ).read_bytes()
+
+
+@pytest.mark.numbers
+def test_an_export_is_recorded_with_its_layers(
+    exported: Callable[..., Path], tmp_path: Path
+) -> None:
+    recording = converter.record(
+        exported("tiny_panoptic_64"), tmp_path / "recorded", random=1, layers=True
+    )
+
+    assert {"patch_embeddings", "hidden_states.0", "last_hidden_state"} < recording.tensors.keys()
+    assert (
+        converter.verify(exported("tiny_panoptic_64"), recorded=tmp_path / "recorded").verdict
+        == "passed"
+    )
+
+
+# options -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.numbers
+def test_a_fixed_size_that_was_not_recorded_is_held_against_the_reference_model(
+    converted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    done = converter.export(
+        converted("tiny_panoptic_64"), tmp_path / "export", image_size=(32, 48), layers=True
+    )
+
+    assert (done.verdict.verdict, done.verdict.basis) == ("passed", "reference")
+    assert done.export.dynamic_axes["pixel_values"] == {"0": "batch"}
+    assert done.export.outputs[2] == "patch_embeddings"
+    assert "random pixels" in done.verdict.compared_with
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    assert config["image_size"] == [32, 48]
+    with pytest.raises(UsageError, match="33x48"):
+        converter.export(converted("tiny_panoptic_64"), tmp_path / "other", image_size=(33, 48))
+
+
+def test_an_existing_folder_is_only_replaced_with_force(
+    converted: Callable[[str], Path], export: Path
+) -> None:
+    with pytest.raises(OutputError):
+        converter.export(converted("tiny_panoptic_64"), export)
+    (export / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"notes\.txt"):
+        converter.export(converted("tiny_panoptic_64"), export, force=True)
