@@ -136,6 +136,21 @@ def test_rounded_weights_are_computed_beside_the_same_weights_in_float32(
             )
 
 
+def test_a_compiled_model_with_rounded_weights_may_not_be_off_by_the_rounding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converter.convert(NAME, tmp_path / "model", dtype="bfloat16", verify=False)
+    monkeypatch.setattr(Model, "compile", lambda *_, **__: None)
+
+    found = verify(tmp_path / "model", compile="default")
+
+    for name in ("numbers", "pictures"):
+        figures = level_of(found, name).figures
+        assert figures["compiled"] == "default"
+        assert figures["relative_tolerance"] == FLOAT32.relative
+        assert figures["max_abs"] == 0
+
+
 def test_a_fault_that_16_bits_hide_is_found_in_float32(
     converted: Callable[[str], Path], tmp_path: Path
 ) -> None:
