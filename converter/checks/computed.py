@@ -129,11 +129,11 @@ def _remark(found: Computed, usual: Numbers, beside: Recorded, *, rounded: bool)
     left = [
         kind for kind, names in kinds.items() if any(n.startswith(names) for n in usual.compared)
     ]
-    only = f"; {', '.join(left)} only then" if left else ""
+    only = f" Only then were these compared: {', '.join(left)}." if left else ""
     return (
         f"The figures are for the model {found.computation}, compared with {against}: logits move "
         f"by up to {100 * max(moved):.2g}% of their range. Before, it passed in float32 and not "
-        f"compiled{only}: largest difference {usual.level.figures['max_abs']:.2g}. "
+        f"compiled, with a largest difference of {usual.level.figures['max_abs']:.2g}.{only} "
         f"{usual.level.reason}"
     ).strip()
 
@@ -150,7 +150,8 @@ def _blamed(
     with compiler_errors():
         outputs = _in_float32(run(found.model, inputs))
     difference = place_difference(outputs, usual.outputs, found.tolerance, model.config)
-    if overflow and not all(bool(tensor.isfinite().all()) for tensor in outputs.values()):
+    all_outputs = (*found.numbers.outputs.values(), *outputs.values())
+    if overflow and not all(bool(tensor.isfinite().all()) for tensor in all_outputs):
         explanation = f"{overflow}; bfloat16 has the range of float32"
         return replace(
             found, difference=difference, cause=Cause("activation-overflow", (), None, explanation)
