@@ -263,14 +263,14 @@ def check_exported(model: ExportedModel, checks: Checks) -> Findings:
     recorded = read_recorded(checks.recorded) if checks.recorded else None
     judged: Judged | None = None
     if checks.ask_for("numbers"):
+        runs = Runs(model.file, checks.providers, _num_layers(model, recorded))
+        network = model.network()
         try:
-            runs = Runs.of(model.file, checks.providers, _num_layers(model, recorded))
+            judged = check_numbers(runs, network, model.normalisation, model.dtype, recorded)
         except MissingKernelError as error:
             for name in ("numbers", "pictures"):
                 levels[name] = Level(name, "not checked", error.message)
         else:
-            network = model.network()
-            judged = check_numbers(runs, network, model.normalisation, model.dtype, recorded)
             judged = replace(judged, level=_with_basis(judged, model))
             levels["numbers"] = judged.level
             if recorded and checks.ask_for("pictures"):
@@ -281,7 +281,7 @@ def check_exported(model: ExportedModel, checks: Checks) -> Findings:
     if judged and verdict.verdict == "failed":
         digests = {name: tensor.sha256 for name, tensor in model.tensors.items()}
         verdict = blame(verdict, judged, digests, model.digests)
-    if judged and judged.numbers and judged.case and not judged.case.computed:
+    if judged and judged.numbers and judged.target and not judged.target.computed:
         return Findings(verdict, recorded, judged.numbers.outputs)
     return Findings(verdict)
 
@@ -404,18 +404,19 @@ def _check_arithmetic(model: ExportedModel) -> Level:
 
 def _with_basis(judged: Judged, model: ExportedModel) -> Level:
     """The level of the numbers, with what they rest on and which providers computed them."""
-    level, case, asked = judged.level, judged.case, judged.runs.providers
-    if case is None:
+    level, target, asked = judged.level, judged.target, judged.runs.providers
+    if target is None:
         return level
-    if case.computed:
+    if target.computed:
         rests_on = {"basis": "reference", "recorded_by": SAME_WEIGHTS, "known_recording": False}
     else:
         digests = {name: tensor.sha256 for name, tensor in model.tensors.items()}
         configs = {name: sha256(model.folder / name) for name in CONFIGS} if model.folder else {}
-        rests_on = case.recorded.origin.figures({**digests, **configs})
+        rests_on = target.recorded.origin.figures({**digests, **configs})
     figures = {**level.figures, **rests_on}
-    if model.dtype != "float32":
-        figures["computed_in"] = model.dtype
+    types = {model.dtype, *judged.rounded.values()} - {"float32"}
+    if types and not target.recorded.origin.rounded:
+        figures["rounded_to"] = "bfloat16" if "bfloat16" in types else "float16"
     level = replace(level, figures=figures)
     if not asked:
         return level
@@ -433,7 +434,7 @@ def _check_pictures(
     if model.folder is None or model.config is None:
         reason = f"There is no config.json and {PREPROCESSOR} beside the file."
         return Level("pictures", "not checked", reason)
-    if judged.case is None or judged.case.computed:
+    if judged.target is None or judged.target.computed:
         return Level("pictures", "not checked", "The file takes inputs of another size.")
     network = ExportedNetwork(model.file, judged.runs.plain, model.config)
     return check_pictures(
@@ -441,7 +442,7 @@ def _check_pictures(
         model.folder,
         task,
         recorded,
-        judged.case.tolerance,
+        judged.target.tolerance,
         size_is_meant=model.export is not None,
         same_weights=judged.network.build() if judged.network else None,
     )

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,39 +28,33 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class Runs:
-    """An exported file, ready to run.
+    """An exported file, and how it is run.
 
     Attributes:
         file: the exported file.
         providers: onnxruntime's execution providers that were asked for; empty for the CPU's.
         layers: the network's number of layers; 0 if unknown.
-        plain: runs the file as its users do.
-        layered: runs it with every layer's output, as far as it shows them.
     """
 
     file: ExportedFile
     providers: tuple[str, ...]
     layers: int
-    plain: ExportedSession
-    layered: ExportedSession | None
 
-    @classmethod
-    def of(cls, file: ExportedFile, providers: Sequence[str], layers: int) -> Self:
-        """Makes a file ready to run.
+    @cached_property
+    def plain(self) -> ExportedSession:
+        """Runs the file as its users do.
 
         Raises:
             MissingKernelError: the provider lacks an operator in the file's type.
             UsageError: a provider is not available.
             UnreadableFileError: the runtime refuses the file.
         """
-        # a provider that is named is profiled
-        named = providers or ((CPU,) if file.format == "onnx" else ())
-        layered = file.open(named, layers) if layers else None
-        return cls(file, tuple(providers), layers, file.open(named), layered)
+        return self._open(0)
 
-    def on_the_cpu(self) -> Self:
-        """The same file on the CPU."""
-        return self.of(self.file, (), self.layers)
+    def _open(self, layers: int) -> ExportedSession:
+        # a provider that is named is profiled
+        named = self.providers or ((CPU,) if self.file.format == "onnx" else ())
+        return self.file.open(named, layers)
 
     def accept(self, shape: Sequence[int]) -> bool:
         """Whether the file takes inputs of this (batch, channels, height, width); any batch."""
@@ -68,23 +63,25 @@ class Runs:
             for fixed, size in zip(self.file.input.shape[1:], shape[1:], strict=True)
         )
 
-    def outputs(self, inputs: Tensor) -> dict[str, Tensor]:
-        """The file's outputs and its layers', by the names of recorded tensors, in order.
+    def outputs(self, inputs: Tensor, *, layers: bool = False) -> dict[str, Tensor]:
+        """The file's outputs, by the names of recorded tensors, in the network's order.
 
         Args:
             inputs: (batch, channels, height, width), rescaled and normalised.
+            layers: also return every layer's output, as far as the file shows them. They come from
+                another session, which is closed before the first is opened: each holds the weights.
 
         Raises:
-            EomtConvertError: the runtime fails.
+            EomtConvertError: the runtime fails; or as in `plain`.
         """
         batch = self.file.input.shape[0]
-        found = run_in_batches(self.layered, inputs, batch) if self.layered else {}
+        found = run_in_batches(self._open(self.layers), inputs, batch) if layers and self.layers else {}
         found |= run_in_batches(self.plain, inputs, batch)  # the same names keep their places
         return {name: torch.from_numpy(values) for name, values in found.items()}
 
 
 @dataclass(frozen=True)
-class Case:
+class Target:
     """What a file's outputs are compared with.
 
     Attributes:
@@ -109,7 +106,7 @@ class Judged:
         normalisation: of the pixels.
         dtype: what the file computes in, as torch names it.
         rounded: the 16-bit type of each tensor that was rounded, by name.
-        case: what its outputs were compared with; None if they were not.
+        target: what its outputs were compared with; None if they were not.
         numbers: its outputs and how they compare; None likewise.
     """
 
@@ -119,7 +116,7 @@ class Judged:
     normalisation: Normalisation
     dtype: str
     rounded: Mapping[str, str]
-    case: Case | None = None
+    target: Target | None = None
     numbers: Numbers | None = None
 
     @property
@@ -146,33 +143,36 @@ def check_numbers(
         normalisation: of the pixels.
         dtype: what the file computes in, as torch names it.
         recorded: the recording, if there is one.
+
+    Raises:
+        MissingKernelError, UsageError, UnreadableFileError: as in `Runs.plain`.
     """
     coarse = {name: is_coarse(each) for name, each in network.weights.items()} if network else {}
     rounded = {name: each for name, each in coarse.items() if each}
     unjudged = Level("numbers", "not checked", _nothing_to_compare(runs, recorded))
     judged = Judged(unjudged, runs, network, normalisation, dtype, rounded)
-    found = [judge(judged, case) for case in _cases(judged, recorded)]
+    found = [judge(judged, target) for target in _targets(judged, recorded)]
     failed = [each for each in found if each.level.status == "failed"]
     chosen = next(iter([*failed, *found]), judged)
-    inputs = [list(each.case.recorded.pixels.shape) for each in found if each.case]
+    inputs = [list(each.target.recorded.pixels.shape) for each in found if each.target]
     figures = {**chosen.level.figures, "inputs": inputs, "providers": _providers(runs)}
     return replace(chosen, level=replace(chosen.level, figures=figures))
 
 
-def _cases(judged: Judged, recorded: Recorded | None) -> Iterator[Case]:
+def _targets(judged: Judged, recorded: Recorded | None) -> Iterator[Target]:
     network = judged.network
     if recorded and judged.runs.accept(recorded.pixels.shape):
         types = set(judged.rounded.values())
         if judged.dtype != "float32" or not types or recorded.origin.rounded:
-            yield Case(recorded, judged.tolerance)
+            yield Target(recorded, judged.tolerance)
             return
-        yield Case(recorded, ROUNDED["bfloat16" if "bfloat16" in types else "float16"])
+        yield Target(recorded, ROUNDED["bfloat16" if "bfloat16" in types else "float16"])
         if network:  # shows faults of the computation that rounded weights hide
-            yield Case(computed_by(network, recorded.pixels), judged.tolerance, computed=True)
+            yield Target(computed_by(network, recorded.pixels), judged.tolerance, computed=True)
     elif network:
         for shape in _shapes(judged.runs.file, network.config):
             pixels = random_pixels(shape)
-            yield Case(computed_by(network, pixels), judged.tolerance, computed=True)
+            yield Target(computed_by(network, pixels), judged.tolerance, computed=True)
 
 
 def _shapes(file: ExportedFile, config: EomtDinov3Config) -> Iterator[tuple[int, ...]]:
@@ -215,7 +215,7 @@ def _nothing_to_compare(runs: Runs, recorded: Recorded | None) -> str:
     )
 
 
-def judge(judged: Judged, case: Case) -> Judged:
+def judge(judged: Judged, target: Target) -> Judged:
     """Compares a file's outputs.
 
     Some networks magnify the rounding errors of float32, by an amount that depends on the machine.
@@ -223,23 +223,27 @@ def judge(judged: Judged, case: Case) -> Judged:
 
     Args:
         judged: the file; what was found of it before is replaced.
-        case: what to compare its outputs with.
+        target: what to compare its outputs with.
     """
-    recorded, network = case.recorded, judged.network
-    judged = replace(judged, case=case)
+    recorded, network = target.recorded, judged.network
+    judged = replace(judged, target=target)
     channels = recorded.pixels.shape[1]
     if channels != len(judged.normalisation.mean):
         reason = f"The model cannot run on the recorded input: it has {channels} channels."
         return replace(judged, level=Level("numbers", "failed", reason))
-    outputs = judged.runs.outputs(judged.normalisation(recorded.pixels))
-    numbers = judge_outputs(outputs, recorded, case.tolerance)
+    inputs = judged.normalisation(recorded.pixels)
+    layers = not target.computed and "last_hidden_state" in recorded.tensors
+    outputs = judged.runs.outputs(inputs, layers=layers)
+    numbers = judge_outputs(outputs, recorded, target.tolerance)
+    if numbers.level.status == "failed" and not layers:  # to see where it begins
+        outputs = judged.runs.outputs(inputs, layers=True)
+        numbers = judge_outputs(outputs, recorded, target.tolerance)
     fails = numbers.level.status == "failed" and numbers.comparable
     if network and fails and judged.dtype == "float32":
         model = network.build()
-        inputs = judged.normalisation(recorded.pixels)
         theirs = {name: recorded.tensors[name] for name in numbers.compared}
-        wider = widening(lambda: run(model, inputs), [model], theirs, case.tolerance)
-        numbers = judge_outputs(outputs, recorded, case.tolerance, wider)
+        wider = widening(lambda: run(model, inputs), [model], theirs, target.tolerance)
+        numbers = judge_outputs(outputs, recorded, target.tolerance, wider)
     return replace(judged, level=numbers.level, numbers=numbers)
 
 

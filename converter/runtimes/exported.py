@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Protocol
 
 from converter.history import Format
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 # the name of the file in an export's folder
 FILES: Mapping[Format, str] = {"onnx": "model.onnx", "torch": "model.pt2"}
@@ -65,14 +66,14 @@ class StoredTensor(Protocol):
     def shape(self) -> tuple[int, ...]:
         """The size of each axis."""
 
-    def read(self) -> NDArray[Any]:
+    def read(self) -> "NDArray[Any]":
         """Its values; large ones are read from the file at each call."""
 
 
 class ExportedSession(Protocol):
     """An exported file that is ready to run."""
 
-    def run(self, pixel_values: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    def run(self, pixel_values: "NDArray[np.float32]") -> "dict[str, NDArray[np.float32]]":
         """Computes the outputs, by the names of recorded tensors, in the network's order.
 
         Args:

@@ -13,7 +13,7 @@ from converter.checks.diagnosis.by_value import Reference
 from converter.checks.diagnosis.overflow import find_overflow
 from converter.checks.diagnosis.search import diagnose, not_tried
 from converter.checks.diagnosis.stages import cut
-from converter.checks.exported_numbers import Case, Judged, computed_by, judge
+from converter.checks.exported_numbers import Judged, Target, computed_by, judge
 from converter.checks.numbers import first_difference, judge_outputs
 from converter.checks.pixels import Normalisation
 from converter.checks.rounding import allowing_for_rounding
@@ -43,15 +43,15 @@ def blame(
         digests: SHA-256 of the model's tensors in the file, by name.
         expected: what they should be; empty if unknown.
     """
-    numbers, case, network = judged.numbers, judged.case, judged.network
+    numbers, target, network = judged.numbers, judged.target, judged.network
     failed = judged.level.status == "failed"
     if failed and numbers:
         begins = first_difference(numbers.compared, network.config if network else None)
         verdict = replace(verdict, first_difference=begins)
     if network is None or (failed and not (numbers and numbers.comparable)):
         return verdict
-    if failed and case and numbers and _has_right_weights(judged, case):
-        found = (look(judged, case) for look in _CAUSES)
+    if failed and target and numbers and _has_right_weights(judged, target):
+        found = (look(judged, target) for look in _CAUSES)
         cause = next(filter(None, found), None)
         reason = "The reference model gives the right outputs with the file's weights."
         tried = {trial.name: trial for trial in not_tried(reason)}
@@ -60,14 +60,14 @@ def blame(
         remark = f"The file computes something else with the right weights. {reason}"
         return _with_remark(replace(verdict, cause=cause, tried=tuple(tried.values())), remark)
     stages = None
-    if failed and case and judged.rounded:
-        whole = cut(case.recorded, network.config)
+    if failed and target and judged.rounded:
+        whole = cut(target.recorded, network.config)
         stages = allowing_for_rounding(whole, network, judged.rounded)
     unchecked = dict.fromkeys(BUFFERS, "")  # which no exported file has
     cause, tried_faults = diagnose(
         network,
-        case.recorded if failed and case else None,
-        case.tolerance if failed and case else judged.tolerance,
+        target.recorded if failed and target else None,
+        target.tolerance if failed and target else judged.tolerance,
         stages,
         {**unchecked, **digests},
         Reference({**unchecked, **expected}, None) if expected else None,
@@ -83,46 +83,46 @@ def _with_remark(verdict: Verdict, remark: str) -> Verdict:
     return replace(verdict, levels=levels)
 
 
-def _has_right_weights(judged: Judged, case: Case) -> bool:
+def _has_right_weights(judged: Judged, target: Target) -> bool:
     """Whether the reference model with the file's weights gives the right outputs."""
     network = judged.network
     if network is None:
         return False
-    outputs = network.run(case.recorded.pixels)
-    return judge_outputs(outputs, case.recorded, case.tolerance).level.status == "passed"
+    outputs = network.run(target.recorded.pixels)
+    return judge_outputs(outputs, target.recorded, target.tolerance).level.status == "passed"
 
 
-def _provider(judged: Judged, case: Case) -> Cause | None:
+def _provider(judged: Judged, target: Target) -> Cause | None:
     if not judged.runs.providers:
         return None
-    on_cpu = judge(replace(judged, runs=judged.runs.on_the_cpu()), case)
+    on_cpu = judge(replace(judged, runs=replace(judged.runs, providers=())), target)
     if on_cpu.level.status != "passed":
         return None
     explanation = f"running the same file on the CPU reproduces the recording{_residual(on_cpu)}"
     return Cause("provider", (), on_cpu.level.figures["max_abs"], explanation, 1.0)
 
 
-def _overflow(judged: Judged, case: Case) -> Cause | None:
+def _overflow(judged: Judged, target: Target) -> Cause | None:
     network, numbers = judged.network, judged.numbers
     if judged.dtype != "float16" or network is None or numbers is None:
         return None
     if all(bool(torch.isfinite(output).all()) for output in numbers.outputs.values()):
         return None
-    inputs = judged.normalisation(case.recorded.pixels)
+    inputs = judged.normalisation(target.recorded.pixels)
     found = find_overflow(network.build(), inputs)
     if found is None:
         return None
     return Cause("activation-overflow", (), None, str(found), 1.0)
 
 
-def _inputs(judged: Judged, case: Case) -> Cause | None:
+def _inputs(judged: Judged, target: Target) -> Cause | None:
     """The file normalises pixels itself, or was made for pixels of another range."""
-    if case.recorded.pixels.shape[1] != 3:
+    if target.recorded.pixels.shape[1] != 3:
         return None
     for name, normalisation in _INPUTS.items():
         if normalisation == judged.normalisation:
             continue
-        found = judge(replace(judged, normalisation=normalisation), case)
+        found = judge(replace(judged, normalisation=normalisation), target)
         if found.level.status == "passed":
             explanation = f"giving it {name} reproduces the recording{_residual(found)}"
             residual = found.level.figures["max_abs"]
@@ -130,28 +130,28 @@ def _inputs(judged: Judged, case: Case) -> Cause | None:
     return None
 
 
-def _masked_attention(judged: Judged, case: Case) -> Cause | None:
+def _masked_attention(judged: Judged, target: Target) -> Cause | None:
     network, numbers = judged.network, judged.numbers
     if network is None or numbers is None:
         return None
     probabilities = torch.ones_like(network.weights["attn_mask_probs"])
     masked = network.with_weights({"attn_mask_probs": probabilities})
-    theirs = computed_by(masked, case.recorded.pixels)
-    found = judge_outputs(numbers.outputs, theirs, case.tolerance)
+    theirs = computed_by(masked, target.recorded.pixels)
+    found = judge_outputs(numbers.outputs, theirs, target.tolerance)
     if found.level.status != "passed":
         return None
     explanation = "the file computes what the reference model computes with masked attention on"
     return Cause("masked-attention-on", ("attn_mask_probs",), None, explanation, 1.0)
 
 
-def _other_network(judged: Judged, case: Case) -> Cause | None:
+def _other_network(judged: Judged, target: Target) -> Cause | None:
     """What has to be changed in the reference model so that it computes what the file does."""
     network, numbers = judged.network, judged.numbers
     if network is None or numbers is None:
         return None
-    outputs = {"pixels": case.recorded.pixels, **numbers.outputs}
+    outputs = {"pixels": target.recorded.pixels, **numbers.outputs}
     cause, _ = diagnose(
-        network, replace(case.recorded, tensors=outputs), case.tolerance, None, {}, None
+        network, replace(target.recorded, tensors=outputs), target.tolerance, None, {}, None
     )
     if cause is None or cause.explained != 1.0:
         return None
@@ -164,7 +164,7 @@ def _residual(judged: Judged) -> str:
 
 
 # the causes of a difference that does not come from the weights, each with what looks for it
-_CAUSES: tuple[Callable[[Judged, Case], Cause | None], ...] = (
+_CAUSES: tuple[Callable[[Judged, Target], Cause | None], ...] = (
     _provider,
     _overflow,
     _inputs,
