@@ -116,7 +116,9 @@ def _finding(level: Level) -> str:
     figures = level.figures
     match level.level, level.status:
         case "structure", "passed":
-            return f"{figures['tensors']} tensors, {figures['parameters']:,} parameters"
+            size = f"{figures['tensors']} tensors, {figures['parameters']:,} parameters"
+            opset = f"opset {figures['opset']}, " if figures.get("opset") else ""
+            return f"{opset}{size}"
         case "arithmetic", "passed":
             given = {"sources": "their sources give", "the model": "the model has"}.get(
                 figures["against"], "conversion.json says"

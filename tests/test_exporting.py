@@ -2,8 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,10 +14,14 @@ import torch
 from click.testing import Result
 from conftest import FIXTURES, NAMES
 from exported_files import change, normalise_again, set_epsilon, set_values, swap
+from safetensors.torch import load_file, save_file
+from small_models import small_model
 
 import converter
 from converter.errors import OutputError, UsageError
-from reference_model import EomtDinov3ForUniversalSegmentation
+from converter.pictures.evaluation import evaluate
+from converter.runtimes.onnx_file import OnnxFile
+from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor
 
 WEIGHT = "layers.1.mlp.up_proj.weight"
 
@@ -298,3 +303,156 @@ def test_an_existing_folder_is_only_replaced_with_force(
     (export / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"notes\.txt"):
         converter.export(converted("tiny_panoptic_64"), export, force=True)
+
+
+@pytest.fixture
+def perturbed(tmp_path: Path) -> Path:
+    """A recording that no right model gives."""
+    tensors = load_file(FIXTURES / "tiny_panoptic_64" / "recorded.safetensors")
+    tensors["class_logits"] = tensors["class_logits"] + 1
+    (tmp_path / "perturbed").mkdir()
+    save_file(tensors, tmp_path / "perturbed" / "recorded.safetensors")
+    return tmp_path / "perturbed"
+
+
+@pytest.mark.numbers
+def test_an_export_that_fails_is_only_kept_beside_the_output(
+    converted: Callable[[str], Path],
+    perturbed: Path,
+    command: Callable[..., Result],
+    tmp_path: Path,
+) -> None:
+    options = ("--output", "export", "--recorded", perturbed)
+    result = command("export", converted("tiny_panoptic_64"), *options)
+
+    assert result.exit_code == 3
+    assert "class_logits differs" in result.stderr
+    assert not (tmp_path / "export").exists()
+
+    result = command("export", converted("tiny_panoptic_64"), *options, "--keep-unverified")
+    assert result.exit_code == 3
+    assert not (tmp_path / "export").exists()
+    kept = json.loads((tmp_path / "export.unverified" / "conversion.json").read_text())
+    assert kept["export"]["verdict"]["verdict"] == "failed"
+
+
+@pytest.mark.numbers
+def test_a_recording_in_the_models_folder_is_its_own(
+    converted: Callable[[str], Path], perturbed: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(converted("tiny_panoptic_64"), tmp_path / "model")
+    shutil.copytree(perturbed, tmp_path / "model" / "recorded")
+
+    assert converter.verify(tmp_path / "model").verdict == "failed"
+
+
+# float16 -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.numbers
+def test_float16_is_held_against_the_recording_as_closely_as_it_allows(
+    exported: Callable[..., Path], converted: Callable[[str], Path]
+) -> None:
+    folder = exported("tiny_panoptic_64", dtype="float16")
+    verdict = converter.verify(folder, made_from=converted("tiny_panoptic_64"))
+
+    assert (verdict.verdict, verdict.basis) == ("passed", "original"), verdict.reason
+    assert "as closely as weights in float16 allow" in verdict.compared_with
+    assert level(verdict, "structure").figures["dtypes"] == ["F16"]
+    assert level(verdict, "arithmetic").status == "passed"
+    session = onnxruntime.InferenceSession(folder / "model.onnx")
+    assert {port.type for port in session.get_outputs()} == {"tensor(float)"}
+
+
+@pytest.fixture
+def overflowing(tmp_path: Path) -> Path:
+    """A model whose second layer computes values that float16 does not hold."""
+    model = small_model()
+    model.attn_mask_probs.zero_()
+    with torch.no_grad():
+        model.get_parameter("layers.1.mlp.up_proj.weight").mul_(3e4)
+    model.eval().save_pretrained(tmp_path / "overflowing")
+    EomtImageProcessor(size={"shortest_edge": 64, "longest_edge": 64}).save_pretrained(
+        tmp_path / "overflowing"
+    )
+    return tmp_path / "overflowing"
+
+
+@pytest.mark.numbers
+def test_activations_that_overflow_float16_are_refused_and_found(
+    overflowing: Path, command: Callable[..., Result], tmp_path: Path
+) -> None:
+    options = ("--output", "export", "--dtype", "float16")
+    result = command("export", overflowing, *options)
+
+    assert result.exit_code == 1
+    assert "layers.1.mlp.up_proj overflows float16" in result.stderr
+    assert not (tmp_path / "export").exists()
+
+    result = command("export", overflowing, *options, "--no-verify")
+    assert result.exit_code == 0, result.stderr
+    verdict = converter.verify(tmp_path / "export")
+    assert verdict.cause is not None
+    assert verdict.cause.name == "activation-overflow"
+    assert "layers.1.mlp.up_proj" in verdict.cause.explanation
+
+
+# what computes it --------------------------------------------------------------------------------
+
+
+@pytest.mark.numbers
+def test_a_provider_that_computes_something_else_is_the_cause(
+    exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider = "AzureExecutionProvider"
+    usual = OnnxFile.open
+
+    def open_wrongly(self: OnnxFile, providers: Sequence[str] = (), layers: int = 0) -> Any:
+        session = usual(self, providers, layers)
+        if provider not in providers:
+            return session
+
+        class Wrong:
+            def run(self, pixel_values: Any) -> Any:
+                return {name: 1.1 * output for name, output in session.run(pixel_values).items()}
+
+            def nodes_by_provider(self) -> dict[str, int]:
+                return {provider: 100}
+
+        return Wrong()
+
+    monkeypatch.setattr(OnnxFile, "open", open_wrongly)
+    verdict = converter.verify(exported("tiny_panoptic_64"), providers=provider)
+
+    assert verdict.verdict == "failed"
+    assert verdict.cause is not None
+    assert verdict.cause.name == "provider"
+
+
+@pytest.mark.numbers
+def test_an_export_has_the_panoptic_quality_of_its_model(
+    exported: Callable[..., Path], converted: Callable[[str], Path]
+) -> None:
+    data = FIXTURES / "shapes_panoptic_128" / "val"
+    ours, models = (
+        evaluate(folder, "coco-panoptic", data)
+        for folder in (exported("shapes_panoptic_128"), converted("shapes_panoptic_128"))
+    )
+
+    assert ours.metrics == pytest.approx(models.metrics, abs=1e-9)
+    assert [count_of(row) for row in ours.per_class] == [count_of(row) for row in models.per_class]
+
+
+def count_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if isinstance(value, int)}
+
+
+def test_a_file_of_another_models_shapes_is_refused(
+    export: Path, converted: Callable[[str], Path]
+) -> None:
+    shutil.copy(converted("tiny_semantic_48") / "config.json", export)
+    verdict = converter.verify(export, recorded=FIXTURES / "tiny_panoptic_64")
+
+    assert verdict.verdict == "failed"
+    problems = level(verdict, "structure").figures["problems"]
+    assert any("has the shape" in problem for problem in problems)

@@ -99,3 +99,10 @@ def test_evaluate(run: Run, converted: Callable[[str], Path]) -> None:
     printed = run("evaluate", model, "--dataset", "coco-panoptic", "--data", SHAPES / "val")
 
     assert "\nPQ            90.54  " in printed
+
+
+def test_export(run: Run, tiny: Path) -> None:
+    printed = run("export", tiny, "--output", "export")
+
+    assert "basis     original: " in printed
+    assert "verdict   passed\n" in run("verify", "export", "--provider", "cpu")

@@ -534,6 +534,9 @@ def _figures(level: Level) -> list[tuple[str, str]]:
     """What was measured at a level, in words."""
     figures = level.figures
     written: Mapping[str, tuple[str, Callable[[Any], str]]] = {
+        "opset": ("opset", str),
+        "inputs": ("input", _ports),
+        "outputs": ("outputs", _ports),
         "tensors": ("tensors", "{:,}".format),
         "parameters": ("parameters", "{:,}".format),
         "dtypes": ("element types", ", ".join),
@@ -553,6 +556,7 @@ def _figures(level: Level) -> list[tuple[str, str]]:
         "equal_pixels": ("pixels with the recorded result", _share),
         "least_equal_pixels": ("at least", _share),
         "rounded_equal_pixels": ("with rounded weights", _share),
+        "providers": ("nodes by execution provider", _nodes),
         "recorded_sha256": ("SHA-256 of the recording", str),
     }
     shown = [
@@ -570,6 +574,19 @@ def _figures(level: Level) -> list[tuple[str, str]]:
 
 def _against(name: str) -> str:
     return "their sources" if name == "sources" else name
+
+
+def _ports(ports: Any) -> str:
+    """Inputs or outputs of an exported file, with their shapes; those of numbers are not named."""
+    if not isinstance(ports, dict):
+        return "; ".join("×".join(map(str, shape)) for shape in ports)
+    return ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in ports.items())
+
+
+def _nodes(providers: Mapping[str, Any]) -> str:
+    asked = ", ".join(providers["asked"])
+    nodes = ", ".join(f"{name} {count:,}" for name, count in providers["nodes"].items())
+    return (nodes or "none were counted") + (f" (asked for: {asked})" if asked else "")
 
 
 def _count(names: list[str]) -> str:
