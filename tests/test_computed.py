@@ -54,10 +54,10 @@ def change_weights(model: Path, change: Callable[[dict[str, Tensor]], object]) -
 
 
 def make_overflow(state: dict[str, Tensor]) -> None:
-    """Makes the values of a layer 2**20 times as large, and takes it back after them: exactly."""
+    """Makes the values of a layer 2**16 times as large, and takes it back after them: exactly."""
     for name in ("weight", "bias"):
-        state[f"layers.1.attention.v_proj.{name}"] *= 2**20
-    state["layers.1.attention.o_proj.weight"] /= 2**20
+        state[f"layers.1.attention.v_proj.{name}"] *= 2**16
+    state["layers.1.attention.o_proj.weight"] /= 2**16
 
 
 # 16 bits ----------------------------------------------------------------------------------------
