@@ -82,11 +82,12 @@ class Origin:
     model: Mapping[str, str] = field(default_factory=dict)
     rounded: bool = False
 
-    def figures(self, model: Mapping[str, str]) -> dict[str, Any]:
+    def figures(self, model: Mapping[str, str] | None) -> dict[str, Any]:
         """The basis of a verdict on a model that was compared with these outputs.
 
         Args:
-            model: SHA-256 of the model's tensors and configuration files, by name.
+            model: SHA-256 of the model's tensors and configuration files, by name; None if only its
+                outputs are known.
         """
         basis: Basis = "reference"
         if self.recorded_by == "original":
@@ -214,6 +215,22 @@ def read_recorded(path: Path) -> Recorded:
     return Recorded(file, digest, _read_origin(file, digest), tensors)
 
 
+def class_names(recorded: Recorded) -> list[str]:
+    """The names of a recording's classes; numbers where recorded.json has no names."""
+    content = _provenance(recorded) or {}
+    names, count = content.get("classes"), recorded.tensors["class_logits"].shape[-1] - 1
+    if isinstance(names, list) and len(names) == count and all(type(n) is str for n in names):
+        return names
+    return [f"class {number}" for number in range(count)]
+
+
+def _provenance(recorded: Recorded) -> dict[str, Any] | None:
+    """The recorded.json of a recording; None if there is none that lists its SHA-256."""
+    path = known_recordings().get(recorded.sha256, recorded.path.with_name(PROVENANCE_FILE))
+    content = read_json_object(path) if path.is_file() else {}
+    return content if recorded.sha256 in _member(content, "sha256").values() else None
+
+
 def _check_rank(name: str, tensor: "Tensor", file: Path) -> None:
     rank = _RANKS.get(re.sub(r"\.\d+(?=\.|$)|@.*", "", name), tensor.ndim)
     if tensor.ndim != rank:
@@ -244,12 +261,9 @@ def read_pictures(recorded: Recorded) -> RecordedPictures | str:
     if not tensors:
         return "The recording has no pictures."
     _check_pipeline(recorded.path, tensors)
-    path = known_recordings().get(recorded.sha256, recorded.path.with_name(PROVENANCE_FILE))
-    if not path.is_file():
-        return f"There is no {PROVENANCE_FILE}, which lists the recorded pictures."
-    content = read_json_object(path)
-    if recorded.sha256 not in _member(content, "sha256").values():
-        return f"{PROVENANCE_FILE} does not list the SHA-256 of this recording."
+    content = _provenance(recorded)
+    if content is None:
+        return f"There is no {PROVENANCE_FILE} that lists the SHA-256 of this recording."
     count = len(tensors.get("pipeline.pixels", ()))
     if "pipeline.origins" in tensors:
         count = 1 + int(tensors["pipeline.origins"][:, 0].max())
