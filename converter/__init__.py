@@ -8,6 +8,7 @@
 'passed'
 """
 
+from converter.checks.outputs import verify_outputs
 from converter.checks.recording import Recording, record
 from converter.checks.verdict import Cause, FirstDifference, Level, Trial, Verdict
 from converter.checks.verification import verify
@@ -57,4 +58,5 @@ __all__ = [
     "record",
     "release",
     "verify",
+    "verify_outputs",
 ]

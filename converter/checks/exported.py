@@ -14,6 +14,7 @@ from converter.checks.diagnosis.stages import Network, Skeleton
 from converter.checks.exported_numbers import Judged, Runs, check_numbers
 from converter.checks.file_tensors import FileTensor, find_tensors
 from converter.checks.findings import Findings
+from converter.checks.outputs import write_inputs
 from converter.checks.pictures import check_pictures
 from converter.checks.pixels import Normalisation, read_normalisation
 from converter.checks.precision import full_float32
@@ -229,6 +230,7 @@ def verify_exported(
     output_names: tuple[str, str] | None,
     level: int,
     threads: int | None,
+    save_inputs: Path | None,
 ) -> Findings:
     """Checks an exported file, with the options of `converter.verify`; source is ``made_from``.
 
@@ -245,7 +247,10 @@ def verify_exported(
     chosen = parse_providers(providers)
     if chosen and model.file.format != "onnx":
         raise UsageError("Only ONNX files have execution providers.", "Leave out --provider.")
-    checks = Checks(recording_of(path.parent, checkpoint, recorded), task, level, chosen)
+    recording = recording_of(path.parent, checkpoint, recorded)
+    if save_inputs:
+        write_inputs(save_inputs, model.normalisation, recording)
+    checks = Checks(recording, task, level, chosen)
     with torch_device("cpu", threads), full_float32():
         return check_exported(model, checks)
 

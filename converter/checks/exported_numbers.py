@@ -75,7 +75,9 @@ class Runs:
             EomtConvertError: the runtime fails; or as in `plain`.
         """
         batch = self.file.input.shape[0]
-        found = run_in_batches(self._open(self.layers), inputs, batch) if layers and self.layers else {}
+        found = (
+            run_in_batches(self._open(self.layers), inputs, batch) if layers and self.layers else {}
+        )
         found |= run_in_batches(self.plain, inputs, batch)  # the same names keep their places
         return {name: torch.from_numpy(values) for name, values in found.items()}
 

@@ -28,8 +28,14 @@ class Findings:
     outputs: "Mapping[str, Tensor]" = field(default_factory=dict)
 
 
-def write_page(paths: Sequence[Path], title: str, folder: Path, findings: Findings) -> None:
+def write_page(paths: Sequence[Path], title: str, folder: Path | None, findings: Findings) -> None:
     """Writes the results as an HTML page, the same one to every path.
+
+    Args:
+        paths: where to write it.
+        title: the model's name.
+        folder: the folder with its config.json; None if there is none.
+        findings: the results.
 
     Raises:
         OutputError: a file cannot be written.

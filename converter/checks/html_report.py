@@ -21,7 +21,7 @@ from torch import Tensor
 
 from converter.checks.comparison import Tolerance, segments
 from converter.checks.computation import Computation
-from converter.checks.recorded import Recorded
+from converter.checks.recorded import Recorded, class_names
 from converter.checks.verdict import NUMBERED, Level, Verdict
 from converter.colours import Colour, class_colour
 from converter.errors import OutputError
@@ -201,12 +201,12 @@ class ReportData:
     """The content of a report.
 
     Attributes:
-        title: the model's name.
+        title: the name of the model, or of the file of outputs.
         verdict: the verdict on it.
         charts: its differences from the recording, and from a peer.
         pictures: the first recorded pictures.
-        tensors: every tensor that the model has or should have.
-        sources: the files it was made from; empty if unknown.
+        tensors: every tensor that the model has or should have; empty for outputs.
+        sources: the files it was made from; empty if unknown, and for outputs.
         versions: versions of the software that checked and that converted it, by name.
     """
 
@@ -226,12 +226,12 @@ _STREAMS = ("/dev/std", "/dev/fd/", "/proc/")
 def write_report(
     paths: Sequence[Path],
     title: str,
-    folder: Path,
+    folder: Path | None,
     verdict: Verdict,
     recorded: Recorded | None,
     outputs: Mapping[str, Tensor],
 ) -> None:
-    """Writes the report of a verdict on a model to every path.
+    """Writes the report of a verdict to every path.
 
     The other arguments are those of `gather`.
 
@@ -259,7 +259,7 @@ def write_report(
 
 def gather(
     title: str,
-    folder: Path,
+    folder: Path | None,
     verdict: Verdict,
     recorded: Recorded | None,
     outputs: Mapping[str, Tensor],
@@ -267,9 +267,10 @@ def gather(
     """Collects what a report shows.
 
     Args:
-        title: the model's name.
-        folder: the model's folder; its files have been read, and checked, before.
-        verdict: the verdict on this model.
+        title: the name of the model, or of the file of outputs.
+        folder: the model's folder; its files have been read, and checked, before. None if only
+            outputs were checked.
+        verdict: the verdict on this model, or on these outputs.
         recorded: the recording that its numbers were compared with, if any.
         outputs: its outputs for the recorded input, by the names of recorded tensors; empty if it
             was not run.
@@ -277,7 +278,7 @@ def gather(
     Raises:
         UnreadableFileError: the model's conversion.json is malformed.
     """
-    history = read_history(folder)
+    history = read_history(folder) if folder else None
     return ReportData(
         title=title,
         verdict=verdict,
@@ -357,7 +358,7 @@ def _tensor_rows(history: History | None, verdict: Verdict) -> tuple[TensorRow, 
 
 
 def _pictures(
-    recorded: Recorded, outputs: Mapping[str, Tensor], folder: Path
+    recorded: Recorded, outputs: Mapping[str, Tensor], folder: Path | None
 ) -> tuple[Picture, ...]:
     """The first recorded pictures; none if shapes differ, or if they do not have three channels."""
     names = ("mask_logits", "class_logits")
@@ -366,12 +367,15 @@ def _pictures(
     shapes = [tensor.shape for tensor in theirs]
     if recorded.pixels.shape[1] != 3 or [tensor.shape for tensor in ours] != shapes:
         return ()
-    id2label = EomtDinov3Config.from_pretrained(folder).id2label
+    if folder:
+        labels = EomtDinov3Config.from_pretrained(folder).id2label
+    else:
+        labels = dict(enumerate(class_names(recorded)))
     return tuple(
         _picture(
             recorded.pixels[i].permute(1, 2, 0).numpy(),
-            _Prediction.of(theirs[0][i], theirs[1][i], id2label),
-            _Prediction.of(ours[0][i], ours[1][i], id2label),
+            _Prediction.of(theirs[0][i], theirs[1][i], labels),
+            _Prediction.of(ours[0][i], ours[1][i], labels),
         )
         for i in range(min(_PICTURES, len(recorded.pixels)))
     )
@@ -558,6 +562,7 @@ def _figures(level: Level) -> list[tuple[str, str]]:
         "rounded_equal_pixels": ("with rounded weights", _share),
         "providers": ("nodes by execution provider", _nodes),
         "recorded_sha256": ("SHA-256 of the recording", str),
+        "outputs_sha256": ("SHA-256 of the file of outputs", str),
     }
     shown = [
         (name, write(figures[key]))

@@ -193,8 +193,13 @@ class Verdict:
         return bases
 
     @property
+    def of_outputs(self) -> bool:
+        """Whether only a file of outputs was checked, whatever computed them, and no model."""
+        return "outputs_sha256" in self._figures_of("numbers")
+
+    @property
     def compared_with(self) -> str:
-        """What the model was compared with, as the end of a sentence.
+        """What the model, or its outputs, were compared with, as the end of a sentence.
 
         Model cards on the Hub contain this text: if it changes, a push changes them.
         """
@@ -246,14 +251,19 @@ class Verdict:
                 "computes, but this does not show that the model is right"
             )
         reference = numbers.get("recorded_by") == "reference"
+        theirs = f"outputs of {'the reference model' if reference else 'unknown origin'}"
+        if self.of_outputs:
+            return f"{theirs}: this does not show that those were right"
         return (
-            f"outputs of {'the reference model' if reference else 'unknown origin'}: nothing has "
-            "changed since they were recorded, but this does not show that it was right then"
+            f"{theirs}: nothing has changed since they were recorded, but this does not show that "
+            "it was right then"
         )
 
     @property
     def shortfall(self) -> str:
-        """Why a model that did not fail is not proven, in a sentence."""
+        """Why a model, or outputs, that did not fail are not proven, in a sentence."""
+        if self.of_outputs:
+            return f"The outputs were only compared with {self.compared_with}."
         if self.basis:
             return f"The model was only compared with {self.compared_with}."
         return f"The model is unverified. {self.reason}".strip()

@@ -11,6 +11,8 @@ from converter.checks.arithmetic import changed_files, check_arithmetic, sums_be
 from converter.checks.computation import Computation
 from converter.checks.evidence import Evidence
 from converter.checks.findings import Findings, write_page
+from converter.checks.outputs import inputs_place, write_inputs
+from converter.checks.pixels import read_normalisation
 from converter.checks.provenance import (
     Given,
     Provenance,
@@ -35,7 +37,7 @@ from converter.checks.verdict import (
     Level,
     Verdict,
 )
-from converter.configs import CONFIGS, Dtype, find_backbone_config, read_model_config
+from converter.configs import CONFIGS, PREPROCESSOR, Dtype, find_backbone_config, read_model_config
 from converter.errors import UsageError
 from converter.files import optional_path, prepare_place, read_json_object, sha256, user_path
 from converter.history import has_weights_of, read_history
@@ -100,6 +102,7 @@ def verify(
     providers: str | Sequence[str] = (),
     input_name: str | None = None,
     output_names: tuple[str, str] | None = None,
+    save_inputs: str | Path | None = None,
     token: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
@@ -136,6 +139,8 @@ def verify(
             CPU's.
         input_name: for an ONNX file, the name of its input, if it is not recognised.
         output_names: for an ONNX file, the names of its outputs for masks and classes, likewise.
+        save_inputs: a .npz file to write with the model's normalised inputs, ``pixel_values``, for
+            the recorded pixels: another program's outputs for them are judged by `verify_outputs`.
         token: for the Hub, as everywhere in huggingface_hub; by default HF_TOKEN or the login.
         cache_dir: where downloads are kept; by default the Hub's cache.
         local_files_only: whether only that cache is used.
@@ -145,8 +150,10 @@ def verify(
         PlanError: the given sources do not add up to a model.
         AccessError: a named repository is missing, gated, or not in the cache.
         HubUnavailableError: the Hub is down, out of reach, or asks to wait.
-        UsageError: there is no such level, device, dtype, mode or peer.
-        OutputError: the report cannot be written.
+        UsageError: there is no such level, device, dtype, mode or peer; inputs are asked for, but
+            nothing was recorded, or the file does not end in .npz; an option is not for this kind
+            of model.
+        OutputError: the report or the inputs cannot be written.
         EomtConvertError: the model cannot be compiled.
     """
     if level not in range(1, len(NUMBERED) + 1):
@@ -154,6 +161,7 @@ def verify(
     page = optional_path(report)
     if page:
         prepare_place(page)
+    inputs = inputs_place(save_inputs)
     access = Access.of(token, cache_dir, local_files_only)
     if exported := _exported(model):
         others = {
@@ -177,9 +185,12 @@ def verify(
             output_names=output_names,
             level=level,
             threads=threads,
+            save_inputs=inputs,
         )
         if page:
-            write_page([page], exported.absolute().parent.name, exported.parent, findings)
+            folder = exported.absolute().parent
+            has_config = (folder / "config.json").is_file()
+            write_page([page], folder.name, folder if has_config else None, findings)
         return findings.verdict
     for_exports = {
         "--model": made_from,
@@ -203,6 +214,9 @@ def verify(
     history = read_history(folder)
     checkpoint = history.checkpoint if history else find_named(repository_of(model))
     place = recording_of(folder, checkpoint, recorded)
+    if inputs:
+        channels = read_model_config(folder / "config.json").num_channels
+        write_inputs(inputs, read_normalisation(folder / PREPROCESSOR, channels), place)
     with ExitStack() as stack:
         sources: Provenance | str = _not_asked(options)
         if level >= _number("arithmetic"):

@@ -16,8 +16,14 @@ from converter.cli.session import (
     threads_option,
 )
 from converter.configs import Dtype
-from converter.errors import NotVerifiedError, OutputsDifferError
+from converter.errors import NotVerifiedError, OutputsDifferError, UsageError
 from converter.models import Compile
+
+# options that mean something without a model
+_WITHOUT_MODEL = (
+    *("outputs", "recorded", "report", "require_verified"),
+    *("token", "cache_dir", "offline", "as_json", "debug"),
+)
 
 
 class OutputNames(click.ParamType[tuple[str, str]]):
@@ -35,7 +41,15 @@ class OutputNames(click.ParamType[tuple[str, str]]):
 
 
 @click.command("verify", cls=CompilingCommand)
-@click.argument("model", metavar="MODEL")
+@click.argument("model", metavar="[MODEL]", required=False)
+@click.option(
+    "--outputs",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="In place of MODEL: outputs that another program computed, as .npz or .safetensors with "
+    "mask_logits and class_logits (or masks_queries_logits and class_queries_logits), and any of "
+    "patch_embeddings, hidden_states.N and last_hidden_state. Needs --recorded.",
+)
 @click.option(
     "--recorded",
     type=click.Path(path_type=Path),
@@ -107,11 +121,26 @@ class OutputNames(click.ParamType[tuple[str, str]]):
     metavar="FILE.html",
     help="Also write the verdict as an HTML page.",
 )
-@click.option("--require-verified", is_flag=True, help="Fail unless the model is proven right.")
+@click.option(
+    "--save-inputs",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE.npz",
+    help="Also write the model's normalised input for the recorded pixels, as pixel_values. What "
+    "another program computes from it is checked with --outputs.",
+)
+@click.option(
+    "--require-verified",
+    is_flag=True,
+    help="Fail unless the model, or its outputs, are proven right.",
+)
 @hub_options
 @common_options
+@click.pass_context
 def verify_command(
-    model: str,
+    context: click.Context,
+    /,
+    model: str | None,
+    outputs: Path | None,
     recorded: Path | None,
     delta: str | None,
     backbone: str | None,
@@ -127,6 +156,7 @@ def verify_command(
     input_name: str | None,
     output_names: tuple[str, str] | None,
     report: Path | None,
+    save_inputs: Path | None,
     require_verified: bool,
     token: str | None,
     cache_dir: Path | None,
@@ -138,37 +168,68 @@ def verify_command(
 
     MODEL is a folder, a repository, the folder of an export, or an .onnx or .pt2 file.
 
+    With --outputs, check only what another program computed for the recorded pixels, within the
+    tolerance of float32.
+
     Exit codes: 0 passed or unverified (1 with --require-verified), 3 failed, 1 unreadable.
     """
     session = Session(as_json=as_json, debug=debug, token=token)
     with session.errors():
+        from converter.checks.outputs import verify_outputs
         from converter.checks.verification import verify
         from converter.report import verdict
 
-        found = verify(
-            model,
-            recorded=recorded,
-            delta=delta,
-            backbone=backbone,
-            against=against,
-            level=level,
-            image=image,
-            device=device,
-            dtype=dtype,
-            compile=compile,
-            threads=threads,
-            made_from=made_from,
-            providers=providers,
-            input_name=input_name,
-            output_names=output_names,
-            report=report,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=offline,
-        )
+        if outputs is not None:
+            _check_usage(context)
+            if recorded is None:
+                raise UsageError("--outputs needs --recorded PATH, to compare the outputs with.")
+            found = verify_outputs(outputs, recorded=recorded, report=report)
+        elif model is None:
+            raise UsageError("Nothing to verify was named.", "Give MODEL or --outputs FILE.")
+        else:
+            found = verify(
+                model,
+                recorded=recorded,
+                delta=delta,
+                backbone=backbone,
+                against=against,
+                level=level,
+                image=image,
+                device=device,
+                dtype=dtype,
+                compile=compile,
+                made_from=made_from,
+                providers=providers,
+                input_name=input_name,
+                output_names=output_names,
+                threads=threads,
+                report=report,
+                save_inputs=save_inputs,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=offline,
+            )
         session.show(verdict(found), found.to_dict())
         if found.verdict == "failed":
             sys.exit(OutputsDifferError.exit_code)
         if require_verified and not found.proven:
             session.say(f"Error: --require-verified was given: {found.shortfall}")
             sys.exit(NotVerifiedError.exit_code)
+
+
+def _check_usage(context: click.Context) -> None:
+    """Checks that nothing was given beside --outputs that needs a model.
+
+    Raises:
+        UsageError: MODEL or such an option was given.
+    """
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if source is click.core.ParameterSource.COMMANDLINE and (
+            parameter.name not in _WITHOUT_MODEL
+        ):
+            name = "MODEL" if parameter.name == "model" else parameter.opts[0]
+            raise UsageError(
+                f"{name} contradicts --outputs: outputs are checked without a model.",
+                "Leave one of the two out.",
+            )
