@@ -261,7 +261,7 @@ def test_inputs_with_other_channels_than_the_models_are_refused(
     tensors["pixels"] = tensors["pixels"][:, :2].contiguous()
     save_file(tensors, tmp_path / "recorded.safetensors")
 
-    with pytest.raises(UnreadableFileError, match="for 2 channels"):
+    with pytest.raises(UnreadableFileError, match="have 2 channels"):
         converter.verify(model, recorded=tmp_path, save_inputs=tmp_path / "inputs.npz")
     assert not (tmp_path / "inputs.npz").exists()
 

@@ -198,6 +198,11 @@ class Verdict:
         return "outputs_sha256" in self._figures_of("numbers")
 
     @property
+    def of_export(self) -> bool:
+        """Whether it is on an exported file."""
+        return "format" in self._figures_of("structure")
+
+    @property
     def compared_with(self) -> str:
         """What the model, or its outputs, were compared with, as the end of a sentence.
 
