@@ -393,12 +393,15 @@ def progress_bar(
     from rich import progress as rich
     from rich.console import Console
 
-    columns = (
-        rich.TextColumn("{task.description}", markup=False),
-        rich.BarColumn(),
-        rich.DownloadColumn() if of == "bytes" else rich.MofNCompleteColumn(),
-        rich.TimeRemainingColumn(),
+    name = rich.TextColumn("{task.description}", markup=False)
+    columns: tuple[rich.ProgressColumn, ...] = (
+        rich.SpinnerColumn(),
+        name,
+        rich.TimeElapsedColumn(),
     )
+    if of != "stages":
+        counts = rich.DownloadColumn() if of == "bytes" else rich.MofNCompleteColumn()
+        columns = (name, rich.BarColumn(), counts, rich.TimeRemainingColumn())
     with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         tasks: dict[str, Any] = {}
 

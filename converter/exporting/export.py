@@ -1,6 +1,7 @@
 """Exports a model to run elsewhere, and checks what was written."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,7 @@ from converter.files import (
     read_json_object,
     real_path,
     user_path,
+    writable,
     write_json,
 )
 from converter.history import (
@@ -61,9 +63,6 @@ _PACKAGES: Mapping[Format, tuple[str, ...]] = {
 
 # room for the graph and the files beside the weights, in bytes
 _SMALL_FILES = 1 << 24
-
-# the steps that progress counts
-_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def export(
         token: for the Hub, as everywhere in huggingface_hub; by default HF_TOKEN or the login.
         cache_dir: where downloads are kept; by default the Hub's cache.
         local_files_only: whether to use only that cache.
-        progress: called with a stage, and the number of stages that are done, and of all.
+        progress: called with a stage, and 0 or 1, and 1: when it begins, and when it is done.
 
     Raises:
         UsageError: an option is unknown or not possible.
@@ -190,23 +189,25 @@ def export(
         torch_device("cpu", threads),
         staged(place, size=_size_of(folder), force=force, made=made_files) as stage,
     ):
-        progress("Loading", 0, _STEPS)
-        network = _load(folder, size)
+        with _stage("Loading the model", progress):
+            network = _load(folder, size)
         if dtype == "float16":
-            if verify:
-                _refuse_overflow(network, _inputs(network, folder, size))
-            network = network.half()
+            with _stage("Looking for overflows", progress):
+                if verify:
+                    _refuse_overflow(network, _inputs(network, folder, size))
+                network = network.half()
         _write(network, stage.folder, format, size, layers, opset, progress)
         del network
         _write_configs(folder, stage.folder, size, dtype)
         exported = read_exported_model(stage.folder / FILES[format], source=folder)
         findings = Findings(unverified("Verification was switched off (--no-verify)."))
         if verify:
-            progress("Checking", _STEPS - 1, _STEPS)
             checks = Checks(recording, task_of(model, folder))
-            with full_float32():  # torch.export cannot trace with it
+            with (
+                _stage("Checking what it computes", progress),
+                full_float32(),  # torch.export cannot trace with it
+            ):
                 findings = check_exported(exported, checks)
-        progress("Checking", _STEPS, _STEPS)
         past = _past(exported, dtype, size, findings.verdict, stage.folder)
         write_history(stage.folder, history, past)
         pages = [*([stage.folder / REPORT] if verify else []), *([page] if page else [])]
@@ -228,6 +229,14 @@ def export(
             )
         stage.publish()
     return done
+
+
+@contextmanager
+def _stage(name: str, progress: Progress) -> Iterator[None]:
+    """Shows a stage of the export while it runs."""
+    progress(name, 0, 1)
+    yield
+    progress(name, 1, 1)
 
 
 def _size_of(folder: Path) -> int:
@@ -287,17 +296,17 @@ def _write(
 ) -> None:
     from converter.exporting.tracing import trace
 
-    progress("Tracing", 1, _STEPS)
-    program = trace(network, image_size=size, layers=layers)
-    progress("Writing", 2, _STEPS)
-    if format == "torch":
-        from converter.exporting.torch_writing import write_torch
+    with _stage("Tracing the network", progress):
+        program = trace(network, image_size=size, layers=layers)
+    with _stage("Writing the export", progress), writable(folder):
+        if format == "torch":
+            from converter.exporting.torch_writing import write_torch
 
-        write_torch(program, folder)
-    else:
-        from converter.exporting.onnx_writing import OPSET, write_onnx
+            write_torch(program, folder)
+        else:
+            from converter.exporting.onnx_writing import OPSET, write_onnx
 
-        write_onnx(program, network, folder, opset=OPSET if opset is None else opset)
+            write_onnx(program, network, folder, opset=OPSET if opset is None else opset)
 
 
 def _write_configs(
