@@ -174,6 +174,46 @@ def test_another_normalisation_in_the_preprocessor_is_found(export: Path) -> Non
     assert verdict.cause.name == "image-normalisation"
 
 
+class TwoOutputs(torch.nn.Module):
+    """A wrapper as people write it."""
+
+    def __init__(self, model: EomtDinov3ForUniversalSegmentation) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        outputs = self.model(images)
+        return outputs.masks_queries_logits, outputs.class_queries_logits
+
+
+@pytest.mark.numbers
+@pytest.mark.filterwarnings("ignore")  # of the exporter
+def test_masked_attention_in_the_graph_of_another_exporter_is_recognised(
+    converted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = EomtDinov3ForUniversalSegmentation.from_pretrained(converted("tiny_panoptic_64"))
+    model.attn_mask_probs.fill_(1)
+    path = tmp_path / "network.onnx"
+    torch.onnx.export(
+        TwoOutputs(model.eval()).eval(),
+        (torch.zeros(1, 3, 64, 64),),
+        path,
+        dynamo=True,
+        opset_version=18,
+        external_data=False,
+        verbose=False,
+    )
+    verdict = converter.verify(
+        path, recorded=FIXTURES / "tiny_panoptic_64", made_from=converted("tiny_panoptic_64")
+    )
+
+    assert level(verdict, "arithmetic").status == "passed"
+    assert verdict.first_difference is not None
+    assert verdict.first_difference.layer == "layers.2"
+    assert verdict.cause is not None
+    assert verdict.cause.name == "masked-attention-on"
+
+
 # other files -------------------------------------------------------------------------------------
 
 

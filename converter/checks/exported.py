@@ -325,7 +325,7 @@ def _check_structure(model: ExportedModel) -> Level:
         "stored": {
             name: {
                 "dtype": DTYPES.get(tensor.stored.dtype, tensor.stored.dtype),
-                "shape": list(tensor.read().shape),
+                "shape": list(tensor.shape),
             }
             for name, tensor in model.tensors.items()
         },

@@ -5,8 +5,9 @@ the matrices of linear layers transposed, as a matrix product takes them.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import dropwhile
 from typing import Any
 
 import numpy as np
@@ -21,18 +22,20 @@ class FileTensor:
 
     Attributes:
         stored: the file's tensor.
+        shape: as in the model.
         transposed: whether it is stored transposed.
-        sha256: of its little-endian bytes, in the model's orientation.
+        sha256: of its little-endian bytes, in the model's shape.
     """
 
     stored: StoredTensor
+    shape: tuple[int, ...]
     transposed: bool
     sha256: str
 
     def read(self) -> NDArray[Any]:
-        """Its values, in the model's orientation."""
+        """Its values, in the model's shape."""
         values = self.stored.read()
-        return values.T if self.transposed else values
+        return values.T if self.transposed else values.reshape(-1, *self.shape)[0]
 
 
 def find_tensors(
@@ -85,12 +88,22 @@ def _by_name(
 
 
 def _orientations(tensor: StoredTensor, shape: tuple[int, ...]) -> Iterator[FileTensor]:
-    """A tensor as it is, and transposed, as far as it then has a shape."""
-    values = tensor.read()
-    if values.shape == shape:
-        yield FileTensor(tensor, False, _digest(values))
-    if len(shape) == 2 and values.shape == shape[::-1]:
-        yield FileTensor(tensor, True, _digest(values.T))
+    """A tensor as it is, and transposed, as far as it then has a shape.
+
+    Where a batch size is fixed, exporters store tokens once for every input.
+    """
+    own, wanted = _without_leading_ones(tensor.shape), _without_leading_ones(shape)
+    batch, inner = own[: len(own) - len(wanted)], own[len(own) - len(wanted) :]
+    if inner == wanted:
+        values = tensor.read().reshape(-1, *shape)
+        if not batch or (values == values[0]).all():
+            yield FileTensor(tensor, shape, False, _digest(values[0]))
+    if len(shape) == 2 and tensor.shape == shape[::-1]:
+        yield FileTensor(tensor, shape, True, _digest(tensor.read().T))
+
+
+def _without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(dropwhile(lambda size: size == 1, shape))
 
 
 def _by_content(
@@ -99,28 +112,24 @@ def _by_content(
     shapes: Mapping[str, tuple[int, ...]],
     digests: Mapping[str, str],
     *,
-    missing: Iterable[str],
+    missing: Collection[str],
 ) -> dict[str, FileTensor]:
-    """The missing tensors, by their digests, among the file's tensors that no name claims."""
-    wanted = {digests[name]: name for name in missing if name in digests}
+    """The missing tensors, by their digests, among the file's tensors that no name claims.
+
+    Equal tensors, such as biases of zeros, may be stored once and stand for all of them.
+    """
     claimed = {id(tensor) for tensor in named.values()}
-    by_shape: dict[tuple[int, ...], list[str]] = {}
-    for name in wanted.values():
-        by_shape.setdefault(shapes[name], []).append(name)
-    found: dict[str, FileTensor] = {}
+    wanted = {(shapes[name], digests[name]) for name in missing if name in digests}
+    found: dict[tuple[tuple[int, ...], str], FileTensor] = {}
     for tensor in stored.values():
         if id(tensor) in claimed:
             continue
-        for shape in {tensor.shape, tensor.shape[::-1]} & by_shape.keys():
+        for shape in {shape for shape, _ in wanted}:
             for candidate in _orientations(tensor, shape):
-                if candidate.sha256 in wanted:
-                    found.setdefault(wanted[candidate.sha256], candidate)
-    # equal tensors, such as biases of zeros, are stored once and stand for all of them
-    return {
-        name: found[wanted[digests[name]]]
-        for name in missing
-        if name in digests and wanted[digests[name]] in found
-    }
+                if (shape, candidate.sha256) in wanted:
+                    found.setdefault((shape, candidate.sha256), candidate)
+    by_name = {name: found.get((shapes[name], digests.get(name, ""))) for name in missing}
+    return {name: tensor for name, tensor in by_name.items() if tensor}
 
 
 def _digest(values: NDArray[Any]) -> str:
