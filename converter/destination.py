@@ -58,10 +58,7 @@ class Destination:
         if not output and job.checkpoint is None:
             raise UsageError("Without --checkpoint, --output must be given.")
         place = real_path(user_path(output or (job.checkpoint.name if job.checkpoint else "")))
-        page = optional_path(report)
-        if page and real_path(page).is_relative_to(place):
-            raise UsageError(f"{page} is in the output {place}, which gets its own {REPORT}.")
-        return cls(place, page, **switches)
+        return cls(place, page_beside(place, report), **switches)
 
     @property
     def rejected(self) -> Path | None:
@@ -82,6 +79,18 @@ class Destination:
         if self.rejected:
             check_place(self.rejected, force=self.force, made=made_files)
         return replace(self, force=force)
+
+
+def page_beside(place: Path, report: str | Path | None) -> Path | None:
+    """Where a page is to be written besides an output; None if none is asked for.
+
+    Raises:
+        UsageError: it is in the output.
+    """
+    page = optional_path(report)
+    if page and real_path(page).is_relative_to(place):
+        raise UsageError(f"{page} is in the output {place}, which gets its own {REPORT}.")
+    return page
 
 
 def rejected_place(place: Path) -> Path:

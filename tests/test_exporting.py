@@ -345,6 +345,12 @@ def test_an_existing_folder_is_only_replaced_with_force(
         converter.export(converted("tiny_panoptic_64"), export, force=True)
 
 
+def test_a_model_is_not_replaced_by_its_export(model: Path) -> None:
+    with pytest.raises(UsageError, match="is the model itself"):
+        converter.export(model, model, force=True)
+    assert (model / "model.safetensors").is_file()
+
+
 @pytest.fixture
 def perturbed(tmp_path: Path) -> Path:
     """A recording that no right model gives."""

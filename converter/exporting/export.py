@@ -12,13 +12,12 @@ from converter.checks.findings import Findings, write_page
 from converter.checks.recorded import recording_of
 from converter.checks.verdict import Verdict, unverified
 from converter.configs import PREPROCESSOR, preprocessor_config
-from converter.destination import keep_rejected, made_files, rejected_place
+from converter.destination import keep_rejected, made_files, page_beside, rejected_place
 from converter.errors import EomtConvertError, OutputsDifferError, UsageError
 from converter.files import (
     Digests,
     digests_of,
     digests_to_dict,
-    optional_path,
     prepare_place,
     read_json_object,
     real_path,
@@ -167,7 +166,7 @@ def export(
         raise UsageError("Only ONNX has an opset.", "Leave out --opset.")
     place = real_path(user_path(output))
     rejected = rejected_place(place) if keep_unverified else None
-    page = optional_path(report)
+    page = page_beside(place, report)
     if page:
         prepare_place(page)
     for each in filter(None, (place, rejected)):
@@ -175,6 +174,8 @@ def export(
         check_place(each, force=force, made=made_files)
     access = Access.of(token, cache_dir, local_files_only)
     folder = fetch_model(model, access)
+    if real_path(folder) == place:
+        raise UsageError(f"{place} is the model itself.", "Give another folder with --output.")
     if find_exported(folder):
         raise UsageError(f"{model} is an export already.", "Export the model that it was made of.")
     history = read_history(folder)
