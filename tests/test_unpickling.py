@@ -171,6 +171,15 @@ def test_what_runs_code_is_refused_by_name_even_uncalled(name: str) -> None:
         read_pickle(global_name(*name.split(".", 1)) + b"0N.")
 
 
+def test_only_allowed_names_are_read_where_they_are_listed() -> None:
+    allowed = {"collections.OrderedDict"}
+    assert read_pickle(global_name("collections", "OrderedDict") + b")R.", allowed) == {}
+    for module, name in (("torch.hub", "load"), ("builtins", "dict")):
+        for program in (global_name(module, name), stack_global(module, name)):
+            with pytest.raises(UnsafePickleError, match=f"{module}.{name}"):
+                read_pickle(program + b"0N.", allowed)
+
+
 def test_a_name_that_would_steer_a_terminal_is_not_repeated() -> None:
     with pytest.raises(ValueError, match="names something") as caught:
         read_pickle(stack_global("os\x1b[2J", "system") + b".")

@@ -246,7 +246,7 @@ _ZIP64 = 2**32 - 1  # in place of a size that is in the extra field
 def _read_torch_header(file: BinaryIO, path: Path) -> Header:
     """Reads where torch.save put each tensor of a state dict, or of one under ``state_dict``."""
     broken = partial(_invalid, path, "torch")
-    records = _zip_records(file, broken)
+    records = zip_records(file, broken)
     roots = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(roots) != 1:
         raise broken(f"it is a zip file with {len(roots)} files data.pkl, expected one")
@@ -340,8 +340,16 @@ def _axes_by_stride(shape: Sequence[int], stride: Sequence[int]) -> list[int] | 
     return sorted(axes) if long == sorted(long) else axes
 
 
-def _zip_records(file: BinaryIO, broken: Callable[[str], UnreadableFileError]) -> dict[str, Record]:
-    """Where each record of an uncompressed zip file is; its headers agree with its directory."""
+def zip_records(file: BinaryIO, broken: Callable[[str], UnreadableFileError]) -> dict[str, Record]:
+    """Finds where each record of a zip file of torch is; its headers agree with its directory.
+
+    Args:
+        file: the open file.
+        broken: makes the error from what is wrong with the file.
+
+    Raises:
+        UnreadableFileError: it is not a zip file, is compressed, or contradicts itself.
+    """
     try:
         with open_zip(file, MAX_DESCRIPTION) as archive:
             entries, directory = archive.infolist(), archive.start_dir

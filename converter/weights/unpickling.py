@@ -10,7 +10,7 @@ known to be harmless.
 import math
 import pickletools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,15 +138,19 @@ def is_name(value: Any) -> bool:
     return type(value) is str and len(value) <= _MAX_NAME and value.isprintable()
 
 
-def read_pickle(data: bytes) -> Any:
+def read_pickle(data: bytes, allowed: Container[str] | None = None) -> Any:
     """Reads one pickle into dicts, lists, tuples, plain values, `PickledTensor` and `Inert`.
 
+    Args:
+        data: the pickle.
+        allowed: all that it may name; by default all but what is known to be able to run code.
+
     Raises:
-        UnsafePickleError: it names something that runs code.
+        UnsafePickleError: it names something that runs code, or that is not allowed.
         ValueError: it is not a valid pickle.
     """
     try:
-        return _Machine().run(data)
+        return _Machine(allowed).run(data)
     except ValueError:
         raise
     # pickletools warns about an unknown escape in a text, which is an error if warnings are errors
@@ -154,14 +158,15 @@ def read_pickle(data: bytes) -> Any:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
-def _look_up(module: str, name: str) -> Inert:
+def _look_up(module: str, name: str, allowed: Container[str] | None) -> Inert:
     module = _PYTHON_2_MODULES.get(module, module)
     full = f"{module}.{name}"
     if not is_name(full):
         raise ValueError("it names something with an invalid name")
     # a name may have dots: "os.system" in the module torch means os.system, as torch imports os
     modules = {module.partition(".")[0], *name.split(".")[:-1]}
-    if modules & sys.stdlib_module_names and full not in _HARMLESS:
+    harmless = full in _HARMLESS or not modules & sys.stdlib_module_names
+    if not (harmless if allowed is None else full in allowed):
         raise UnsafePickleError(full)
     return Inert(full)
 
@@ -206,7 +211,8 @@ def _storage(identifier: Any) -> Storage | Inert:
 class _Machine:
     """The stack machine: its stack, the stacks that marks put aside, and its memo."""
 
-    def __init__(self) -> None:
+    def __init__(self, allowed: Container[str] | None) -> None:
+        self.allowed = allowed
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -294,7 +300,7 @@ class _Machine:
 
     def old_instance(self, argument: str) -> None:
         self.pop_mark()
-        self.push(_look_up(*argument.split(" ", 1)))
+        self.look_up(argument)
 
     def old_object(self, _: Any) -> None:
         function, *_arguments = self.pop_mark()
@@ -304,7 +310,11 @@ class _Machine:
         name, module = self.stack.pop(), self.stack.pop()
         if type(name) is not str or type(module) is not str:
             raise ValueError("it looks up something whose name is not text")
-        self.push(_look_up(module, name))
+        self.push(_look_up(module, name, self.allowed))
+
+    def look_up(self, argument: str) -> None:
+        module, name = argument.split(" ", 1)
+        self.push(_look_up(module, name, self.allowed))
 
 
 _LITERALS = {
@@ -342,7 +352,7 @@ _ACTIONS: Mapping[str, Callable[[_Machine, Any], object]] = {
     "ADDITEMS": lambda m, _: m.pop_mark(),
     "SETITEM": _Machine.set_item,
     "SETITEMS": lambda m, _: m.set_items(m.pop_mark()),
-    "GLOBAL": lambda m, argument: m.push(_look_up(*argument.split(" ", 1))),
+    "GLOBAL": _Machine.look_up,
     "STACK_GLOBAL": _Machine.look_up_on_stack,
     "REDUCE": _Machine.reduce,
     "NEWOBJ": _Machine.new_object,
