@@ -33,6 +33,12 @@ def visible(text: str, longest: int = LONGEST_LINE) -> str:
     return f"{shown[: longest - end - 5]} ... {shown[-end:]}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, visible; the error's kind if it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return visible(lines[0].rstrip(".") if lines else type(error).__name__)
+
+
 def json_text(content: object, *, only_ascii: bool = False) -> str:
     """Complete JSON in visible characters, indented by two spaces, keys in the given order.
 

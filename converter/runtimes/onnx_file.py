@@ -6,12 +6,10 @@ of its folder or expand without limit is refused before onnxruntime sees the gra
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,8 +25,15 @@ from converter.errors import (
 )
 from converter.files import open_regular, read_bytes, readable
 from converter.history import Format
-from converter.outside import visible
+from converter.outside import first_line, visible
 from converter.runtimes.exported import INPUT, OUTPUTS, Port, StoredTensor
+from converter.runtimes.layers import (
+    LAYER_OUTPUT,
+    Norm,
+    in_network_order,
+    layer_points,
+    without_queries,
+)
 from converter.runtimes.providers import CPU, check_available
 
 try:
@@ -50,9 +55,6 @@ _DOMAINS = ("", "ai.onnx", "com.microsoft")
 
 # largest number of nodes after functions are put in the places of their calls
 _MAX_NODES = 1_000_000
-
-# the outputs of layers that a recording may have
-_LAYER_OUTPUT = re.compile(r"patch_embeddings|hidden_states\.\d+|last_hidden_state")
 
 _Graph = Any  # onnx's messages have no types of their own
 _Node = Any
@@ -125,7 +127,7 @@ class OnnxFile:
         try:
             checker.check_model(subject, full_check=ours)
         except Exception as error:  # several kinds, and those of shape inference
-            return [f"onnx's checker refuses it: {_first_line(error)}."]
+            return [f"onnx's checker refuses it: {first_line(error)}."]
         return []
 
     @cached_property
@@ -143,8 +145,8 @@ class OnnxFile:
         check_available(providers)
         names = {port.name: name for name, port in self.outputs.items()}
         points: Mapping[str, str] = {}
-        if layers and not any(map(_LAYER_OUTPUT.fullmatch, self.outputs)):
-            points = _layer_points(self.model.graph, layers)
+        if layers and not any(map(LAYER_OUTPUT.fullmatch, self.outputs)):
+            points = layer_points(_norms(self.model.graph), layers)
         model = self.model
         if points:
             model = onnx.ModelProto()
@@ -210,11 +212,11 @@ class OnnxSession:
             )
         except onnxruntime_pybind11_state.NotImplemented as error:
             raise MissingKernelError(
-                f"onnxruntime cannot run {file.path}: {_first_line(error)}."
+                f"onnxruntime cannot run {file.path}: {first_line(error)}."
             ) from error
         except Exception as error:  # onnxruntime's kinds have no common base
             raise UnreadableFileError(
-                f"onnxruntime refuses {file.path}: {_first_line(error)}."
+                f"onnxruntime refuses {file.path}: {first_line(error)}."
             ) from error
         return cls(file, session, names, points, profiles)
 
@@ -237,7 +239,7 @@ class OnnxSession:
             found = self._session.run(None, {port.name: given})
         except Exception as error:  # as above
             raise EomtConvertError(
-                f"onnxruntime fails to run {self._file.path}: {_first_line(error)}."
+                f"onnxruntime fails to run {self._file.path}: {first_line(error)}."
             ) from error
         if self._profiles:
             with self._profiles:
@@ -245,44 +247,16 @@ class OnnxSession:
             self._profiles = None
         outputs = [each.name for each in self._session.get_outputs()]
         values = dict(zip(outputs, found, strict=True))
-        layers = _without_queries({name: values[value] for name, value in self._points.items()})
+        layers = without_queries({name: values[value] for name, value in self._points.items()})
         own = {self._names[value]: values[value] for value in outputs if value in self._names}
-        ordered = [*layers, *sorted(own, key=_place_in_network)]
-        return {name: (layers | own)[name].astype(np.float32, copy=False) for name in ordered}
+        return {
+            name: values.astype(np.float32, copy=False)
+            for name, values in in_network_order(layers | own).items()
+        }
 
     def nodes_by_provider(self) -> dict[str, int]:
         """How many nodes each provider ran in the first run."""
         return dict(self._nodes)
-
-
-def _place_in_network(name: str) -> tuple[int, int]:
-    """Where the network computes a recorded tensor, to sort by."""
-    kind, _, number = name.partition(".")
-    order = (
-        "patch_embeddings",
-        "hidden_states",
-        "last_hidden_state",
-        "class_logits",
-        "mask_logits",
-    )
-    return order.index(kind) if kind in order else len(order), int(number or 0)
-
-
-def _without_queries(layers: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """The layers' outputs as they are recorded, from the inputs of the layers after them.
-
-    The queries are put in front of the other tokens before the first layer that sees them. The
-    output of the layer before, which has none, is recorded without them.
-    """
-    found = dict(layers)
-    for before, name in pairwise(layers):
-        queries = layers[name].shape[1] - layers[before].shape[1]
-        if queries > 0:
-            if name != "last_hidden_state":
-                found[name] = layers[name][:, queries:]
-            return found
-    found.pop("patch_embeddings", None)  # the queries are in front of the first layer already
-    return found
 
 
 def _count_nodes(profile: Path) -> dict[str, int]:
@@ -350,7 +324,7 @@ def _parse(path: Path) -> Any:
     try:
         model.ParseFromString(content)
     except Exception as error:  # of protobuf, which onnx brings along
-        raise UnreadableFileError(f"{path} is no ONNX file: {_first_line(error)}.") from error
+        raise UnreadableFileError(f"{path} is no ONNX file: {first_line(error)}.") from error
     if not (model.ir_version and model.graph.node and model.graph.output):
         raise UnreadableFileError(f"{path} is no ONNX file: it has no version, or no graph.")
     return model
@@ -438,7 +412,7 @@ def _tensor(path: Path, name: str, message: _Tensor) -> Iterator[tuple[str, Stor
         except (ValueError, TypeError, OverflowError) as error:
             raise UnreadableFileError(
                 f"{visible(name)} in {path} does not fit its shape {list(shape)}: "
-                f"{_first_line(error)}."
+                f"{first_line(error)}."
             ) from error
         if found != shape:
             raise UnreadableFileError(f"{visible(name)} in {path} does not fit its shape.")
@@ -524,7 +498,7 @@ def _find_outputs(
     else:
         given = {**OUTPUTS, **{name: name for name in OUTPUTS.values()}}
     found = {given[name]: port for name, port in by_name.items() if name in given}
-    found |= {n: port for n, port in by_name.items() if _LAYER_OUTPUT.fullmatch(n)}
+    found |= {n: port for n, port in by_name.items() if LAYER_OUTPUT.fullmatch(n)}
     for recorded, rank in (("mask_logits", 4), ("class_logits", 3)):
         others = [p for p in outputs if p not in found.values() and len(p.shape) == rank]
         if recorded not in found and len(others) == 1:
@@ -543,30 +517,9 @@ def _listed(ports: Sequence[Port]) -> str:
     return ", ".join(shown) or "none"
 
 
-def _layer_points(graph: _Graph, layers: int) -> dict[str, str]:
-    """The values that are layers' outputs, by the names of recorded tensors, in order.
-
-    Every layer has two layer norms, whose inputs are what is passed from layer to layer. A norm
-    whose scale is used again is the one before the heads, in a graph with masked attention. Empty
-    if the graph has another structure.
-    """
-    norms = [node for node in graph.node if node.op_type == "LayerNormalization"]
-    uses = Counter(node.input[1] for node in norms)
-    of_layers = [node for node in norms if uses[node.input[1]] == 1][: 2 * layers]
-    if len(of_layers) < 2 * layers:
-        return {}
-    after = norms[norms.index(of_layers[-1]) + 1 :]
-    if not after:
-        return {}
-    final = after[0]
-    states = [node.input[0] for node in of_layers[::2]] + [final.input[0]]
-    return {
-        "patch_embeddings": states[0],
-        **{f"hidden_states.{layer}": state for layer, state in enumerate(states[1:])},
-        "last_hidden_state": final.output[0],
-    }
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return visible(lines[0].rstrip(".") if lines else type(error).__name__)
+def _norms(graph: _Graph) -> list[Norm]:
+    return [
+        Norm(node.input[0], node.input[1], node.output[0])
+        for node in graph.node
+        if node.op_type == "LayerNormalization"
+    ]
