@@ -103,7 +103,6 @@ def test_conversion_json_tells_how_the_model_was_exported(
 # what is wrong is found, and placed ---------------------------------------------------------------
 
 
-@pytest.mark.numbers
 def test_a_changed_initialiser_is_found_with_its_layer(export: Path) -> None:
     change(export / "model.onnx", lambda graph: set_values(graph, WEIGHT, lambda w: w * 1.5))
     verdict = converter.verify(export)
@@ -116,7 +115,6 @@ def test_a_changed_initialiser_is_found_with_its_layer(export: Path) -> None:
     assert (verdict.cause.name, verdict.cause.tensors) == ("tensor-replaced", (WEIGHT,))
 
 
-@pytest.mark.numbers
 def test_a_swapped_pair_is_found_with_its_layer(export: Path) -> None:
     pair = "layers.2.norm1.weight", "layers.2.norm2.weight"
     change(export / "model.onnx", lambda graph: swap(graph, *pair))
@@ -129,7 +127,6 @@ def test_a_swapped_pair_is_found_with_its_layer(export: Path) -> None:
     assert (verdict.cause.name, set(verdict.cause.tensors)) == ("tensors-swapped", set(pair))
 
 
-@pytest.mark.numbers
 def test_another_epsilon_in_one_layer_is_found_with_the_layer(export: Path) -> None:
     change(export / "model.onnx", lambda graph: set_epsilon(graph, 1e-2, of="layers.1."))
     verdict = converter.verify(export)
@@ -141,7 +138,6 @@ def test_another_epsilon_in_one_layer_is_found_with_the_layer(export: Path) -> N
     assert "computes something else with the right weights" in level(verdict, "numbers").reason
 
 
-@pytest.mark.numbers
 def test_another_epsilon_everywhere_is_named(export: Path) -> None:
     change(export / "model.onnx", lambda graph: set_epsilon(graph, 1e-2, of="layer"))
     verdict = converter.verify(export)
@@ -151,7 +147,6 @@ def test_another_epsilon_everywhere_is_named(export: Path) -> None:
     assert "0.01" in verdict.cause.explanation
 
 
-@pytest.mark.numbers
 def test_a_graph_that_normalises_pixels_itself_is_recognised(export: Path) -> None:
     change(export / "model.onnx", normalise_again)
     verdict = converter.verify(export)
@@ -162,7 +157,6 @@ def test_a_graph_that_normalises_pixels_itself_is_recognised(export: Path) -> No
     assert "pixels from 0 to 1" in verdict.cause.explanation
 
 
-@pytest.mark.numbers
 def test_another_normalisation_in_the_preprocessor_is_found(export: Path) -> None:
     path = export / "preprocessor_config.json"
     values = json.loads(path.read_text())
@@ -186,7 +180,6 @@ class TwoOutputs(torch.nn.Module):
         return outputs.masks_queries_logits, outputs.class_queries_logits
 
 
-@pytest.mark.numbers
 @pytest.mark.filterwarnings("ignore")  # of the exporter
 def test_masked_attention_in_the_graph_of_another_exporter_is_recognised(
     converted: Callable[[str], Path], tmp_path: Path
@@ -217,7 +210,6 @@ def test_masked_attention_in_the_graph_of_another_exporter_is_recognised(
 # other files -------------------------------------------------------------------------------------
 
 
-@pytest.mark.numbers
 def test_a_file_without_anything_beside_it_is_held_against_a_recording(
     export: Path, tmp_path: Path
 ) -> None:
@@ -231,7 +223,6 @@ def test_a_file_without_anything_beside_it_is_held_against_a_recording(
     assert level(verdict, "pictures").status == "not checked"
 
 
-@pytest.mark.numbers
 def test_a_models_tensors_are_found_in_a_file_without_names(
     export: Path, converted: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -261,7 +252,6 @@ def test_a_provider_that_is_not_there_is_named(export: Path) -> None:
         converter.verify(export, providers="tensorrt,cpu")
 
 
-@pytest.mark.numbers
 def test_a_session_that_falls_back_to_the_cpu_is_no_proof(export: Path) -> None:
     verdict = converter.verify(export, providers="AzureExecutionProvider")
 
@@ -275,7 +265,6 @@ def test_a_session_that_falls_back_to_the_cpu_is_no_proof(export: Path) -> None:
 # where models are used ---------------------------------------------------------------------------
 
 
-@pytest.mark.numbers
 @pytest.mark.parametrize("format", ["onnx", "torch"])
 def test_segmenting_with_an_export_writes_the_same_segments(
     exported: Callable[..., Path],
@@ -299,7 +288,6 @@ def test_segmenting_with_an_export_writes_the_same_segments(
             ).read_bytes()
 
 
-@pytest.mark.numbers
 def test_an_export_is_recorded_with_its_layers(
     exported: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -317,7 +305,6 @@ def test_an_export_is_recorded_with_its_layers(
 # options -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.numbers
 def test_a_fixed_size_that_was_not_recorded_is_held_against_the_reference_model(
     converted: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -361,7 +348,6 @@ def perturbed(tmp_path: Path) -> Path:
     return tmp_path / "perturbed"
 
 
-@pytest.mark.numbers
 def test_an_export_that_fails_is_only_kept_beside_the_output(
     converted: Callable[[str], Path],
     perturbed: Path,
@@ -382,7 +368,6 @@ def test_an_export_that_fails_is_only_kept_beside_the_output(
     assert kept["export"]["verdict"]["verdict"] == "failed"
 
 
-@pytest.mark.numbers
 def test_a_recording_in_the_models_folder_is_its_own(
     converted: Callable[[str], Path], perturbed: Path, tmp_path: Path
 ) -> None:
@@ -424,7 +409,6 @@ def overflowing(tmp_path: Path) -> Path:
     return tmp_path / "overflowing"
 
 
-@pytest.mark.numbers
 def test_activations_that_overflow_float16_are_refused_and_found(
     overflowing: Path, command: Callable[..., Result], tmp_path: Path
 ) -> None:
@@ -446,7 +430,6 @@ def test_activations_that_overflow_float16_are_refused_and_found(
 # what computes it --------------------------------------------------------------------------------
 
 
-@pytest.mark.numbers
 def test_a_provider_that_computes_something_else_is_the_cause(
     exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,8 +26,6 @@ from safetensors.torch import load_file, save_file
 import converter
 from converter.errors import OutputError, UnreadableFileError, UsageError
 
-pytestmark = pytest.mark.numbers
-
 Command = Callable[..., Result]
 Outputs = dict[str, NDArray[Any]]
 
@@ -96,6 +94,7 @@ def judged(folder: Path, outputs: Outputs, recording: Path = RECORDED) -> conver
 # the round trip ---------------------------------------------------------------------------------
 
 
+@pytest.mark.numbers
 def test_outputs_of_another_program_pass_on_the_basis_of_the_original(
     computed: Callable[[], Outputs], tmp_path: Path
 ) -> None:
@@ -203,6 +202,7 @@ def test_a_recording_without_layers_cannot_place_a_difference(tmp_path: Path) ->
 # inputs -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("name", ["shapes_panoptic_128", "tiny_panoptic_48x80"])
 def test_saved_inputs_are_what_the_original_made_of_the_recorded_pixels(
     name: str, converted: Callable[[str], Path], tmp_path: Path
@@ -306,6 +306,7 @@ def test_a_long_header_of_numpy_is_read(recorded: Outputs, tmp_path: Path) -> No
     assert verdict.levels[2].figures["max_abs"] == 0
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(
     ("dtype", "passes"), [(torch.float64, True), (torch.float16, False), (torch.bfloat16, False)]
 )

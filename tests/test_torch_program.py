@@ -599,7 +599,6 @@ def test_an_export_runs_like_the_model_at_any_size(
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.numbers
 def test_outputs_come_in_the_networks_order(ours: Path) -> None:
     found = read_program(ours).open().run(pixels())
     layers = [f"hidden_states.{layer}" for layer in range(LAYERS)]
@@ -631,7 +630,6 @@ def test_an_export_of_the_model_itself_runs(tmp_path: Path) -> None:
     assert_equal(session.run(inputs), expected_outputs(small(), inputs))
 
 
-@pytest.mark.numbers
 def test_layers_are_found_where_masked_attention_is_on(tmp_path: Path) -> None:
     model = small(masked=True)
     torch.export.save(export_logits(model), tmp_path / "model.pt2")
@@ -641,7 +639,6 @@ def test_layers_are_found_where_masked_attention_is_on(tmp_path: Path) -> None:
     assert_equal(session.run(inputs), expected_outputs(model, inputs))
 
 
-@pytest.mark.numbers
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec:FutureWarning")  # torch's own
 def test_a_program_in_core_operators_runs(tmp_path: Path) -> None:
     program = export_logits(small()).run_decompositions()
