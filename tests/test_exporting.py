@@ -13,7 +13,15 @@ import pytest
 import torch
 from click.testing import Result
 from conftest import FIXTURES, NAMES
-from exported_files import change, normalise_again, set_epsilon, set_values, swap
+from exported_files import (
+    change,
+    change_with_height,
+    normalise_again,
+    set_epsilon,
+    set_values,
+    swap,
+    use_a_copy,
+)
 from safetensors.torch import load_file, save_file
 from small_models import small_model
 
@@ -166,6 +174,44 @@ def test_another_normalisation_in_the_preprocessor_is_found(export: Path) -> Non
     assert verdict.verdict == "failed"
     assert verdict.cause is not None
     assert verdict.cause.name == "image-normalisation"
+
+
+def test_a_graph_that_is_right_at_the_recorded_size_only_fails(export: Path) -> None:
+    change(export / "model.onnx", lambda graph: change_with_height(graph, 64))
+    verdict = converter.verify(export)
+
+    numbers = level(verdict, "numbers")
+    assert numbers.status == "failed"
+    assert "for pixels of 2x3x32x64" in numbers.reason
+    assert [2, 3, 64, 64] in numbers.figures["inputs"]
+
+
+def test_a_tensor_that_no_output_is_computed_from_does_not_count(export: Path) -> None:
+    change(export / "model.onnx", lambda graph: use_a_copy(graph, WEIGHT))
+    verdict = converter.verify(export)
+
+    assert level(verdict, "arithmetic").figures["different"] == [WEIGHT]
+
+
+def test_another_configuration_beside_a_file_than_the_models_fails(
+    export: Path, converted: Callable[[str], Path]
+) -> None:
+    (export / "conversion.json").unlink()
+    path = export / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": [0.4, 0.4, 0.4]}))
+    verdict = converter.verify(export, made_from=converted("tiny_panoptic_64"), level=2)
+
+    assert level(verdict, "structure").status == "failed"
+    assert "image_mean in preprocessor_config.json" in level(verdict, "structure").reason
+
+
+def test_a_fault_that_only_pictures_show_is_not_said_to_be_none(export: Path) -> None:
+    path = export / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"resample": 0}))
+    verdict = converter.verify(export)
+
+    assert level(verdict, "pictures").status == "failed"
+    assert (verdict.cause, verdict.tried) == (None, ())
 
 
 class TwoOutputs(torch.nn.Module):

@@ -157,6 +157,16 @@ def test_a_function_that_calls_itself_is_refused(tmp_path: Path) -> None:
         read_onnx(small_file(tmp_path / "model.onnx", nodes=[call], functions=[function]))
 
 
+def test_functions_that_are_nested_deeply_are_refused(tmp_path: Path) -> None:
+    nested = doubling(1500)
+    for function in nested:
+        del function.node[1:]
+        function.node[0].output[:] = ["z"]
+    call = helper.make_node("f1499", ["pixel_values"], ["x"], domain="mine")
+    with pytest.raises(UnreadableFileError, match="deeper than 64"):
+        read_onnx(small_file(tmp_path / "model.onnx", nodes=[call], functions=nested))
+
+
 # data outside of the file -------------------------------------------------------------------------
 
 
@@ -190,13 +200,56 @@ def test_data_that_is_not_in_the_folder_is_refused(
         read_onnx(small_file(folder / "model.onnx", weights=[weight]))
 
 
+def test_data_outside_that_is_no_initialisers_is_refused(tmp_path: Path) -> None:
+    weight = external(np.ones(4, np.float32), location="there.data")
+    (tmp_path / "there.data").write_bytes(bytes(16))
+    node = helper.make_node("Constant", [], ["y"], "constant", value=weight)
+    opsets = [helper.make_opsetid("", 20)]
+    function = helper.make_function("mine", "f", ["x"], ["y"], [node], opsets)
+    call = helper.make_node("f", ["pixel_values"], ["z"], domain="mine")
+    path = tmp_path / "model.onnx"
+    for hostile in (
+        small_file(path, nodes=[node]),
+        small_file(path, nodes=[call], functions=[function]),
+    ):
+        with pytest.raises(UnreadableFileError, match="no initialiser: constant"):
+            read_onnx(hostile)
+
+
+@pytest.mark.parametrize("kind", [TensorProto.STRING, TensorProto.INT4])
+def test_data_of_types_that_are_no_whole_bytes_is_refused(tmp_path: Path, kind: int) -> None:
+    (tmp_path / "there.data").write_bytes(bytes(100))
+    weight = external(np.ones(4, np.float32), location="there.data")
+    weight.data_type = kind
+    with pytest.raises(UnreadableFileError, match="which is not supported"):
+        read_onnx(small_file(tmp_path / "model.onnx", weights=[weight]))
+
+
+def test_a_single_number_in_another_file_is_given_to_onnxruntime(tmp_path: Path) -> None:
+    (tmp_path / "there.data").write_bytes(np.array([3], np.float32).tobytes())
+    weight = external(np.ones(1, np.float32), location="there.data")
+    path = small_file(tmp_path / "model.onnx", weights=[weight])
+
+    def add(graph: onnx.GraphProto) -> None:
+        graph.node[0].output[:] = ["sum"]
+        graph.node.append(helper.make_node("Add", ["sum", "weight"], [MASKS[0]], "add"))
+
+    model = onnx.load(path, load_external_data=False)
+    add(model.graph)
+    path.write_bytes(model.SerializeToString())
+    found = read_onnx(path).open().run(np.zeros((1, 3, 8, 8), np.float32))
+
+    assert float(found["mask_logits"].max()) == 3
+
+
 def test_data_in_the_folder_is_read(tmp_path: Path) -> None:
     values = np.arange(8, dtype=np.float32)
     (tmp_path / "there.data").write_bytes(bytes(4) + values.tobytes())
     weight = external(values, location="there.data", offset=4, length=32)
     file = read_onnx(small_file(tmp_path / "model.onnx", weights=[weight]))
 
-    assert np.array_equal(file.tensors["weight"].read(), values)
+    assert np.array_equal(file.external["weight"].read(), values)
+    assert file.tensors == {}  # no output is computed from it
 
 
 def test_a_tensor_that_does_not_fit_its_shape_is_refused(tmp_path: Path) -> None:
@@ -236,6 +289,8 @@ def test_other_inputs_and_outputs_are_listed(tmp_path: Path) -> None:
     assert read_onnx(path, output_names=("b", "c")).outputs["mask_logits"].name == "b"
     with pytest.raises(UsageError, match="has no output 'd'; it has a 1x2x16x16"):
         read_onnx(path, output_names=("d", "c"))
+    with pytest.raises(UsageError, match=r"'c' of .* has rank 3, expected 4"):
+        read_onnx(path, output_names=("c", "b"))
     with pytest.raises(UsageError, match="has no input 'd'"):
         read_onnx(path, input_name="d")
 

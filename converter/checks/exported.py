@@ -1,6 +1,7 @@
 """Checks an exported file against the evidence, whoever made it and whatever runs it."""
 
 import hashlib
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ import torch
 
 from converter.checks.diagnosis.exports import blame
 from converter.checks.diagnosis.stages import Network, Skeleton
-from converter.checks.exported_numbers import Judged, Runs, check_numbers
+from converter.checks.exported_numbers import Judged, Runs, check_numbers, recorded_tolerance
 from converter.checks.file_tensors import FileTensor, find_tensors
 from converter.checks.findings import Findings
 from converter.checks.outputs import write_inputs
@@ -47,6 +48,9 @@ from converter.weights.merge import BUFFERS, round_to
 from converter.weights.tensorfiles import find_weights, open_tensors
 from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 
+# what an export may change in the configuration: its type and its image size
+_OF_EXPORT = {"dtype", "torch_dtype", "image_size", "size"}
+
 
 @dataclass(frozen=True)
 class ExportedModel:
@@ -61,7 +65,8 @@ class ExportedModel:
         history: how the model was made, if known.
         export: how it was exported, if known.
         tensors: the model's tensors that were found in the file, by name.
-        misfits: sentences that say which of them have a wrong shape.
+        misfits: sentences that say which of them have a wrong shape, and where the configuration
+            beside the file is not the model's.
         digests: SHA-256 that they should have, by name; empty if unknown.
         against: where those come from.
     """
@@ -145,6 +150,8 @@ def read_exported_model(
     digests = {name: digest for name, digest in digests.items() if name not in BUFFERS}
     tensors = find_tensors(file.tensors, shapes, digests)
     misfits = tuple(_misfits(file, shapes, tensors))
+    if source and folder and source != folder:
+        misfits += tuple(_other_configs(folder, source))
     return replace(
         model,
         tensors=tensors,
@@ -197,6 +204,19 @@ def _misfits(
                 f"{given} has the shape {list(file.tensors[given].shape)}, expected {list(shape)} "
                 "by config.json."
             )
+
+
+def _other_configs(folder: Path, source: Path) -> Iterator[str]:
+    """Says where the configuration beside a file is not that of the model it was made of."""
+    for name in CONFIGS:
+        ours, theirs = (
+            read_json_object(each / name) if (each / name).is_file() else {}
+            for each in (folder, source)
+        )
+        for key in sorted({*ours, *theirs} - _OF_EXPORT) if ours else ():
+            if ours.get(key) != theirs.get(key):
+                found, expected = (json.dumps(each.get(key)) for each in (ours, theirs))
+                yield f"{key} in {name} beside the file is {found}, the model's is {expected}."
 
 
 @dataclass(frozen=True)
@@ -283,7 +303,8 @@ def check_exported(model: ExportedModel, checks: Checks) -> Findings:
     for name in LEVELS:
         levels.setdefault(name, Level(name, "not checked", _why_not(name, checks)))
     verdict = Verdict(tuple(levels[name] for name in LEVELS))
-    if judged and verdict.verdict == "failed":
+    failed = {name for name, level in levels.items() if level.status == "failed"}
+    if judged and failed & {"arithmetic", "numbers"}:
         digests = {name: tensor.sha256 for name, tensor in model.tensors.items()}
         verdict = blame(verdict, judged, digests, model.digests)
     if judged and judged.numbers and judged.target and not judged.target.computed:
@@ -378,11 +399,18 @@ def _changes(model: ExportedModel) -> Iterator[str]:
             yield f"{name} is missing; {HISTORY} lists it."
         elif sha256(path) != digest.sha256:
             yield f"{name} was changed: its SHA-256 is not the one in {HISTORY}."
-    stated = (export.format, export.opset, export.input)
-    found = (file.format, file.opset, file.input.name)
-    for key, theirs, ours in zip(("format", "opset", "input"), stated, found, strict=True):
-        if theirs != ours:
-            yield f"{key} is {ours}, {HISTORY} says {theirs}."
+    ports = (file.input, *file.outputs.values())
+    found = {
+        "format": file.format,
+        "opset": file.opset,
+        "dtype": model.dtype,
+        "input": file.input.name,
+        "outputs": [port.name for port in file.outputs.values()],
+        "dynamic_axes": {port.name: port.dynamic_axes for port in ports},
+    }
+    for key, value in found.items():
+        if getattr(export, key) != value:
+            yield f"{key} in {HISTORY} is {getattr(export, key)}, the file has {value}."
 
 
 def _check_arithmetic(model: ExportedModel) -> Level:
@@ -439,7 +467,7 @@ def _check_pictures(
     if model.folder is None or model.config is None:
         reason = f"There is no config.json and {PREPROCESSOR} beside the file."
         return Level("pictures", "not checked", reason)
-    if judged.target is None or judged.target.computed:
+    if not judged.runs.accept(recorded.pixels.shape):
         return Level("pictures", "not checked", "The file takes inputs of another size.")
     network = ExportedNetwork(model.file, judged.runs.plain, model.config)
     return check_pictures(
@@ -447,7 +475,7 @@ def _check_pictures(
         model.folder,
         task,
         recorded,
-        judged.target.tolerance,
+        recorded_tolerance(judged, recorded),
         size_is_meant=model.export is not None,
         same_weights=judged.network.build() if judged.network else None,
     )

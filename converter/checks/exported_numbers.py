@@ -137,7 +137,8 @@ def check_numbers(
     """Runs an exported file, and compares its outputs.
 
     They are compared with the recording's, if there is one and the file takes inputs of its size;
-    otherwise with those of the reference model with the same weights, for random pixels.
+    and, if all weights are known, with those of the reference model, for random pixels. The first
+    comparison that fails decides, or else the first of all.
 
     Args:
         runs: the file.
@@ -153,25 +154,51 @@ def check_numbers(
     rounded = {name: each for name, each in coarse.items() if each}
     unjudged = Level("numbers", "not checked", _nothing_to_compare(runs, recorded))
     judged = Judged(unjudged, runs, network, normalisation, dtype, rounded)
-    found = [judge(judged, target) for target in _targets(judged, recorded)]
+    found: list[Judged] = []
+    for target in _targets(judged, recorded):
+        found.append(judge(judged, target))
+        if found[-1].level.status == "failed":
+            break
     failed = [each for each in found if each.level.status == "failed"]
     chosen = next(iter([*failed, *found]), judged)
     inputs = [list(each.target.recorded.pixels.shape) for each in found if each.target]
     figures = {**chosen.level.figures, "inputs": inputs, "providers": _providers(runs)}
-    return replace(chosen, level=replace(chosen.level, figures=figures))
+    reason = " ".join(filter(None, (chosen.level.reason, _remark(chosen, recorded))))
+    return replace(chosen, level=replace(chosen.level, reason=reason, figures=figures))
+
+
+def _remark(judged: Judged, recorded: Recorded | None) -> str:
+    """What the outputs were compared with, where that is not the recording alone; a sentence."""
+    target, network = judged.target, judged.network
+    if target is None:
+        return ""
+    shape = "x".join(map(str, target.recorded.pixels.shape))
+    if target.computed and judged.level.status == "failed":
+        return f"This is beside the reference model with the same weights, for pixels of {shape}."
+    if recorded and target.computed:
+        return "The file does not take inputs of the recorded size."
+    if network is None and None in judged.runs.file.input.shape:
+        return f"Only inputs of {shape} were run: other sizes need the model, with --model."
+    return ""
+
+
+def recorded_tolerance(judged: Judged, recorded: Recorded) -> Tolerance:
+    """How far the outputs of a file may be from recorded ones."""
+    types = set(judged.rounded.values())
+    if judged.dtype != "float32" or not types or recorded.origin.rounded:
+        return judged.tolerance
+    return ROUNDED["bfloat16" if "bfloat16" in types else "float16"]
 
 
 def _targets(judged: Judged, recorded: Recorded | None) -> Iterator[Target]:
+    """What the outputs are compared with: the recording, then the reference model.
+
+    A recording shows one batch and one size, and a graph may have these baked in.
+    """
     network = judged.network
     if recorded and judged.runs.accept(recorded.pixels.shape):
-        types = set(judged.rounded.values())
-        if judged.dtype != "float32" or not types or recorded.origin.rounded:
-            yield Target(recorded, judged.tolerance)
-            return
-        yield Target(recorded, ROUNDED["bfloat16" if "bfloat16" in types else "float16"])
-        if network:  # shows faults of the computation that rounded weights hide
-            yield Target(computed_by(network, recorded.pixels), judged.tolerance, computed=True)
-    elif network:
+        yield Target(recorded, recorded_tolerance(judged, recorded))
+    if network:
         for shape in _shapes(judged.runs.file, network.config):
             pixels = random_pixels(shape)
             yield Target(computed_by(network, pixels), judged.tolerance, computed=True)

@@ -198,7 +198,8 @@ def verify(
         "--input-name": input_name,
         "--output-names": output_names,
     }
-    _refuse(for_exports, "is for exported models")
+    if repository_of(model) or user_path(model).exists():  # else there is nothing to verify
+        _refuse(for_exports, "is for exported models")
     options = Options(
         level,
         against,

@@ -35,7 +35,7 @@ class OutputNames(click.ParamType[tuple[str, str]]):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[str, str]:
         masks, comma, classes = str(value).partition(",")
-        if not (masks and comma and classes) or "," in classes:
+        if not (masks and comma and classes) or "," in classes or masks == classes:
             self.fail(f"{value!r} is not of the form MASKS,CLASSES", param, ctx)
         return masks, classes
 

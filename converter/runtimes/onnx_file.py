@@ -5,11 +5,12 @@ of its folder or expand without limit is refused before onnxruntime sees the gra
 """
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -55,6 +56,12 @@ _DOMAINS = ("", "ai.onnx", "com.microsoft")
 
 # largest number of nodes after functions are put in the places of their calls
 _MAX_NODES = 1_000_000
+
+# how deep functions may call others
+_MAX_DEPTH = 64
+
+# types of constants that may lie in another file, as numpy names them: of whole bytes
+_PLAIN = ("bfloat16", "bool", "float16", "float32", "float64", "int32", "int64", "int8", "uint8")
 
 _Graph = Any  # onnx's messages have no types of their own
 _Node = Any
@@ -106,13 +113,21 @@ class ExternalTensor:
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """An ONNX file of this model. The attributes are those of `ExportedFile`."""
+    """An ONNX file of this model. The attributes are those of `ExportedFile`, and these.
+
+    ``tensors`` are those that the outputs are computed from.
+
+    Attributes:
+        external: the initialisers in another file, by name.
+        model: onnx's message, as it was read.
+    """
 
     path: Path
     opset: int
     input: Port
     outputs: Mapping[str, Port]
     tensors: Mapping[str, StoredTensor]
+    external: Mapping[str, ExternalTensor] = field(repr=False)
     model: Any = field(repr=False)
     format: Format = "onnx"
 
@@ -123,16 +138,12 @@ class OnnxFile:
         """
         ours = all(node.domain != "com.microsoft" for node in self.model.graph.node)
         # the file itself where tensors are beside it, as their paths begin at its folder
-        subject = str(self.path) if self._external else self.model
+        subject = str(self.path) if self.external else self.model
         try:
             checker.check_model(subject, full_check=ours)
         except Exception as error:  # several kinds, and those of shape inference
             return [f"onnx's checker refuses it: {first_line(error)}."]
         return []
-
-    @cached_property
-    def _external(self) -> dict[str, ExternalTensor]:
-        return {n: each for n, each in self.tensors.items() if isinstance(each, ExternalTensor)}
 
     def open(self, providers: Sequence[str] = (), layers: int = 0) -> "OnnxSession":
         """Makes it ready to run; see `ExportedFile.open`.
@@ -203,7 +214,7 @@ class OnnxSession:
         if profiles:
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(profiles.name, "profile"))
-        values = {name: _ort_value(tensor.read()) for name, tensor in file._external.items()}
+        values = {name: _ort_value(tensor.read()) for name, tensor in file.external.items()}
         if values:
             options.add_external_initializers(list(values), list(values.values()))
         try:
@@ -306,7 +317,9 @@ def read_onnx(
     model = _parse(path)
     graph = model.graph
     opset = _check_operators(path, model)
-    tensors = dict(_tensors(path, graph))
+    stored, used = dict(_tensors(path, model)), _used(graph)
+    tensors = {n: each for n, each in stored.items() if n in used and math.prod(each.shape) > 1}
+    external = {n: each for n, each in stored.items() if isinstance(each, ExternalTensor)}
     known = {each.name for each in graph.initializer}
     inputs = [_port(each) for each in graph.input if each.name not in known]
     outputs = [_port(each) for each in graph.output]
@@ -314,7 +327,8 @@ def read_onnx(
         inferred = shape_inference.infer_shapes(model)
         outputs = [_port(each) for each in inferred.graph.output]
     taken = _find_input(path, inputs, input_name)
-    return OnnxFile(path, opset, taken, _find_outputs(path, outputs, output_names), tensors, model)
+    found = _find_outputs(path, outputs, output_names)
+    return OnnxFile(path, opset, taken, found, tensors, external, model)
 
 
 def _parse(path: Path) -> Any:
@@ -356,6 +370,10 @@ def _check_operators(path: Path, model: Any) -> int:
             if called in functions:
                 if called in within:
                     raise UnreadableFileError(f"{path} has a function that calls itself: {name}.")
+                if len(within) == _MAX_DEPTH:
+                    raise UnreadableFileError(
+                        f"{path} has functions in functions, deeper than {_MAX_DEPTH}: {name}."
+                    )
                 if called not in sizes:
                     sizes[called] = size_of(functions[called].node, (*within, called))
                 total += sizes[called]
@@ -374,50 +392,66 @@ def _check_operators(path: Path, model: Any) -> int:
     return int(opset)
 
 
-def _tensors(path: Path, graph: _Graph) -> Iterator[tuple[str, StoredTensor]]:
-    """The constants of more than one value, by name.
+def _tensors(path: Path, model: Any) -> Iterator[tuple[str, StoredTensor]]:
+    """The constants, by name.
 
     Raises:
         UnreadableFileError: one is not where it should be, or does not fit its shape.
     """
+    graph = model.graph
     if graph.sparse_initializer:
         raise UnreadableFileError(f"{path} has sparse tensors, which this model has not.")
+    for node in chain(graph.node, *(function.node for function in model.functions)):
+        for attribute in node.attribute:
+            sparse = (attribute.sparse_tensor, *attribute.sparse_tensors)
+            parts = [part for each in sparse for part in (each.values, each.indices)]
+            if any(
+                constant.data_location == onnx.TensorProto.EXTERNAL
+                for constant in (attribute.t, *attribute.tensors, *parts)
+            ):
+                raise UnreadableFileError(
+                    f"{path} has a constant in another file that is no initialiser: "
+                    f"{visible(node.name)}."
+                )
     for node in graph.node:
         for attribute in node.attribute:
-            for constant in (attribute.t, *attribute.tensors):
-                if constant.data_location == onnx.TensorProto.EXTERNAL:
-                    raise UnreadableFileError(
-                        f"{path} has a constant in another file that is no initialiser: "
-                        f"{visible(node.name)}."
-                    )
             if node.op_type == "Constant" and attribute.name == "value":
-                yield from _tensor(path, node.output[0], attribute.t)
+                yield node.output[0], _tensor(path, node.output[0], attribute.t)
     for tensor in graph.initializer:
-        yield from _tensor(path, tensor.name, tensor)
+        yield tensor.name, _tensor(path, tensor.name, tensor)
 
 
-def _tensor(path: Path, name: str, message: _Tensor) -> Iterator[tuple[str, StoredTensor]]:
+def _used(graph: _Graph) -> set[str]:
+    """Names of the values that the outputs are computed from."""
+    maker = {value: node for node in graph.node for value in node.output}
+    left = [output.name for output in graph.output]
+    used: set[str] = set()
+    while left:
+        name = left.pop()
+        if name not in used:
+            used.add(name)
+            left += maker[name].input if name in maker else ()
+    return used
+
+
+def _tensor(path: Path, name: str, message: _Tensor) -> StoredTensor:
     shape = tuple(message.dims)
     try:
         dtype = helper.tensor_dtype_to_np_dtype(message.data_type)
     except (KeyError, ValueError) as error:
         raise UnreadableFileError(f"{visible(name)} in {path} has an unknown type.") from error
-    stored: StoredTensor
     if message.data_location == onnx.TensorProto.EXTERNAL:
-        stored = _external(path, name, message, dtype)
-    else:
-        stored = InlineTensor(dtype.name, shape, message)
-        try:
-            found = stored.read().shape
-        except (ValueError, TypeError, OverflowError) as error:
-            raise UnreadableFileError(
-                f"{visible(name)} in {path} does not fit its shape {list(shape)}: "
-                f"{first_line(error)}."
-            ) from error
-        if found != shape:
-            raise UnreadableFileError(f"{visible(name)} in {path} does not fit its shape.")
-    if int(np.prod(shape, dtype=object)) > 1:
-        yield name, stored
+        return _external(path, name, message, dtype)
+    stored = InlineTensor(dtype.name, shape, message)
+    try:
+        found = stored.read().shape
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UnreadableFileError(
+            f"{visible(name)} in {path} does not fit its shape {list(shape)}: {first_line(error)}."
+        ) from error
+    if found != shape:
+        raise UnreadableFileError(f"{visible(name)} in {path} does not fit its shape.")
+    return stored
 
 
 def _external(path: Path, name: str, message: _Tensor, dtype: np.dtype[Any]) -> ExternalTensor:
@@ -425,6 +459,8 @@ def _external(path: Path, name: str, message: _Tensor, dtype: np.dtype[Any]) -> 
     entries = {entry.key: entry.value for entry in message.external_data}
     location, shown = entries.get("location", ""), visible(entries.get("location", ""))
     what = f"The data of {visible(name)} in {path}"
+    if dtype.name not in _PLAIN:
+        raise UnreadableFileError(f"{what} has the type {dtype.name}, which is not supported.")
     place = PurePosixPath(location)
     if not location or place.is_absolute() or ".." in place.parts or "\\" in location:
         raise UnreadableFileError(f"{what} is outside its folder: {shown!r}.")
@@ -495,6 +531,13 @@ def _find_outputs(
             if name not in by_name:
                 raise UsageError(f"{path} has no output {name!r}; it has {_listed(outputs)}.")
         given = dict(zip(names, OUTPUTS.values(), strict=True))
+        for name, rank in zip(names, (4, 3), strict=True):
+            found_rank = len(by_name[name].shape)
+            if found_rank != rank:
+                raise UsageError(
+                    f"The output {name!r} of {path} has rank {found_rank}, expected {rank}: masks "
+                    "of rank 4 come first, then classes of rank 3."
+                )
     else:
         given = {**OUTPUTS, **{name: name for name in OUTPUTS.values()}}
     found = {given[name]: port for name, port in by_name.items() if name in given}
