@@ -252,6 +252,24 @@ def test_data_in_the_folder_is_read(tmp_path: Path) -> None:
     assert file.tensors == {}  # no output is computed from it
 
 
+def test_a_file_with_all_its_tensors_beside_it_is_checked_and_run(
+    exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside = exported("tiny_panoptic_64") / "model.onnx"
+    path = tmp_path / "folder" / "model.onnx"
+    path.parent.mkdir()
+    onnx.save_model(
+        onnx.load(inside), path, save_as_external_data=True, location="data", size_threshold=0
+    )
+    monkeypatch.chdir(tmp_path)  # where onnx and onnxruntime would look for the data
+    pixels = np.ones((1, 3, 64, 96), np.float32)
+    file, expected = read_onnx(path), read_onnx(inside).open().run(pixels)
+    found = file.open().run(pixels)
+
+    assert file.problems() == []
+    assert all(np.array_equal(found[name], values) for name, values in expected.items())
+
+
 def test_a_tensor_that_does_not_fit_its_shape_is_refused(tmp_path: Path) -> None:
     weight = numpy_helper.from_array(np.ones(4, np.float32), "weight")
     weight.dims[:] = [2**40]

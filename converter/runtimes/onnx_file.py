@@ -54,6 +54,10 @@ _LIMIT = 2**31
 # domains of operators that onnxruntime has built in
 _DOMAINS = ("", "ai.onnx", "com.microsoft")
 
+# Bytes of a tensor beside the file that is taken into the graph: onnx's and onnxruntime's shape
+# inference need the values of shapes, and have no way to read them from elsewhere.
+_SMALL = 1024
+
 # largest number of nodes after functions are put in the places of their calls
 _MAX_NODES = 1_000_000
 
@@ -137,13 +141,36 @@ class OnnxFile:
         It does not know onnxruntime's own operators; a file that has any gets the simple check.
         """
         ours = all(node.domain != "com.microsoft" for node in self.model.graph.node)
-        # the file itself where tensors are beside it, as their paths begin at its folder
-        subject = str(self.path) if self.external else self.model
         try:
-            checker.check_model(subject, full_check=ours)
+            checker.check_model(self._without_external(), full_check=ours)
         except Exception as error:  # several kinds, and those of shape inference
             return [f"onnx's checker refuses it: {first_line(error)}."]
         return []
+
+    def _without_external(self) -> Any:
+        """The model with inputs in place of the tensors beside the file.
+
+        The checker would look for them itself: from the current folder, or by its own rules.
+        """
+        external = self._external
+        if not external:
+            return self.model
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        tensors = list(model.graph.initializer)
+        inputs = {each.name for each in model.graph.input}
+        del model.graph.initializer[:]
+        model.graph.initializer.extend(each for each in tensors if each.name not in external)
+        model.graph.input.extend(
+            helper.make_tensor_value_info(each.name, each.data_type, list(each.dims))
+            for each in tensors
+            if each.name in external and each.name not in inputs
+        )
+        return model
+
+    @cached_property
+    def _external(self) -> dict[str, ExternalTensor]:
+        return {n: each for n, each in self.tensors.items() if isinstance(each, ExternalTensor)}
 
     def open(self, providers: Sequence[str] = (), layers: int = 0) -> "OnnxSession":
         """Makes it ready to run; see `ExportedFile.open`.
@@ -440,18 +467,33 @@ def _tensor(path: Path, name: str, message: _Tensor) -> StoredTensor:
         dtype = helper.tensor_dtype_to_np_dtype(message.data_type)
     except (KeyError, ValueError) as error:
         raise UnreadableFileError(f"{visible(name)} in {path} has an unknown type.") from error
-    if message.data_location == onnx.TensorProto.EXTERNAL:
-        return _external(path, name, message, dtype)
-    stored = InlineTensor(dtype.name, shape, message)
-    try:
-        found = stored.read().shape
-    except (ValueError, TypeError, OverflowError) as error:
-        raise UnreadableFileError(
-            f"{visible(name)} in {path} does not fit its shape {list(shape)}: {first_line(error)}."
-        ) from error
-    if found != shape:
-        raise UnreadableFileError(f"{visible(name)} in {path} does not fit its shape.")
-    return stored
+    stored: StoredTensor
+    external = message.data_location == onnx.TensorProto.EXTERNAL
+    if external:
+        stored = _external(path, name, message, dtype)
+        if dtype.itemsize * math.prod(shape) <= _SMALL:
+            _take_in(message, stored)
+            external = False
+    if not external:
+        stored = InlineTensor(dtype.name, shape, message)
+        try:
+            found = stored.read().shape
+        except (ValueError, TypeError, OverflowError) as error:
+            raise UnreadableFileError(
+                f"{visible(name)} in {path} does not fit its shape {list(shape)}: "
+                f"{first_line(error)}."
+            ) from error
+        if found != shape:
+            raise UnreadableFileError(f"{visible(name)} in {path} does not fit its shape.")
+    if math.prod(shape) > 1:
+        yield name, stored
+
+
+def _take_in(message: _Tensor, stored: StoredTensor) -> None:
+    """Puts the values of a tensor beside the file into the message that says where they are."""
+    message.raw_data = stored.read().tobytes() if math.prod(stored.shape) else b""
+    message.ClearField("external_data")
+    message.ClearField("data_location")
 
 
 def _external(path: Path, name: str, message: _Tensor, dtype: np.dtype[Any]) -> ExternalTensor:
@@ -477,14 +519,10 @@ def _external(path: Path, name: str, message: _Tensor, dtype: np.dtype[Any]) -> 
     except ValueError as error:
         raise UnreadableFileError(f"{what} has no valid place in {shown}.") from error
     shape = tuple(message.dims)
-    count = int(np.prod(shape, dtype=object))
-    if any(size < 0 for size in shape) or dtype.itemsize * count != (
-        length if length >= 0 else dtype.itemsize * count
-    ):
-        raise UnreadableFileError(
-            f"{what} has {length} bytes in {shown}, expected {dtype.itemsize * count}."
-        )
-    if offset < 0 or offset + dtype.itemsize * count > file.stat().st_size:
+    expected = dtype.itemsize * math.prod(shape)
+    if any(size < 0 for size in shape) or length not in (-1, expected):
+        raise UnreadableFileError(f"{what} has {length} bytes in {shown}, expected {expected}.")
+    if offset < 0 or offset + expected > file.stat().st_size:
         raise UnreadableFileError(
             f"{what} is not complete: {shown} ends before it.", "Download or copy it again."
         )
