@@ -147,6 +147,80 @@ def test_functions_that_grow_without_limit_are_refused(tmp_path: Path) -> None:
         read_onnx(small_file(path, nodes=[call], functions=doubling(64)))
 
 
+def nested(depth: int) -> list[onnx.FunctionProto]:
+    """Functions that each call the one before."""
+    functions = doubling(depth)
+    for function in functions:
+        function.node[1].op_type, function.node[1].domain = "Identity", ""
+    return functions
+
+
+def test_functions_that_nest_without_limit_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    call = helper.make_node("f99", ["pixel_values"], ["x"], domain="mine")
+    read_onnx(small_file(path, nodes=[call], functions=nested(100)))
+    call = helper.make_node("f2999", ["pixel_values"], ["x"], domain="mine")
+    with pytest.raises(UnreadableFileError, match="functions in more than 100 levels"):
+        read_onnx(small_file(path, nodes=[call], functions=nested(3000)))
+
+
+def test_one_function_does_not_hide_another(tmp_path: Path) -> None:
+    path, opsets = tmp_path / "model.onnx", [helper.make_opsetid("", 20)]
+    branch = helper.make_graph([], "branch", [], [])
+    choice = helper.make_node("If", ["x"], ["y"], then_branch=branch, else_branch=branch)
+    harmless = helper.make_node("Identity", ["x"], ["y"])
+
+    def function(node: onnx.NodeProto, overload: str) -> onnx.FunctionProto:
+        return helper.make_function("mine", "f", ["x"], ["y"], [node], opsets, overload=overload)
+
+    call = helper.make_node("f", ["pixel_values"], ["z"], domain="mine", overload="a")
+    functions = [function(choice, "a"), function(harmless, "b")]
+    with pytest.raises(UnreadableFileError, match="control flow"):
+        read_onnx(small_file(path, nodes=[call], functions=functions))
+    functions = [function(harmless, "a"), function(harmless, "a")]
+    with pytest.raises(UnreadableFileError, match="two functions 'f'"):
+        read_onnx(small_file(path, nodes=[call], functions=functions))
+
+
+def test_a_graph_that_claims_to_be_a_number_is_refused(tmp_path: Path) -> None:
+    branch = helper.make_graph([], "branch", [], [])
+    node = helper.make_node("If", ["c"], ["d"], "choice", then_branch=branch, else_branch=branch)
+    for attribute in node.attribute:
+        attribute.type = onnx.AttributeProto.INT
+    with pytest.raises(UnreadableFileError, match="control flow"):
+        read_onnx(small_file(tmp_path / "model.onnx", nodes=[node]))
+
+
+def test_a_graph_compiled_for_a_machine_is_refused(tmp_path: Path) -> None:
+    node = helper.make_node(
+        "EPContext", ["pixel_values"], ["x"], "engine", "", "com.microsoft", ep_cache_context="/x"
+    )
+    with pytest.raises(UnreadableFileError, match=r"compiled .* EPContext \(engine\)"):
+        read_onnx(small_file(tmp_path / "model.onnx", nodes=[node]))
+
+
+def test_graphs_for_training_are_refused(tmp_path: Path) -> None:
+    path = small_file(tmp_path / "model.onnx")
+    model = onnx.load(path)
+    model.training_info.add().algorithm.CopyFrom(model.graph)
+    onnx.save(model, path)
+    with pytest.raises(UnreadableFileError, match="for training"):
+        read_onnx(path)
+
+
+def test_data_beside_the_file_is_for_initialisers_only(tmp_path: Path) -> None:
+    path, opsets = tmp_path / "model.onnx", [helper.make_opsetid("", 20)]
+    (tmp_path / "there.data").write_bytes(bytes(16))
+    data = external(np.ones(4, np.float32), location="there.data")
+    constant = helper.make_node("Constant", [], ["y"], "stored", value=data)
+    with pytest.raises(UnreadableFileError, match=r"no initialiser: Constant \(stored\)"):
+        read_onnx(small_file(path, nodes=[constant]))
+    function = helper.make_function("mine", "f", [], ["y"], [constant], opsets)
+    call = helper.make_node("f", [], ["z"], "call", domain="mine")
+    with pytest.raises(UnreadableFileError, match=r"no initialiser: Constant \(stored\)"):
+        read_onnx(small_file(path, nodes=[call], functions=[function]))
+
+
 def test_a_function_that_calls_itself_is_refused(tmp_path: Path) -> None:
     node = helper.make_node("f", ["x"], ["y"], domain="mine")
     function = helper.make_function(

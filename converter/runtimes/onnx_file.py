@@ -10,6 +10,8 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -61,11 +63,10 @@ _SMALL = 1024
 # largest number of nodes after functions are put in the places of their calls
 _MAX_NODES = 1_000_000
 
-# how deep functions may call others
-_MAX_DEPTH = 64
+# largest number of functions that call each other in a row: each takes some of the stack of onnx
+_MAX_DEPTH = 100
 
-# types of constants that may lie in another file, as numpy names them: of whole bytes
-_PLAIN = ("bfloat16", "bool", "float16", "float32", "float64", "int32", "int64", "int8", "uint8")
+_GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
 _Graph = Any  # onnx's messages have no types of their own
 _Node = Any
@@ -140,7 +141,9 @@ class OnnxFile:
 
         It does not know onnxruntime's own operators; a file that has any gets the simple check.
         """
-        ours = all(node.domain != "com.microsoft" for node in self.model.graph.node)
+        functions = (function.node for function in self.model.functions)
+        nodes = chain(self.model.graph.node, *functions)
+        ours = all(node.domain != "com.microsoft" for node in nodes)
         try:
             checker.check_model(self._without_external(), full_check=ours)
         except Exception as error:  # several kinds, and those of shape inference
@@ -381,46 +384,71 @@ def _check_operators(path: Path, model: Any) -> int:
     opset = opsets.get("", opsets.get("ai.onnx"))
     if opset is None:
         raise UnreadableFileError(f"{path} does not say which version of ONNX's operators it uses.")
-    functions = {(each.domain, each.name): each for each in model.functions}
-    graph_types = {onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS}
-    sizes: dict[tuple[str, str], int] = {}
-
-    def size_of(nodes: Sequence[_Node], within: tuple[tuple[str, str], ...]) -> int:
-        total = 0
-        for node in nodes:
-            name = f"{visible(node.op_type)} ({visible(node.name)})"
-            called = node.domain, node.op_type
-            if any(attribute.type in graph_types for attribute in node.attribute):
-                raise UnreadableFileError(
-                    f"{path} has control flow, which this model has not: {name}."
-                )
-            if called in functions:
-                if called in within:
-                    raise UnreadableFileError(f"{path} has a function that calls itself: {name}.")
-                if len(within) == _MAX_DEPTH:
-                    raise UnreadableFileError(
-                        f"{path} has functions in functions, deeper than {_MAX_DEPTH}: {name}."
-                    )
-                if called not in sizes:
-                    sizes[called] = size_of(functions[called].node, (*within, called))
-                total += sizes[called]
-            elif node.domain not in _DOMAINS:
-                raise UnreadableFileError(
-                    f"{path} has a custom operator: {name} of {visible(node.domain)}.",
-                    "Export the model again, with operators of ONNX only.",
-                )
-            else:
-                total += 1
-        if total > _MAX_NODES:
-            raise UnreadableFileError(f"{path} has more than {_MAX_NODES:,} nodes.")
-        return total
-
-    size_of(model.graph.node, ())
+    if model.training_info:
+        raise UnreadableFileError(f"{path} has graphs for training, which this model has not.")
+    functions: dict[tuple[str, str, str], Sequence[_Node]] = {}
+    for each in model.functions:
+        key = each.domain, each.name, each.overload
+        if key in functions:
+            raise UnreadableFileError(f"{path} has two functions {visible(each.name)!r}.")
+        functions[key] = each.node
+    for node in chain(model.graph.node, *functions.values()):
+        _check_node(path, node, custom=_called(node) not in functions)
+    calls = {key: {_called(node) for node in nodes} for key, nodes in functions.items()}
+    try:
+        order = list(TopologicalSorter(calls).static_order())
+    except CycleError as error:
+        name = visible(error.args[1][0][1])
+        raise UnreadableFileError(f"{path} has a function that calls itself: {name}.") from error
+    sizes, depths = Counter[tuple[str, str, str]](), Counter[tuple[str, str, str]]()
+    for key in (key for key in order if key in functions):
+        sizes[key] = sum(sizes.get(_called(node), 1) for node in functions[key])
+        depths[key] = 1 + max((depths[called] for called in calls[key]), default=0)
+    if sum(sizes.get(_called(node), 1) for node in model.graph.node) > _MAX_NODES:
+        raise UnreadableFileError(f"{path} has more than {_MAX_NODES:,} nodes.")
+    if max(depths.values(), default=0) > _MAX_DEPTH:
+        raise UnreadableFileError(f"{path} has functions in more than {_MAX_DEPTH} levels.")
     return int(opset)
 
 
-def _tensors(path: Path, model: Any) -> Iterator[tuple[str, StoredTensor]]:
-    """The constants, by name.
+def _called(node: _Node) -> tuple[str, str, str]:
+    """What a function that a node calls is known by."""
+    return node.domain, node.op_type, node.overload
+
+
+def _check_node(path: Path, node: _Node, *, custom: bool) -> None:
+    """Refuses a node with a graph of its own, or with something from outside the file.
+
+    Args:
+        path: of the file.
+        node: of the graph or of a function.
+        custom: whether the file has no function of this name.
+    """
+    name = f"{visible(node.op_type)} ({visible(node.name)})"
+    if custom and node.domain not in _DOMAINS:
+        raise UnreadableFileError(
+            f"{path} has a custom operator: {name} of {visible(node.domain)}.",
+            "Export the model again, with operators of ONNX only.",
+        )
+    if node.op_type == "EPContext":
+        raise UnreadableFileError(
+            f"{path} has a graph that was compiled for one kind of machine: {name}.",
+            "Give the file that it was compiled from.",
+        )
+    for attribute in node.attribute:
+        if attribute.HasField("g") or attribute.graphs or attribute.type in _GRAPHS:
+            raise UnreadableFileError(f"{path} has control flow, which this model has not: {name}.")
+        if attribute.HasField("sparse_tensor") or attribute.sparse_tensors:
+            raise UnreadableFileError(f"{path} has sparse tensors, which this model has not.")
+        tensors = (attribute.t, *attribute.tensors)
+        if any(each.data_location == onnx.TensorProto.EXTERNAL for each in tensors):
+            raise UnreadableFileError(
+                f"{path} has a constant in another file that is no initialiser: {name}."
+            )
+
+
+def _tensors(path: Path, graph: _Graph) -> Iterator[tuple[str, StoredTensor]]:
+    """The constants of more than one value, by name.
 
     Raises:
         UnreadableFileError: one is not where it should be, or does not fit its shape.
