@@ -37,6 +37,20 @@ def real_path(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+def is_within(path: Path, folder: Path) -> bool:
+    """Whether a path is in a folder after links are followed.
+
+    The Hub's cache consists of links: snapshots/<commit>/<file> leads to the blobs of the
+    repository, or from there to those of the whole cache (huggingface_hub/utils/_shared_blobs.py).
+    A file in these blobs counts as one in the folder of a snapshot.
+    """
+    places = [folder]
+    if folder.parent.name == "snapshots":
+        repository = folder.parent.parent
+        places += [repository / "blobs", repository.parent / "blobs"]
+    return any(real_path(path).is_relative_to(real_path(place)) for place in places)
+
+
 @contextmanager
 def readable(path: str | Path) -> Iterator[None]:
     """Turns an OSError in this block into an error that names the file that cannot be read.

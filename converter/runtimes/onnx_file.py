@@ -6,7 +6,7 @@ of its folder or expand without limit is refused before onnxruntime sees the gra
 
 import json
 import math
-import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
-from converter.files import open_regular, read_bytes, readable
+from converter.files import is_within, open_regular, read_bytes, readable, real_path
 from converter.history import Format
 from converter.outside import first_line, visible
 from converter.runtimes.exported import INPUT, OUTPUTS, Port, StoredTensor
@@ -172,8 +172,13 @@ class OnnxFile:
         return model
 
     @cached_property
-    def _external(self) -> dict[str, ExternalTensor]:
-        return {n: each for n, each in self.tensors.items() if isinstance(each, ExternalTensor)}
+    def _external(self) -> dict[str, StoredTensor]:
+        """The initialisers that lie beside the file."""
+        return {
+            tensor.name: self.tensors[tensor.name]
+            for tensor in self.model.graph.initializer
+            if tensor.data_location == onnx.TensorProto.EXTERNAL
+        }
 
     def open(self, providers: Sequence[str] = (), layers: int = 0) -> "OnnxSession":
         """Makes it ready to run; see `ExportedFile.open`.
@@ -347,9 +352,8 @@ def read_onnx(
     model = _parse(path)
     graph = model.graph
     opset = _check_operators(path, model)
-    stored, used = dict(_tensors(path, model)), _used(graph)
-    tensors = {n: each for n, each in stored.items() if n in used and math.prod(each.shape) > 1}
-    external = {n: each for n, each in stored.items() if isinstance(each, ExternalTensor)}
+    tensors = dict(_tensors(path, graph))
+    _leave_out_unused(graph)
     known = {each.name for each in graph.initializer}
     inputs = [_port(each) for each in graph.input if each.name not in known]
     outputs = [_port(each) for each in graph.output]
@@ -517,6 +521,20 @@ def _tensor(path: Path, name: str, message: _Tensor) -> StoredTensor:
         yield name, stored
 
 
+def _leave_out_unused(graph: _Graph) -> None:
+    """Removes initialisers beside the file that no node reads: onnxruntime accepts none of them."""
+    used = {name for node in graph.node for name in node.input}
+    used |= {output.name for output in graph.output}
+    kept = [
+        tensor
+        for tensor in graph.initializer
+        if tensor.name in used or tensor.data_location != onnx.TensorProto.EXTERNAL
+    ]
+    if len(kept) < len(graph.initializer):
+        del graph.initializer[:]
+        graph.initializer.extend(kept)
+
+
 def _take_in(message: _Tensor, stored: StoredTensor) -> None:
     """Puts the values of a tensor beside the file into the message that says where they are."""
     message.raw_data = stored.read().tobytes() if math.prod(stored.shape) else b""
@@ -532,25 +550,29 @@ def _external(path: Path, name: str, message: _Tensor, dtype: np.dtype[Any]) -> 
     if dtype.name not in _PLAIN:
         raise UnreadableFileError(f"{what} has the type {dtype.name}, which is not supported.")
     place = PurePosixPath(location)
-    if not location or place.is_absolute() or ".." in place.parts or "\\" in location:
+    unusual = place.is_absolute() or ".." in place.parts or "\\" in location or "\0" in location
+    if not location or unusual:
         raise UnreadableFileError(f"{what} is outside its folder: {shown!r}.")
-    folder = Path(os.path.realpath(path.parent))
-    file = folder / location
-    if Path(os.path.realpath(file)).parent != file.parent or file.is_symlink():
+    file = path.parent / location
+    if not is_within(file, path.parent):
         raise UnreadableFileError(f"{what} is outside its folder: {shown} is a link.")
-    if not file.is_file():
+    file = real_path(file)
+    with readable(file):
+        exists = file.is_file()
+    if not exists:
         raise UnreadableFileError(
             f"{what} is missing: {shown}.", "Keep the files of an export together."
         )
-    try:
-        offset, length = int(entries.get("offset", 0)), int(entries.get("length", -1))
-    except ValueError as error:
-        raise UnreadableFileError(f"{what} has no valid place in {shown}.") from error
     shape = tuple(message.dims)
     expected = dtype.itemsize * math.prod(shape)
-    if any(size < 0 for size in shape) or length not in (-1, expected):
+    places = [entries.get("offset", "0"), entries.get("length", str(expected))]
+    # 20 digits are enough for any 64-bit number
+    if not all(re.fullmatch("[0-9]{1,20}", number) for number in places) or dtype.hasobject:
+        raise UnreadableFileError(f"{what} has no valid place in {shown}.")
+    offset, length = map(int, places)
+    if any(size < 0 for size in shape) or length != expected:
         raise UnreadableFileError(f"{what} has {length} bytes in {shown}, expected {expected}.")
-    if offset < 0 or offset + expected > file.stat().st_size:
+    if offset + expected > file.stat().st_size:
         raise UnreadableFileError(
             f"{what} is not complete: {shown} ends before it.", "Download or copy it again."
         )

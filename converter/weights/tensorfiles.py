@@ -15,7 +15,7 @@ from reprlib import repr as shortened
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from converter.errors import UnreadableFileError
-from converter.files import SHARD_NAME, FileDigest, open_regular, readable
+from converter.files import SHARD_NAME, FileDigest, is_within, open_regular, readable
 from converter.places import WEIGHT_SUFFIXES
 from converter.weights.headers import MAX_DESCRIPTION, parse_json_object, read_header
 from converter.weights.unpickling import is_name
@@ -371,24 +371,15 @@ def _weight_map(content: bytes, path: Path) -> dict[str, str]:
 
 
 def _open_shard(index: Path, name: str) -> TensorFile:
-    """Opens a shard, which must be in the index's folder after links are followed.
-
-    The Hub's cache consists of links: snapshots/<commit>/<file> leads to the blobs of the
-    repository, or from there to those of the whole cache (huggingface_hub/utils/_shared_blobs.py).
-    """
+    """Opens a shard, which must be in the index's folder after links are followed."""
     path = index.parent / name
     if not path.exists():
         raise missing_shard(path, index)
     shard = TensorFile(path)
-    places = [index.parent]
-    if index.parent.parent.name == "snapshots":
-        repository = index.parent.parent.parent
-        places += [repository / "blobs", repository.parent / "blobs"]
-    target = path.resolve()
-    if not any(target.is_relative_to(place.resolve()) for place in places):
+    if not is_within(path, index.parent):
         shard.__exit__(None, None, None)
         raise UnreadableFileError(
-            f"{path} is a link to {target}, which is outside the index's folder.",
+            f"{path} is a link to {path.resolve()}, which is outside the index's folder.",
             "If this is the right file, copy it into that folder in place of the link.",
         )
     return shard
