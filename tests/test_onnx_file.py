@@ -3,12 +3,14 @@
 import os
 import shutil
 import sys
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from click.testing import Result
@@ -92,6 +94,20 @@ def test_a_file_that_was_cut_off_is_refused(exported: Callable[..., Path], tmp_p
         path.write_bytes(content[:length])
         with pytest.raises(UnreadableFileError):
             read_onnx(path)
+
+
+def test_a_file_that_would_take_far_more_memory_than_its_size_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    graph = b"\x0a\x00" * 1_000_000  # empty nodes
+    # the length of a graph of 2,000,000 bytes in protobuf's encoding
+    path.write_bytes(b"\x3a\x80\x89\x7a" + graph)
+    tracemalloc.start()
+    with pytest.raises(UnreadableFileError, match="more than 1,000,000 fields"):
+        read_onnx(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert peak < 3 * len(graph)
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
