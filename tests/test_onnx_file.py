@@ -469,6 +469,20 @@ def test_a_missing_kernel_is_told_from_a_broken_file(tmp_path: Path) -> None:
         read_onnx(path).open()
 
 
+def test_a_provider_that_fails_does_not_become_the_cpu_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no device")
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "_create_inference_session", fail)
+    file = read_onnx(small_file(tmp_path / "model.onnx"))
+    with pytest.raises(UnreadableFileError, match=r"onnxruntime refuses .*: no device"):
+        file.open(["AzureExecutionProvider"])
+
+    assert capsys.readouterr().out == ""
+
+
 def test_short_names_of_providers_are_known() -> None:
     assert parse_providers("CPU") == ("CPUExecutionProvider",)
     assert parse_providers(["CPUExecutionProvider"]) == ("CPUExecutionProvider",)

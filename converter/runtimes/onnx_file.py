@@ -258,9 +258,16 @@ class OnnxSession:
         if values:
             options.add_external_initializers(list(values), list(values.values()))
         try:
-            session = onnxruntime.InferenceSession(
-                model, options, providers=list(providers) or [CPU]
-            )
+            with ExitStack() as failing:
+                if profiles:
+                    failing.enter_context(profiles)
+                session = onnxruntime.InferenceSession(
+                    model,
+                    options,
+                    providers=list(providers) or [CPU],
+                    enable_fallback=0,  # to the CPU, if a provider fails, with a note on stdout
+                )
+                failing.pop_all()
         except onnxruntime_pybind11_state.NotImplemented as error:
             raise MissingKernelError(
                 f"onnxruntime cannot run {file.path}: {first_line(error)}."
