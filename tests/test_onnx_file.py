@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import tracemalloc
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 from click.testing import Result
 from exported_files import change, initialiser
 from onnx import TensorProto, helper, numpy_helper
+from small_models import small_model
+from torch.export import Dim
 
 from converter.errors import (
     EomtConvertError,
@@ -435,6 +438,82 @@ def test_the_layers_outputs_are_added_in_memory(
     for name, state in states.items():
         torch.testing.assert_close(torch.from_numpy(found[name]), state, atol=1e-4, rtol=1e-4)
     assert path.read_bytes() == before
+
+
+class Logits(torch.nn.Module):
+    def __init__(self, model: EomtDinov3ForUniversalSegmentation) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        output = self.model(pixel_values)
+        return output.masks_queries_logits, output.class_queries_logits
+
+
+@pytest.fixture(scope="module")
+def new_model() -> EomtDinov3ForUniversalSegmentation:
+    """With masked attention, and layer norms that all have the same weights."""
+    return small_model(num_hidden_layers=2, num_blocks=1)
+
+
+@pytest.fixture(scope="module")
+def by_torch(
+    new_model: EomtDinov3ForUniversalSegmentation, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """That model as torch's own exporter writes it: with one tensor for all norms' weights."""
+    path = tmp_path_factory.mktemp("by_torch") / "model.onnx"
+    axes = {0: Dim("batch"), 2: 16 * Dim("rows"), 3: 16 * Dim("columns")}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(
+            Logits(new_model), (torch.zeros(2, 3, 48, 80),), dynamic_shapes={"pixel_values": axes}
+        )
+        exported = torch.onnx.export(program, dynamo=True, opset_version=18, verbose=False)
+    exported.save(path)  # type: ignore[union-attr]  # it is None for the old exporter only
+    return path
+
+
+@pytest.mark.numbers
+def test_layers_are_found_where_norms_share_weights_and_attention_is_masked(
+    by_torch: Path, new_model: EomtDinov3ForUniversalSegmentation
+) -> None:
+    norms = [n for n in onnx.load(by_torch).graph.node if n.op_type == "LayerNormalization"]
+
+    assert len({node.input[1] for node in norms}) == 1
+    assert_layers_are_those_of(new_model, by_torch)
+
+
+@pytest.mark.numbers
+def test_layers_are_found_where_onnxruntime_has_fused_a_norm(
+    by_torch: Path, new_model: EomtDinov3ForUniversalSegmentation, tmp_path: Path
+) -> None:
+    path = tmp_path / "optimised.onnx"
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(path)
+    onnxruntime.InferenceSession(by_torch, options)
+
+    assert "SkipLayerNormalization" in {node.op_type for node in onnx.load(path).graph.node}
+    assert_layers_are_those_of(new_model, path)
+
+
+def assert_layers_are_those_of(model: EomtDinov3ForUniversalSegmentation, path: Path) -> None:
+    pixels = torch.randn(1, 3, 32, 64, generator=torch.Generator().manual_seed(0))
+    found = read_onnx(path).open(layers=2).run(pixels.numpy())
+    with torch.inference_mode():
+        expected = model(pixels, output_hidden_states=True)
+    states = (*expected.hidden_states, expected.last_hidden_state)
+    names = ("patch_embeddings", "hidden_states.0", "hidden_states.1", "last_hidden_state")
+    for name, state in zip(names, states, strict=True):
+        torch.testing.assert_close(torch.from_numpy(found[name]), state, atol=1e-4, rtol=1e-4)
+
+
+def test_layers_of_another_number_are_not_guessed(exported: Callable[..., Path]) -> None:
+    file = read_onnx(exported("tiny_panoptic_64") / "model.onnx")
+    for layers in (3, 5):
+        found = file.open(layers=layers).run(np.zeros((1, 3, 48, 80), np.float32))
+        assert found.keys() == {"mask_logits", "class_logits"}
 
 
 def test_a_size_that_a_file_does_not_take_is_refused(tmp_path: Path) -> None:

@@ -31,13 +31,7 @@ from converter.files import is_within, open_regular, read_bytes, readable, real_
 from converter.history import Format
 from converter.outside import first_line, visible
 from converter.runtimes.exported import INPUT, OUTPUTS, Port, StoredTensor
-from converter.runtimes.layers import (
-    LAYER_OUTPUT,
-    Norm,
-    in_network_order,
-    layer_points,
-    without_queries,
-)
+from converter.runtimes.layers import LAYER_OUTPUT, GraphNode, Kind, in_network_order, layer_points
 from converter.runtimes.providers import CPU, check_available
 
 try:
@@ -72,6 +66,16 @@ _GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 # Largest number of fields of all messages in a file. torch writes some 40 for each node, with stack
 # traces, and a layer has 80 nodes. An empty node has 2 bytes in the file, and takes 150 in memory.
 _MAX_FIELDS = 1_000_000
+
+# kinds of operators where layers are looked for
+_KINDS: Mapping[str, Kind] = {
+    "LayerNormalization": "norm",
+    "SkipLayerNormalization": "norm",
+    "Add": "sum",
+    "Concat": "concatenation",
+    "Cast": "same",
+    "Identity": "same",
+}
 
 _Graph = Any  # onnx's messages have no types of their own
 _Node = Any
@@ -196,12 +200,11 @@ class OnnxFile:
         check_available(providers)
         names = {port.name: name for name, port in self.outputs.items()}
         points: Mapping[str, str] = {}
-        if layers and not any(map(LAYER_OUTPUT.fullmatch, self.outputs)):
-            points = layer_points(_norms(self.model.graph), layers)
         model = self.model
-        if points:
+        if layers and not any(map(LAYER_OUTPUT.fullmatch, self.outputs)):
             model = onnx.ModelProto()
             model.CopyFrom(self.model)
+            points = layer_points(_graph_nodes(model.graph), layers)
             known = {output.name for output in model.graph.output}
             added = dict.fromkeys(value for value in points.values() if value not in known)
             model.graph.output.extend(onnx.ValueInfoProto(name=value) for value in added)
@@ -305,7 +308,7 @@ class OnnxSession:
             self._profiles = None
         outputs = [each.name for each in self._session.get_outputs()]
         values = dict(zip(outputs, found, strict=True))
-        layers = without_queries({name: values[value] for name, value in self._points.items()})
+        layers = {name: values[value] for name, value in self._points.items()}
         own = {self._names[value]: values[value] for value in outputs if value in self._names}
         return {
             name: values.astype(np.float32, copy=False)
@@ -534,8 +537,8 @@ def _tensors(path: Path, graph: _Graph) -> Iterator[tuple[str, StoredTensor]]:
                 )
     for node in graph.node:
         for attribute in node.attribute:
-            if node.op_type == "Constant" and attribute.name == "value":
-                yield node.output[0], _tensor(path, node.output[0], attribute.t)
+            if node.op_type == "Constant" and node.output and attribute.name == "value":
+                yield from _tensor(path, node.output[0], attribute.t)
     for tensor in graph.initializer:
         yield tensor.name, _tensor(path, tensor.name, tensor)
 
@@ -708,9 +711,18 @@ def _listed(ports: Sequence[Port]) -> str:
     return ", ".join(shown) or "none"
 
 
-def _norms(graph: _Graph) -> list[Norm]:
-    return [
-        Norm(node.input[0], node.input[1], node.output[0])
-        for node in graph.node
-        if node.op_type == "LayerNormalization"
-    ]
+def _graph_nodes(graph: _Graph) -> Iterator[GraphNode]:
+    """The nodes of a graph.
+
+    onnxruntime fuses a norm with the sum that it normalises; such a sum is given a name.
+    """
+    for node in graph.node:
+        if not node.output:
+            continue
+        inputs = list(node.input)
+        if node.op_type == "SkipLayerNormalization":
+            node.output.extend([""] * (4 - len(node.output)))
+            node.output[3] = node.output[3] or f"{node.output[0]}/sum"
+            yield GraphNode("sum", inputs[:2], node.output[3])
+            inputs = [node.output[3]]
+        yield GraphNode(_KINDS.get(node.op_type, ""), inputs, node.output[0])

@@ -6,7 +6,7 @@ the graph is read as JSON, and its nodes, all of them operators from a list, are
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +18,8 @@ from converter.errors import EomtConvertError, UnreadableFileError, UsageError
 from converter.history import Format
 from converter.outside import first_line, visible
 from converter.runtimes.exported import OUTPUTS, Port
-from converter.runtimes.layers import (
-    LAYER_OUTPUT,
-    Norm,
-    in_network_order,
-    layer_points,
-    without_queries,
-)
-from converter.runtimes.operators import GraphValue, Node, UnknownOperatorError, parse_node
+from converter.runtimes.layers import LAYER_OUTPUT, GraphNode, Kind, in_network_order, layer_points
+from converter.runtimes.operators import Node, UnknownOperatorError, parse_node
 from converter.runtimes.program_text import check_texts
 from converter.runtimes.pt2_archive import (
     DTYPES,
@@ -43,7 +37,16 @@ if TYPE_CHECKING:
 _SCHEMA = 8
 
 _AXES = ("batch size", "channels", "height", "width")
-_NORMS = ("layer_norm.default", "native_layer_norm.default")
+
+# kinds of operators where layers are looked for
+_KINDS: Mapping[str, Kind] = {
+    "layer_norm.default": "norm",
+    "native_layer_norm.default": "norm",
+    "add.Tensor": "sum",
+    "cat.default": "concatenation",
+    **dict.fromkeys(("_to_copy.default", "to.dtype", "alias.default", "clone.default"), "same"),
+    **dict.fromkeys(("contiguous.default", "detach.default", "dropout.default"), "same"),
+}
 
 # the size of an axis that is not fixed, such as Mul(Integer(16), Symbol('s30', positive=True))
 _SYMBOL = r"Symbol\('(\w+)'[^()]*\)"
@@ -125,7 +128,7 @@ class TorchProgram:
 
         points: Mapping[str, str] = {}
         if layers and not any(map(LAYER_OUTPUT.fullmatch, self.outputs)):
-            points = layer_points(self._norms(), layers)
+            points = layer_points(self._graph_nodes(), layers)
         own = {name: port.name for name, port in self.outputs.items()}
         stored = self.constants.values()
         contents = {entry: self.archive.read(entry) for entry in {each.entry for each in stored}}
@@ -145,16 +148,11 @@ class TorchProgram:
             ) from error
         return TorchSession(self, graph, own, points)
 
-    def _norms(self) -> list[Norm]:
-        """The layer norms: their inputs and weights are arguments 0 and 2."""
-        found = []
-        for node in self.nodes:
-            if node.operator in _NORMS and len(node.positional) > 2:
-                values = (node.positional[0], node.positional[2])
-                names = [value.name for value in values if isinstance(value, GraphValue)]
-                if len(names) == 2:
-                    found.append(Norm(names[0], names[1], node.outputs[0]))
-        return found
+    def _graph_nodes(self) -> Iterator[GraphNode]:
+        return (
+            GraphNode(_KINDS.get(node.operator, ""), list(node.inputs()), node.outputs[0])
+            for node in self.nodes
+        )
 
 
 class TorchSession:
@@ -187,7 +185,7 @@ class TorchSession:
         except Exception as error:  # what torch raises depends on the operator
             message = f"torch fails to run {program.path}: {first_line(error)}."
             raise EomtConvertError(message) from error
-        layers = without_queries({name: values[value] for name, value in self._points.items()})
+        layers = {name: values[value] for name, value in self._points.items()}
         own = {name: values[value] for name, value in self._own.items()}
         return in_network_order(layers | own)
 
