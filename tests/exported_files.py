@@ -71,7 +71,10 @@ def change_with_height(graph: onnx.GraphProto, right: int) -> None:
     masks = "masks_queries_logits"
     for node in graph.node:
         node.output[:] = ["right_masks" if name == masks else name for name in node.output]
-    constants = {"two": np.array(2, np.int64), "height": np.array(right, np.float32)}
+    constants: dict[str, Any] = {
+        "two": np.array(2, np.int64),
+        "height": np.array(right, np.float32),
+    }
     graph.initializer.extend(numpy_helper.from_array(v, name) for name, v in constants.items())
     graph.node.extend(
         [

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from itertools import chain
 from pathlib import Path, PurePosixPath
@@ -132,7 +131,7 @@ class OnnxFile:
     ``tensors`` are those that the outputs are computed from.
 
     Attributes:
-        external: the initialisers in another file, by name.
+        external: the initialisers that lie beside the file, by name.
         model: onnx's message, as it was read.
     """
 
@@ -141,7 +140,7 @@ class OnnxFile:
     input: Port
     outputs: Mapping[str, Port]
     tensors: Mapping[str, StoredTensor]
-    external: Mapping[str, ExternalTensor] = field(repr=False)
+    external: Mapping[str, StoredTensor] = field(repr=False)
     model: Any = field(repr=False)
     format: Format = "onnx"
 
@@ -164,7 +163,7 @@ class OnnxFile:
 
         The checker would look for them itself: from the current folder, or by its own rules.
         """
-        external = self._external
+        external = self.external
         if not external:
             return self.model
         model = onnx.ModelProto()
@@ -179,15 +178,6 @@ class OnnxFile:
             if each.name in external and each.name not in inputs
         )
         return model
-
-    @cached_property
-    def _external(self) -> dict[str, StoredTensor]:
-        """The initialisers that lie beside the file."""
-        return {
-            tensor.name: self.tensors[tensor.name]
-            for tensor in self.model.graph.initializer
-            if tensor.data_location == onnx.TensorProto.EXTERNAL
-        }
 
     def open(self, providers: Sequence[str] = (), layers: int = 0) -> "OnnxSession":
         """Makes it ready to run; see `ExportedFile.open`.
@@ -367,8 +357,14 @@ def read_onnx(
     model = _parse(path)
     graph = model.graph
     opset = _check_operators(path, model)
-    tensors = dict(_tensors(path, graph))
+    stored, used = dict(_tensors(path, graph)), _used(graph)
+    tensors = {name: tensor for name, tensor in stored.items() if name in used}
     _leave_out_unused(graph)
+    external = {
+        tensor.name: stored[tensor.name]
+        for tensor in graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL
+    }
     known = {each.name for each in graph.initializer}
     inputs = [_port(each) for each in graph.input if each.name not in known]
     outputs = [_port(each) for each in graph.output]
@@ -520,43 +516,17 @@ def _tensors(path: Path, graph: _Graph) -> Iterator[tuple[str, StoredTensor]]:
     Raises:
         UnreadableFileError: one is not where it should be, or does not fit its shape.
     """
-    graph = model.graph
     if graph.sparse_initializer:
         raise UnreadableFileError(f"{path} has sparse tensors, which this model has not.")
-    for node in chain(graph.node, *(function.node for function in model.functions)):
-        for attribute in node.attribute:
-            sparse = (attribute.sparse_tensor, *attribute.sparse_tensors)
-            parts = [part for each in sparse for part in (each.values, each.indices)]
-            if any(
-                constant.data_location == onnx.TensorProto.EXTERNAL
-                for constant in (attribute.t, *attribute.tensors, *parts)
-            ):
-                raise UnreadableFileError(
-                    f"{path} has a constant in another file that is no initialiser: "
-                    f"{visible(node.name)}."
-                )
     for node in graph.node:
         for attribute in node.attribute:
             if node.op_type == "Constant" and node.output and attribute.name == "value":
                 yield from _tensor(path, node.output[0], attribute.t)
     for tensor in graph.initializer:
-        yield tensor.name, _tensor(path, tensor.name, tensor)
+        yield from _tensor(path, tensor.name, tensor)
 
 
-def _used(graph: _Graph) -> set[str]:
-    """Names of the values that the outputs are computed from."""
-    maker = {value: node for node in graph.node for value in node.output}
-    left = [output.name for output in graph.output]
-    used: set[str] = set()
-    while left:
-        name = left.pop()
-        if name not in used:
-            used.add(name)
-            left += maker[name].input if name in maker else ()
-    return used
-
-
-def _tensor(path: Path, name: str, message: _Tensor) -> StoredTensor:
+def _tensor(path: Path, name: str, message: _Tensor) -> Iterator[tuple[str, StoredTensor]]:
     shape = tuple(message.dims)
     try:
         dtype = helper.tensor_dtype_to_np_dtype(message.data_type)
@@ -582,6 +552,19 @@ def _tensor(path: Path, name: str, message: _Tensor) -> StoredTensor:
             raise UnreadableFileError(f"{visible(name)} in {path} does not fit its shape.")
     if math.prod(shape) > 1:
         yield name, stored
+
+
+def _used(graph: _Graph) -> set[str]:
+    """Names of the values that the outputs are computed from."""
+    maker = {value: node for node in graph.node for value in node.output}
+    left = [output.name for output in graph.output]
+    used: set[str] = set()
+    while left:
+        name = left.pop()
+        if name not in used:
+            used.add(name)
+            left += maker[name].input if name in maker else ()
+    return used
 
 
 def _leave_out_unused(graph: _Graph) -> None:
@@ -610,8 +593,6 @@ def _external(path: Path, name: str, message: _Tensor, dtype: np.dtype[Any]) -> 
     entries = {entry.key: entry.value for entry in message.external_data}
     location, shown = entries.get("location", ""), visible(entries.get("location", ""))
     what = f"The data of {visible(name)} in {path}"
-    if dtype.name not in _PLAIN:
-        raise UnreadableFileError(f"{what} has the type {dtype.name}, which is not supported.")
     place = PurePosixPath(location)
     unusual = place.is_absolute() or ".." in place.parts or "\\" in location or "\0" in location
     if not location or unusual:
