@@ -121,7 +121,6 @@ def test_an_export_takes_any_batch_and_any_number_of_patches(
     assert failures(gated.run(pixels), computed(gated.model, pixels)) == []
 
 
-@pytest.mark.numbers
 def test_an_export_with_the_oldest_operators_computes_the_same(tmp_path: Path) -> None:
     exported = export(unmasked(patch_size=4), tmp_path, opset=OPSETS[0])
     pixels = values(3, 4, patch=4)
@@ -130,7 +129,6 @@ def test_an_export_with_the_oldest_operators_computes_the_same(tmp_path: Path) -
     assert opsets(exported.file) == {"": OPSETS[0]}
 
 
-@pytest.mark.numbers
 def test_an_export_in_float16_with_the_newest_operators_returns_float32(tmp_path: Path) -> None:
     exported = export(unmasked(patch_size=8).half(), tmp_path, opset=OPSETS[-1])
     pixels = values(4, 4, patch=8)
@@ -142,7 +140,6 @@ def test_an_export_in_float16_with_the_newest_operators_returns_float32(tmp_path
     assert opsets(exported.file) == {"": OPSETS[-1]}
 
 
-@pytest.mark.numbers
 def test_an_export_may_have_a_fixed_size(tmp_path: Path) -> None:
     exported = export(unmasked(num_register_tokens=0), tmp_path, image_size=(32, 64))
     pixels = values(2, 4, batch=3)

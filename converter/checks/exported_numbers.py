@@ -199,9 +199,10 @@ def _targets(judged: Judged, recorded: Recorded | None) -> Iterator[Target]:
     if recorded and judged.runs.accept(recorded.pixels.shape):
         yield Target(recorded, recorded_tolerance(judged, recorded))
     if network:
+        # in random pixels there is nothing for classes and masks to agree on
+        tolerance = replace(judged.tolerance, best_class=0.0, mask_iou=0.0)
         for shape in _shapes(judged.runs.file, network.config):
-            pixels = random_pixels(shape)
-            yield Target(computed_by(network, pixels), judged.tolerance, computed=True)
+            yield Target(computed_by(network, random_pixels(shape)), tolerance, computed=True)
 
 
 def _shapes(file: ExportedFile, config: EomtDinov3Config) -> Iterator[tuple[int, ...]]:

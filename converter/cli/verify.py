@@ -53,8 +53,8 @@ class OutputNames(click.ParamType[tuple[str, str]]):
 @click.option(
     "--recorded",
     type=click.Path(path_type=Path),
-    help="Recorded outputs: a folder, or its recorded.safetensors. [default: those that come with "
-    "an offline checkpoint]",
+    help="Recorded outputs: a folder, or its recorded.safetensors. [default: those in the model's "
+    "folder, or that come with an offline checkpoint]",
 )
 @click.option(
     "--delta",
