@@ -1,6 +1,7 @@
 """Exports: what is written, and how it is checked."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -67,7 +68,6 @@ def test_an_export_passes_against_the_recordings_of_the_original(
     assert {"patch_embeddings", "hidden_states.0", "last_hidden_state"} < compared.keys()
 
 
-@pytest.mark.numbers
 def test_a_program_of_torch_passes_against_the_recordings_of_the_original(
     exported: Callable[..., Path],
 ) -> None:
@@ -77,7 +77,6 @@ def test_a_program_of_torch_passes_against_the_recordings_of_the_original(
     assert "hidden_states.0" in level(verdict, "numbers").figures["compared"]
 
 
-@pytest.mark.numbers
 @pytest.mark.parametrize("size", [(16, 16), (80, 48), (112, 144)])
 def test_an_export_takes_sizes_that_were_not_traced(
     exported: Callable[..., Path], converted: Callable[[str], Path], size: tuple[int, int]
@@ -354,6 +353,26 @@ def test_an_export_is_recorded_with_its_layers(
     )
 
 
+def test_outputs_of_another_program_are_judged_as_readme_shows(
+    exported: Callable[..., Path],
+    converted: Callable[[str], Path],
+    command: Callable[..., Result],
+    tmp_path: Path,
+) -> None:
+    readme = (FIXTURES.parent / "README.md").read_text(encoding="utf-8")
+    shown = readme[readme.index("### Outputs of another program") :].partition("\n### ")[0]
+    export, save, judge = re.findall(r"^eomt-convert (.*)", shown, re.M)
+    program = re.findall(r"```python\n(.*?)```", shown, re.S)
+    assert export == "export shapes_panoptic_128 --output export"  # which takes many seconds
+    (tmp_path / "export").symlink_to(exported("shapes_panoptic_128"))
+    (tmp_path / "shapes_panoptic_128").symlink_to(converted("shapes_panoptic_128"))
+    (tmp_path / "fixtures").symlink_to(FIXTURES)
+
+    assert command(*save.split()).exit_code == 0
+    exec(program[0], {})  # noqa: S102
+    assert "basis     original" in command(*judge.split()).stdout
+
+
 # options -----------------------------------------------------------------------------------------
 
 
@@ -525,7 +544,6 @@ def test_a_provider_that_computes_something_else_is_the_cause(
     assert verdict.cause.name == "provider"
 
 
-@pytest.mark.numbers
 def test_an_export_has_the_panoptic_quality_of_its_model(
     exported: Callable[..., Path], converted: Callable[[str], Path]
 ) -> None:

@@ -140,15 +140,6 @@ def test_an_export_in_float16_with_the_newest_operators_returns_float32(tmp_path
     assert opsets(exported.file) == {"": OPSETS[-1]}
 
 
-def test_an_export_may_have_a_fixed_size(tmp_path: Path) -> None:
-    exported = export(unmasked(num_register_tokens=0), tmp_path, image_size=(32, 64))
-    pixels = values(2, 4, batch=3)
-
-    assert axes(exported.file.graph.input[0]) == ["batch", 3, 32, 64]
-    assert axes(exported.file.graph.output[0]) == ["batch", 6, 8, 16]
-    assert failures(exported.run(pixels), computed(exported.model, pixels)) == []
-
-
 # what things are called -------------------------------------------------------------------------
 
 

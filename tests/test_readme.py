@@ -75,20 +75,6 @@ def test_programs_print_what_is_shown(folder: Path, program: str, output: str) -
     assert printed.getvalue() == output
 
 
-def test_outputs_of_another_program_are_judged_as_shown(
-    folder: Path, exported: Callable[..., Path], command: Command
-) -> None:
-    shown = README[README.index("### Outputs of another program") :].partition("\n### ")[0]
-    export, save, judge = re.findall(r"^eomt-convert (.*)", shown, re.M)
-    program = re.findall(r"```python\n(.*?)```", shown, re.S)
-    assert export == "export shapes_panoptic_128 --output export"  # which takes many seconds
-    (folder / "export").symlink_to(exported("shapes_panoptic_128"))
-
-    assert command(*save.split()).exit_code == 0
-    exec(program[0], {})  # noqa: S102
-    assert "basis     original" in command(*judge.split()).stdout
-
-
 def test_there_are_programs_to_try() -> None:
     assert len(SHOWN) == 2
 

@@ -552,7 +552,6 @@ def test_tensors_are_read_when_they_are_asked_for(ours: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.numbers
 def test_a_model_in_16_bits_has_outputs_in_32(tmp_path: Path, dtype: torch.dtype) -> None:
     model = small().to(dtype)
     path = tmp_path / "model.pt2"
@@ -607,7 +606,6 @@ def test_outputs_come_in_the_networks_order(ours: Path) -> None:
     ]
 
 
-@pytest.mark.numbers
 def test_a_strangers_export_runs_with_layers_that_it_does_not_put_out(strangers: Path) -> None:
     program = read_program(strangers)
     inputs = pixels()
@@ -619,7 +617,6 @@ def test_a_strangers_export_runs_with_layers_that_it_does_not_put_out(strangers:
     assert_equal(program.open().run(inputs), logits)
 
 
-@pytest.mark.numbers
 def test_an_export_of_the_model_itself_runs(tmp_path: Path) -> None:
     """Its output is a dataclass, whose class is not needed."""
     inputs = pixels(48, 80)
