@@ -19,6 +19,7 @@ from converter.checks.pixels import Normalisation
 from converter.checks.rounding import allowing_for_rounding
 from converter.checks.verdict import Cause, Trial, Verdict
 from converter.configs import IMAGE_MEAN, IMAGE_STD
+from converter.errors import MissingKernelError
 from converter.weights.merge import BUFFERS
 
 # how a file may want its pixels, if it normalises them itself or was made for others
@@ -50,15 +51,20 @@ def blame(
         verdict = replace(verdict, first_difference=begins)
     if network is None or (failed and not (numbers and numbers.comparable)):
         return verdict
-    if failed and target and numbers and _has_right_weights(judged, target):
+    if failed and target and numbers and (target.computed or _has_right_weights(judged, target)):
         found = (look(judged, target) for look in _CAUSES)
         cause = next(filter(None, found), None)
-        reason = "The reference model gives the right outputs with the file's weights."
+        # outputs that were computed with the file's weights cannot show that these are right
+        reason = (
+            "The reference model with the file's weights gives other outputs than the file."
+            if target.computed
+            else "The file computes something else with the right weights. The reference model "
+            "gives the right outputs with the file's weights."
+        )
         tried = {trial.name: trial for trial in not_tried(reason)}
         if cause:
             tried[cause.name] = Trial(cause.name, "explains all", cause.residual, cause.explanation)
-        remark = f"The file computes something else with the right weights. {reason}"
-        return _with_remark(replace(verdict, cause=cause, tried=tuple(tried.values())), remark)
+        return _with_remark(replace(verdict, cause=cause, tried=tuple(tried.values())), reason)
     stages = None
     if failed and target and judged.rounded:
         whole = cut(target.recorded, network.config)
@@ -95,10 +101,13 @@ def _has_right_weights(judged: Judged, target: Target) -> bool:
 def _provider(judged: Judged, target: Target) -> Cause | None:
     if not judged.runs.providers:
         return None
-    on_cpu = judge(replace(judged, runs=replace(judged.runs, providers=())), target)
+    try:
+        on_cpu = judge(replace(judged, runs=replace(judged.runs, providers=())), target)
+    except MissingKernelError:  # the CPU cannot run what the provider ran
+        return None
     if on_cpu.level.status != "passed":
         return None
-    explanation = f"running the same file on the CPU reproduces the recording{_residual(on_cpu)}"
+    explanation = f"running the same file on the CPU gives the expected outputs{_residual(on_cpu)}"
     return Cause("provider", (), on_cpu.level.figures["max_abs"], explanation, 1.0)
 
 
@@ -124,7 +133,7 @@ def _inputs(judged: Judged, target: Target) -> Cause | None:
             continue
         found = judge(replace(judged, normalisation=normalisation), target)
         if found.level.status == "passed":
-            explanation = f"giving it {name} reproduces the recording{_residual(found)}"
+            explanation = f"giving it {name} gives the expected outputs{_residual(found)}"
             residual = found.level.figures["max_abs"]
             return Cause("image-normalisation", (), residual, explanation, 1.0)
     return None
