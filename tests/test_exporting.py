@@ -409,11 +409,13 @@ def test_a_fixed_size_that_was_not_recorded_is_held_against_the_reference_model(
         converter.export(converted("tiny_panoptic_64"), tmp_path / "other", image_size=(33, 48))
 
 
-def test_an_existing_folder_is_only_replaced_with_force(
+def test_an_existing_export_is_only_replaced_with_force_and_without_files_of_others(
     converted: Callable[[str], Path], export: Path
 ) -> None:
     with pytest.raises(OutputError):
         converter.export(converted("tiny_panoptic_64"), export)
+    converter.export(converted("tiny_panoptic_64"), export, layers=True, verify=False, force=True)
+    assert len(json.loads((export / "conversion.json").read_text())["export"]["outputs"]) > 2
     (export / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"notes\.txt"):
         converter.export(converted("tiny_panoptic_64"), export, force=True)
@@ -579,7 +581,7 @@ def count_of(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if isinstance(value, int)}
 
 
-def test_a_file_of_another_models_shapes_is_refused(
+def test_a_file_of_another_models_shapes_fails(
     export: Path, converted: Callable[[str], Path]
 ) -> None:
     shutil.copy(converted("tiny_semantic_48") / "config.json", export)
