@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from converter.models import in_dtype
 from reference_model import EomtDinov3ForUniversalSegmentation
 
 # of the model's output, which is computed from that of two modules
@@ -51,9 +52,7 @@ def find_overflow(
     Returns:
         The first overflow: of a weight if there is one, else of a value; None if there is none.
     """
-    with torch.device("meta"):
-        rounded = EomtDinov3ForUniversalSegmentation(model.config)
-    rounded.load_state_dict({n: t.half() for n, t in model.state_dict().items()}, assign=True)
+    rounded = in_dtype(model, "float16")
     for name, weight in rounded.named_parameters():
         if not weight.isfinite().all():
             return Overflow("weight", name, _largest(model.get_parameter(name)))
@@ -63,7 +62,7 @@ def find_overflow(
         if not seen and any(not value.isfinite().all() for value in values):
             seen.append(point)
 
-    _run(rounded.eval(), pixel_values, look)
+    _run(rounded, pixel_values, look)
     if not seen:
         return None
     (first,) = seen
