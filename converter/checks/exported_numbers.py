@@ -1,6 +1,6 @@
 """Runs an exported file, and compares its outputs with a recording or the reference model's."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -160,7 +160,7 @@ def check_numbers(
         if found[-1].level.status == "failed":
             break
     failed = [each for each in found if each.level.status == "failed"]
-    chosen = next(iter([*failed, *found]), judged)
+    chosen = (failed or found or [judged])[0]
     inputs = [list(each.target.recorded.pixels.shape) for each in found if each.target]
     figures = {**chosen.level.figures, "inputs": inputs, "providers": _providers(runs)}
     reason = " ".join(filter(None, (chosen.level.reason, _remark(chosen, recorded))))
@@ -205,14 +205,19 @@ def _targets(judged: Judged, recorded: Recorded | None) -> Iterator[Target]:
             yield Target(computed_by(network, random_pixels(shape)), tolerance, computed=True)
 
 
-def _shapes(file: ExportedFile, config: EomtDinov3Config) -> Iterator[tuple[int, ...]]:
+def _shapes(file: ExportedFile, config: EomtDinov3Config) -> Iterable[tuple[int, ...]]:
     """Inputs of two batch sizes and two image sizes, as far as the file takes them."""
     patch, (height, width) = config.patch_size, config.input_size
     # a program of torch.export takes two patches or more
     other = max(height // 2 // patch, 2) * patch, (width // 2 // patch + 2) * patch
-    for batch, size in ((1, (height, width)), (2, other)):
-        usual = (batch, config.num_channels, *size)
-        yield tuple(fixed or each for fixed, each in zip(file.input.shape, usual, strict=True))
+    usual = (
+        (batch, config.num_channels, *size) for batch, size in ((1, (height, width)), (2, other))
+    )
+    shapes = (
+        tuple(fixed or each for fixed, each in zip(file.input.shape, sizes, strict=True))
+        for sizes in usual
+    )
+    return dict.fromkeys(shapes)  # once, if all sizes are fixed
 
 
 def random_pixels(shape: tuple[int, ...]) -> Tensor:
