@@ -19,6 +19,7 @@ from converter.weights.plan import Source
 
 HISTORY = "conversion.json"
 
+# of an export: ONNX, or a program of torch.export
 Format = Literal["onnx", "torch"]
 
 # what was found, as a page; it has measured figures, which differ a little from machine to machine
@@ -225,12 +226,12 @@ def read_export(folder: Path) -> PastExport | None:
         ),
         dtype=cast("Dtype", part.one_of("dtype", *get_args(Dtype))),
         image_size=_image_size(part),
-        versions=part.texts("versions"),
+        versions=part.object("versions").texts(),
         input=part.text("input"),
         outputs=part.value("outputs", "a list of names", _are_texts),
         dynamic_axes={name: axes.texts() for name, axes in part.object("dynamic_axes").objects()},
         files=_digests(part),
-        tensors=part.texts("tensors"),
+        tensors=part.object("tensors").texts(),
         verdict=part.content["verdict"],
     )
 
@@ -348,10 +349,9 @@ class _Object:
         content = self.value(key, "an object", lambda value: isinstance(value, dict))
         return _Object(self.path, self.place_of(key), content)
 
-    def texts(self, key: str | None = None) -> dict[str, str]:
-        """The object under a key, or itself, whose values must be texts."""
-        content = self if key is None else self.object(key)
-        return {name: content.text(name) for name in content.content}
+    def texts(self) -> dict[str, str]:
+        """Its values, which must be texts."""
+        return {name: self.text(name) for name in self.content}
 
     def objects(self, *known: str) -> "Iterator[tuple[str, _Object]]":
         """Its values, which must be objects; if names are given, only those are allowed."""

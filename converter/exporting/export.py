@@ -334,7 +334,6 @@ def _past(
 ) -> PastExport:
     """What conversion.json says of the export; it depends on model, versions and options only."""
     file = exported.file
-    written = [path for path in folder.iterdir() if path.name not in (HISTORY, REPORT)]
     return PastExport(
         version=__version__,
         format=file.format,
@@ -347,7 +346,7 @@ def _past(
         dynamic_axes={
             port.name: port.dynamic_axes for port in (file.input, *file.outputs.values())
         },
-        files=digests_of(sorted(written)),
+        files=digests_of(sorted(folder.iterdir())),
         tensors={name: tensor.sha256 for name, tensor in exported.tensors.items()},
         verdict=verdict.record(),
     )
