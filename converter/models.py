@@ -177,7 +177,9 @@ def load_model(
         )
     if compile:
         if isinstance(network, ExportedNetwork):
-            raise UsageError(f"{folder} is an export, which torch cannot compile.")
+            raise UsageError(
+                f"{folder} is an export, which torch cannot compile.", "Leave out --compile."
+            )
         compile_network(network, compile)
     return network, processor
 
@@ -190,15 +192,15 @@ def check_mode(compile: str | None) -> None:
     """
     if compile is not None and compile not in get_args(Compile):
         raise UsageError(
-            f"There is no mode {compile!r} of compiling.",
-            f"There are {', '.join(get_args(Compile))}.",
+            f"The mode of torch.compile is {compile!r}, expected one of "
+            f"{', '.join(get_args(Compile))}."
         )
 
 
 def in_dtype(
     network: "EomtDinov3ForUniversalSegmentation", dtype: Dtype
 ) -> "EomtDinov3ForUniversalSegmentation":
-    """Another network with the same weights in a dtype; they are shared if it is theirs."""
+    """Another network with the same weights in a dtype; tensors that have it already are shared."""
     import torch
 
     state = {

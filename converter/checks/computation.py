@@ -26,8 +26,8 @@ class Computation:
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Dtype):
             raise UsageError(
-                f"There is no dtype {self.dtype!r} to compute in.",
-                f"There are {', '.join(get_args(Dtype))}.",
+                f"The dtype to compute in is {self.dtype!r}, expected one of "
+                f"{', '.join(get_args(Dtype))}."
             )
         check_mode(self.compile)
 

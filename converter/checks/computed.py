@@ -104,7 +104,7 @@ def check_computed(
         reason = f"The model is right in float32, but not {computation}: {numbers.level.reason}"
         found = _blamed(found, model, usual, inputs)
     else:
-        reason = _remark(found, usual, beside, rounded=rounded)
+        reason = _remark(found, usual, beside)
     level = replace(numbers.level, reason=reason, figures=figures)
     return replace(found, numbers=replace(numbers, level=level))
 
@@ -113,14 +113,14 @@ def _in_float32(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in outputs.items()}
 
 
-def _remark(found: Computed, usual: Numbers, beside: Recorded, *, rounded: bool) -> str:
+def _remark(found: Computed, usual: Numbers, beside: Recorded) -> str:
     """What a computation costs, and what was compared in float32 only."""
     moved = []
     for name in LOGITS:
         values = beside.tensors[name].double()
         size = float(values.max() - values.min()) or 1.0  # all values may be the same
         moved.append(found.numbers.compared[name].max_abs / size)
-    against = "the same weights in float32" if rounded else "the recording"
+    against = "the same weights in float32" if found.rounded else "the recording"
     kinds = {
         "layers": ("patch_embeddings", "hidden_states.", "last_hidden_state"),
         "masked attention": ("masked.",),
@@ -129,7 +129,7 @@ def _remark(found: Computed, usual: Numbers, beside: Recorded, *, rounded: bool)
     left = [
         kind for kind, names in kinds.items() if any(n.startswith(names) for n in usual.compared)
     ]
-    only = f" Only then were these compared: {', '.join(left)}." if left else ""
+    only = f" These were compared in float32 only: {', '.join(left)}." if left else ""
     return (
         f"The figures are for the model {found.computation}, compared with {against}: logits move "
         f"by up to {100 * max(moved):.2g}% of their range. Before, it passed in float32 and not "
@@ -156,9 +156,9 @@ def _blamed(
         return replace(
             found, difference=difference, cause=Cause("activation-overflow", (), None, explanation)
         )
-    explanation = f"the same weights are right in float32, not compiled; {how} they are not"
+    explanation = f"the model is right in float32 without compiling, and wrong when {how}"
     if difference is None:
-        explanation += ", but they are when every layer's output is asked for, too"
+        explanation += "; it is right again if every layer's output is returned, too"
     cause = Cause("computation", (), None, explanation)
     return replace(found, difference=difference, cause=cause)
 
