@@ -1,13 +1,13 @@
 """Reads a backbone's or model's config.json; makes the content of a model's two config files."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from converter.catalog import Task
 from converter.class_names import ClassNames
-from converter.errors import UnreadableFileError
+from converter.errors import UnreadableFileError, UsageError
 from converter.files import read_json_object
 from reference_model.config import Dinov3Config, EomtDinov3Config
 
@@ -24,9 +24,35 @@ CONFIGS = ("config.json", PREPROCESSOR)
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 
+# types of 16 bits, the coarser first
+_ROUNDED: tuple[Dtype, ...] = ("bfloat16", "float16")
+
 NO_OBJECT_WEIGHT = EomtDinov3Config.no_object_weight
 
 _Config = TypeVar("_Config", bound=Dinov3Config)
+
+
+def coarsest(types: Iterable[str]) -> Dtype | None:
+    """The coarsest 16-bit type among some; None if there is none."""
+    found = set(types)
+    return next((each for each in _ROUNDED if each in found), None)
+
+
+def check_image_size(size: tuple[int, int] | None, patch_size: int) -> None:
+    """Checks that an image size, if one is given, is a multiple of the patch size.
+
+    Args:
+        size: (height, width) in pixels.
+        patch_size: in pixels.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if size and (min(size) < 1 or any(side % patch_size for side in size)):
+        raise UsageError(
+            f"The image size is {size[0]}x{size[1]}; expected multiples of the patch size "
+            f"{patch_size}."
+        )
 
 
 def read_backbone_config(path: Path) -> Dinov3Config:

@@ -13,7 +13,14 @@ from converter.checks.provenance import Provenance
 from converter.checks.verdict import Verdict, unverified
 from converter.checks.verification import Options, check
 from converter.class_names import ClassNames
-from converter.configs import CONFIGS, DTYPES, PREPROCESSOR, model_config, preprocessor_config
+from converter.configs import (
+    CONFIGS,
+    DTYPES,
+    PREPROCESSOR,
+    check_image_size,
+    model_config,
+    preprocessor_config,
+)
 from converter.destination import Destination, keep_rejected, made_files
 from converter.errors import (
     EomtConvertError,
@@ -276,14 +283,11 @@ def _move_into_place(done: Conversion, stage: StagedOutput, destination: Destina
     if done.verdict.verdict != "failed":
         stage.publish()
         return done
-    rejected = destination.rejected
-    if rejected:
-        keep_rejected(stage, rejected, force=destination.force)
+    place, rejected = destination.place, destination.rejected
+    kept = keep_rejected(stage, place, rejected, "model", force=destination.force)
     raise OutputsDifferError(
         f"The converted model is wrong: {done.verdict.reason}",
-        f"It was kept as {rejected}, for inspection."
-        if rejected
-        else f"{destination.place} was not written; --keep-unverified keeps the model beside it.",
+        kept,
         done.verdict,
         replace(done, output=rejected),
     )
@@ -297,7 +301,7 @@ def _make_plan(job: Job, inputs: Inputs) -> tuple[Plan, ClassNames]:
         backbone_layout=BACKBONE_LAYOUTS[job.backbone_layout] if job.backbone_layout else None,
         dtype=DTYPES[job.dtype],
     )
-    _check_image_size(job, plan.config.patch_size)
+    check_image_size(job.image_size, plan.config.patch_size)
     return plan, choose_class_names(job, inputs, plan.config.num_labels)
 
 
@@ -335,17 +339,6 @@ def _fetch_damaged(
             raise arrived_damaged(source.title, name, path) from error
     fetch_again(list(damaged.values()), access)
     return set(damaged)
-
-
-def _check_image_size(job: Job, patch_size: int) -> None:
-    if job.image_size is None:
-        return
-    height, width = job.image_size
-    if min(job.image_size) < 1 or height % patch_size or width % patch_size:
-        raise UsageError(
-            f"The image size is {height}x{width}; expected multiples of the patch size "
-            f"{patch_size}."
-        )
 
 
 def _check_pair(job: Job, inputs: Inputs, plan: Plan, access: Access) -> tuple[PairCheck, ...]:

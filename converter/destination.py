@@ -99,21 +99,31 @@ def rejected_place(place: Path) -> Path:
     return place.parent / f"{place.name}.unverified"
 
 
-def keep_rejected(stage: StagedOutput, rejected: Path, *, force: bool) -> None:
-    """Moves an output that fails to its folder.
+def keep_rejected(
+    stage: StagedOutput, place: Path, rejected: Path | None, kind: str, *, force: bool
+) -> str:
+    """Moves an output that fails to the folder for it, if it is to be kept.
 
     Args:
         stage: where it was made.
-        rejected: the folder.
+        place: the folder that it was made for.
+        rejected: the folder to keep it in; None if it is not kept.
+        kind: what it is, in a word.
         force: whether to replace an existing one.
+
+    Returns:
+        A sentence on where it is, or on how to keep it.
 
     Raises:
         OutputError: something is there that must not be replaced.
     """
+    if rejected is None:
+        return f"{place} was not written; --keep-unverified keeps the {kind} beside it."
     with staged(rejected, size=0, force=force, made=made_files) as kept:
         kept.folder.rmdir()
         shutil.move(stage.folder, kept.folder)
         kept.publish()
+    return f"It was kept as {rejected}, for inspection."
 
 
 def made_files(folder: Path) -> Mapping[str, str | None]:

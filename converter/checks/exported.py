@@ -1,11 +1,11 @@
 """Checks an exported file against the evidence, whoever made it and whatever runs it."""
 
-import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -13,21 +13,23 @@ import torch
 from converter.checks.diagnosis.exports import blame
 from converter.checks.diagnosis.stages import Network, Skeleton
 from converter.checks.exported_numbers import Judged, Runs, check_numbers, recorded_tolerance
-from converter.checks.file_tensors import FileTensor, find_tensors
+from converter.checks.file_tensors import FileTensor, find_names, find_tensors
 from converter.checks.findings import Findings
 from converter.checks.outputs import write_inputs
 from converter.checks.pictures import check_pictures
 from converter.checks.pixels import Normalisation, read_normalisation
 from converter.checks.precision import full_float32
 from converter.checks.recorded import Recorded, read_recorded, recording_of
+from converter.checks.structure import structure_level
 from converter.checks.verdict import (
     LEVELS,
-    NOT_ASKED,
     NOTHING_RECORDED,
     NUMBERED,
     SAME_WEIGHTS,
     Level,
     Verdict,
+    is_asked,
+    not_asked,
 )
 from converter.configs import (
     CONFIGS,
@@ -35,16 +37,18 @@ from converter.configs import (
     IMAGE_MEAN,
     IMAGE_STD,
     PREPROCESSOR,
+    Dtype,
+    coarsest,
     read_model_config,
 )
 from converter.errors import MissingKernelError, UsageError
 from converter.files import read_json_object, sha256
 from converter.history import HISTORY, History, PastExport, read_export, read_history
 from converter.models import task_of, torch_device
-from converter.runtimes.exported import FILES, ExportedFile, Port
+from converter.runtimes.exported import FILES, ExportedFile, Port, StoredTensor
 from converter.runtimes.network import ExportedNetwork, read_exported
 from converter.runtimes.providers import parse_providers
-from converter.weights.merge import BUFFERS, round_to
+from converter.weights.merge import BUFFERS, round_to, sha256_of
 from converter.weights.tensorfiles import find_weights, open_tensors
 from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 
@@ -83,10 +87,9 @@ class ExportedModel:
     against: str
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> Dtype:
         """The type that the file computes in, as torch names it: that of most of its tensors."""
-        types = _types(self)
-        return max(sorted(set(types) & DTYPES.keys()), key=types.count, default="float32")
+        return _dtype_of(_known(self))
 
     def network(self) -> Network | None:
         """The reference model with the file's weights in float32; None if some are unknown."""
@@ -133,38 +136,38 @@ def read_exported_model(
     normalisation = Normalisation(1 / 255, IMAGE_MEAN, IMAGE_STD)
     if folder and config and (folder / PREPROCESSOR).is_file():
         normalisation = read_normalisation(folder / PREPROCESSOR, config.num_channels)
-    model = ExportedModel(
-        file, folder, config, normalisation, history, export, {}, (), {}, "nothing"
-    )
     if config is None:
-        return model
+        return ExportedModel(
+            file, folder, config, normalisation, history, export, {}, (), {}, "nothing"
+        )
     shapes = _shapes(config)
     digests: Mapping[str, str] = {}
+    against = "nothing"
     if source:
-        digests = _digests(source, model.dtype)
-        against = "the model"
+        digests, against = _digests(source, _dtype_of(file.tensors.values())), "the model"
     elif export:
-        same_type = history and history.dtype == export.dtype
-        digests = history.tensors if history and same_type else export.tensors
-        against = "conversion.json"
+        rows = history.tensors if history and history.dtype == export.dtype else export.tensors
+        digests, against = rows, HISTORY
     digests = {name: digest for name, digest in digests.items() if name not in BUFFERS}
     tensors = find_tensors(file.tensors, shapes, digests)
     misfits = tuple(_misfits(file, shapes, tensors))
     if source and folder and source != folder:
         misfits += tuple(_other_configs(folder, source))
-    return replace(
-        model,
-        tensors=tensors,
-        misfits=misfits,
-        digests=digests,
-        against=against if digests else "nothing",
+    return ExportedModel(
+        file, folder, config, normalisation, history, export, tensors, misfits, digests, against
     )
 
 
-def _types(model: ExportedModel) -> list[str]:
-    """The types of the model's tensors or, if they are unknown, of all of the file's constants."""
-    known = [tensor.stored for tensor in model.tensors.values()]
-    return [each.dtype for each in known or model.file.tensors.values()]
+def _dtype_of(tensors: Iterable[StoredTensor]) -> Dtype:
+    """The type of most of some tensors, as torch names it."""
+    types = [each.dtype for each in tensors]
+    return max(get_args(Dtype), key=types.count)
+
+
+def _known(model: ExportedModel) -> list[StoredTensor]:
+    """The model's tensors or, if they are unknown, all of the file's constants."""
+    found = [tensor.stored for tensor in model.tensors.values()]
+    return found or list(model.file.tensors.values())
 
 
 def _has_config(folder: Path) -> bool:
@@ -185,11 +188,7 @@ def _digests(source: Path, dtype: str) -> dict[str, str]:
     """SHA-256 of a model's tensors, in another type, by name."""
     with open_tensors(find_weights(source)) as file:
         return {
-            name: hashlib.sha256(
-                np.ascontiguousarray(
-                    round_to(file.read(name).astype(np.float32), DTYPES[dtype])
-                ).data
-            ).hexdigest()
+            name: sha256_of(round_to(file.read(name).astype(np.float32), DTYPES[dtype]))
             for name in file.tensors
         }
 
@@ -197,12 +196,11 @@ def _digests(source: Path, dtype: str) -> dict[str, str]:
 def _misfits(
     file: ExportedFile, shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, FileTensor]
 ) -> Iterator[str]:
-    for name, shape in shapes.items():
-        given = next((n for n in file.tensors if n == name or n.endswith(f".{name}")), None)
-        if name not in found and given:
+    for name, given in find_names(file.tensors, shapes):
+        if name not in found:
             yield (
-                f"{given} has the shape {list(file.tensors[given].shape)}, expected {list(shape)} "
-                "by config.json."
+                f"{given} has the shape {list(file.tensors[given].shape)}, expected "
+                f"{list(shapes[name])} by config.json."
             )
 
 
@@ -234,10 +232,6 @@ class Checks:
     task: str | None = None
     level: int = len(NUMBERED)
     providers: tuple[str, ...] = ()
-
-    def ask_for(self, level: str) -> bool:
-        """Whether to check a level; pictures are checked with the level after numbers."""
-        return self.level > NUMBERED.index("peers" if level == "pictures" else level)
 
 
 def verify_exported(
@@ -283,11 +277,11 @@ def check_exported(model: ExportedModel, checks: Checks) -> Findings:
         UsageError: there is no such provider.
     """
     levels = {"structure": _check_structure(model)}
-    if checks.ask_for("arithmetic"):
+    if is_asked("arithmetic", checks.level):
         levels["arithmetic"] = _check_arithmetic(model)
     recorded = read_recorded(checks.recorded) if checks.recorded else None
     judged: Judged | None = None
-    if checks.ask_for("numbers"):
+    if is_asked("numbers", checks.level):
         runs = Runs(model.file, checks.providers, _num_layers(model, recorded))
         network = model.network()
         try:
@@ -298,7 +292,7 @@ def check_exported(model: ExportedModel, checks: Checks) -> Findings:
         else:
             judged = replace(judged, level=_with_basis(judged, model))
             levels["numbers"] = judged.level
-            if recorded and checks.ask_for("pictures"):
+            if recorded and is_asked("pictures", checks.level):
                 levels["pictures"] = _check_pictures(model, judged, recorded, checks.task)
     for name in LEVELS:
         levels.setdefault(name, Level(name, "not checked", _why_not(name, checks)))
@@ -313,8 +307,8 @@ def check_exported(model: ExportedModel, checks: Checks) -> Findings:
 
 
 def _why_not(level: str, checks: Checks) -> str:
-    if not checks.ask_for(level):
-        return f"{NOT_ASKED} {checks.level} were asked for."
+    if not is_asked(level, checks.level):
+        return not_asked(checks.level)
     if level == "pictures":
         return NOTHING_RECORDED
     return "An exported file is held against recordings and the reference model only."
@@ -342,7 +336,7 @@ def _check_structure(model: ExportedModel) -> Level:
         "outputs": {port.name: _axes(port) for port in file.outputs.values()},
         "tensors": len(file.tensors),
         "parameters": sum(math.prod(each.shape) for each in file.tensors.values()),
-        "dtypes": sorted({DTYPES.get(each, each) for each in _types(model)}),
+        "dtypes": sorted({DTYPES.get(each.dtype, each.dtype) for each in _known(model)}),
         "stored": {
             name: {
                 "dtype": DTYPES.get(tensor.stored.dtype, tensor.stored.dtype),
@@ -353,10 +347,7 @@ def _check_structure(model: ExportedModel) -> Level:
         "digests": {name: tensor.sha256 for name, tensor in model.tensors.items()},
         "problems": problems,
     }
-    if problems:
-        more = f" {len(problems) - 1} more problems were found." if len(problems) > 1 else ""
-        return Level("structure", "failed", problems[0] + more, figures)
-    return Level("structure", "passed", figures=figures)
+    return structure_level(problems, figures)
 
 
 def _axes(port: Port) -> list[int | str]:
@@ -447,9 +438,9 @@ def _with_basis(judged: Judged, model: ExportedModel) -> Level:
         configs = {name: sha256(model.folder / name) for name in CONFIGS} if model.folder else {}
         rests_on = target.recorded.origin.figures({**digests, **configs})
     figures = {**level.figures, **rests_on}
-    types = {model.dtype, *judged.rounded.values()} - {"float32"}
-    if types and not target.recorded.origin.rounded:
-        figures["rounded_to"] = "bfloat16" if "bfloat16" in types else "float16"
+    rounded_to = coarsest([model.dtype, *judged.rounded.values()])
+    if rounded_to and not target.recorded.origin.rounded:
+        figures["rounded_to"] = rounded_to
     level = replace(level, figures=figures)
     if not asked:
         return level

@@ -17,6 +17,7 @@ from converter.checks.numbers import Numbers, judge_outputs, run, widening
 from converter.checks.pixels import Normalisation
 from converter.checks.recorded import Origin, Recorded
 from converter.checks.verdict import Level
+from converter.configs import coarsest
 from converter.runtimes.exported import ExportedFile, ExportedSession
 from converter.runtimes.network import run_in_batches
 from converter.runtimes.providers import CPU
@@ -159,8 +160,8 @@ def check_numbers(
         found.append(judge(judged, target))
         if found[-1].level.status == "failed":
             break
-    failed = [each for each in found if each.level.status == "failed"]
-    chosen = (failed or found or [judged])[0]
+    failed = bool(found) and found[-1].level.status == "failed"
+    chosen = (found or [judged])[-1 if failed else 0]
     inputs = [list(each.target.recorded.pixels.shape) for each in found if each.target]
     figures = {**chosen.level.figures, "inputs": inputs, "providers": _providers(runs)}
     reason = " ".join(filter(None, (chosen.level.reason, _remark(chosen, recorded))))
@@ -184,10 +185,10 @@ def _remark(judged: Judged, recorded: Recorded | None) -> str:
 
 def recorded_tolerance(judged: Judged, recorded: Recorded) -> Tolerance:
     """How far the outputs of a file may be from recorded ones."""
-    types = set(judged.rounded.values())
-    if judged.dtype != "float32" or not types or recorded.origin.rounded:
+    rounded_to = coarsest(judged.rounded.values())
+    if judged.dtype != "float32" or rounded_to is None or recorded.origin.rounded:
         return judged.tolerance
-    return ROUNDED["bfloat16" if "bfloat16" in types else "float16"]
+    return ROUNDED[rounded_to]
 
 
 def _targets(judged: Judged, recorded: Recorded | None) -> Iterator[Target]:

@@ -4,16 +4,15 @@ Exporters name a weight after the place of the model in a wrapper, or give it a 
 the matrices of linear layers transposed, as a matrix product takes them.
 """
 
-import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import dropwhile
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from converter.runtimes.exported import StoredTensor
+from converter.weights.merge import sha256_of
 
 
 @dataclass(frozen=True)
@@ -55,36 +54,35 @@ def find_tensors(
         other values.
     """
     found: dict[str, FileTensor] = {}
-    unclear: list[str] = []  # square matrices with other values: either orientation may be meant
-    named = dict(_by_name(stored, shapes))
-    for name, tensor in named.items():
-        candidates = list(_orientations(tensor, shapes[name]))
+    # square matrices with other values: as they are and transposed, as either may be meant
+    unclear: dict[str, list[FileTensor]] = {}
+    named = dict(find_names(stored, shapes))
+    for name, given in named.items():
+        candidates = list(_orientations(stored[given], shapes[name]))
         right = [each for each in candidates if each.sha256 == digests.get(name)]
         if len(candidates) > 1 and not right:
-            unclear.append(name)
-        if candidates:
+            unclear[name] = candidates
+        elif candidates:
             found[name] = (right or candidates)[0]
     linear = [
         tensor.transposed
         for name, tensor in found.items()
-        if len(shapes[name]) == 2 and name != "query.weight" and name not in unclear
+        if len(tensor.shape) == 2 and name != "query.weight"  # which no product takes
     ]
-    for name in unclear:  # as most other matrices
-        candidates = list(_orientations(named[name], shapes[name]))
-        found[name] = candidates[int(2 * sum(linear) > len(linear))]
-    found |= _by_content(stored, named, shapes, digests, missing=shapes.keys() - found.keys())
+    mostly_transposed = 2 * sum(linear) > len(linear)
+    for name, (as_it_is, transposed) in unclear.items():
+        found[name] = transposed if mostly_transposed else as_it_is
+    others = [tensor for given, tensor in stored.items() if given not in named.values()]
+    found |= _by_content(others, shapes, digests, missing=shapes.keys() - found.keys())
     return {name: found[name] for name in shapes if name in found}
 
 
-def _by_name(
-    stored: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[tuple[str, StoredTensor]]:
-    """Tensors whose names end in a model's name, after a prefix such as ``model.``."""
-    for name in shapes:
+def find_names(stored: Iterable[str], names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """A model's names with those in a file that end in them, after a prefix such as ``model.``."""
+    for name in names:
         ends = [given for given in stored if given == name or given.endswith(f".{name}")]
-        shortest = min(ends, key=len, default=None)
-        if shortest is not None:
-            yield name, stored[shortest]
+        if ends:
+            yield name, min(ends, key=len)
 
 
 def _orientations(tensor: StoredTensor, shape: tuple[int, ...]) -> Iterator[FileTensor]:
@@ -97,9 +95,9 @@ def _orientations(tensor: StoredTensor, shape: tuple[int, ...]) -> Iterator[File
     if inner == wanted:
         values = tensor.read().reshape(-1, *shape)
         if not batch or (values == values[0]).all():
-            yield FileTensor(tensor, shape, False, _digest(values[0]))
+            yield FileTensor(tensor, shape, False, sha256_of(values[0]))
     if len(shape) == 2 and tensor.shape == shape[::-1]:
-        yield FileTensor(tensor, shape, True, _digest(tensor.read().T))
+        yield FileTensor(tensor, shape, True, sha256_of(tensor.read().T))
 
 
 def _without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -107,8 +105,7 @@ def _without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _by_content(
-    stored: Mapping[str, StoredTensor],
-    named: Mapping[str, StoredTensor],
+    tensors: Iterable[StoredTensor],
     shapes: Mapping[str, tuple[int, ...]],
     digests: Mapping[str, str],
     *,
@@ -118,19 +115,12 @@ def _by_content(
 
     Equal tensors, such as biases of zeros, may be stored once and stand for all of them.
     """
-    claimed = {id(tensor) for tensor in named.values()}
     wanted = {(shapes[name], digests[name]) for name in missing if name in digests}
     found: dict[tuple[tuple[int, ...], str], FileTensor] = {}
-    for tensor in stored.values():
-        if id(tensor) in claimed:
-            continue
+    for tensor in tensors:
         for shape in {shape for shape, _ in wanted}:
             for candidate in _orientations(tensor, shape):
                 if (shape, candidate.sha256) in wanted:
                     found.setdefault((shape, candidate.sha256), candidate)
     by_name = {name: found.get((shapes[name], digests.get(name, ""))) for name in missing}
     return {name: tensor for name, tensor in by_name.items() if tensor}
-
-
-def _digest(values: NDArray[Any]) -> str:
-    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()

@@ -284,7 +284,9 @@ def _check_outputs(
     recorded = {f"pipeline.{name}": pictures.tensors[f"pipeline.{name}"] for name in LOGITS}
     try:
         if isinstance(model, ExportedNetwork):
-            found = _compare_export(model, same_weights, inputs, recorded, tolerance)
+            network = same_weights if tolerance == FLOAT32 else None
+            logits = compute_logits(model, inputs)
+            found = _compare_logits(logits, recorded, tolerance, inputs, network)
         else:
             found = compare_outputs(
                 lambda: compute_logits(model, inputs), [model], recorded, tolerance
@@ -303,23 +305,28 @@ def _check_outputs(
     return problems, figures
 
 
-def _compare_export(
-    export: ExportedNetwork,
-    same_weights: EomtDinov3ForUniversalSegmentation | None,
-    inputs: Prepared,
-    recorded: Mapping[str, Tensor],
+def _compare_logits(
+    logits: dict[str, Tensor],
+    expected: Mapping[str, Tensor],
     tolerance: Tolerance,
+    inputs: Prepared,
+    network: EomtDinov3ForUniversalSegmentation | None,
 ) -> Compared:
-    """Compares an export's logits, and allows for what float32 alone does to these weights."""
-    logits = compute_logits(export, inputs)
-    compared = compare_all(logits, recorded, tolerance)
-    wider: Mapping[str, float] = {}
-    fails = any(comparison.failure for comparison in compared.values())
-    if same_weights and fails and tolerance == FLOAT32:
-        modules = [same_weights]
-        wider = widening(lambda: compute_logits(same_weights, inputs), modules, recorded, tolerance)
-        compared = compare_all(logits, recorded, tolerance, wider)
-    return Compared(logits, compared, wider)
+    """Compares logits that cannot be computed in float64.
+
+    Args:
+        logits: computed in another way than by the reference model in float32.
+        expected: what they should be.
+        tolerance: how far apart they may be.
+        inputs: what they were computed from.
+        network: the reference model with the same weights, to allow for what float32 alone does to
+            them; None to allow nothing.
+    """
+    compared = compare_all(logits, expected, tolerance)
+    if network is None or not any(comparison.failure for comparison in compared.values()):
+        return Compared(logits, compared)
+    wider = widening(lambda: compute_logits(network, inputs), [network], expected, tolerance)
+    return Compared(logits, compare_all(logits, expected, tolerance, wider), wider)
 
 
 def _figures(
@@ -363,15 +370,10 @@ def _check_computed(
     if computed.rounded:
         beside = compute_logits(own, inputs)
     theirs = {name: beside[name] for name in logits}
-    compared = compare_all(logits, theirs, tolerance)
-    wider: Mapping[str, float] = {}
-    if computed.computation.dtype == "float32" and any(
-        comparison.failure for comparison in compared.values()
-    ):
-        wider = widening(lambda: compute_logits(own, inputs), [own], theirs, tolerance)
-        compared = compare_all(logits, theirs, tolerance, wider)
-    problems = [f"{c.failure[:-1]}{how}." for c in compared.values() if c.failure]
-    figures = computed.computation.figures | _figures(compared, tolerance, wider)
+    network = own if computed.computation.dtype == "float32" else None
+    found = _compare_logits(logits, theirs, tolerance, inputs, network)
+    problems = [f"{c.failure[:-1]}{how}." for c in found.compared.values() if c.failure]
+    figures = computed.computation.figures | _figures(found.compared, tolerance, found.widened)
     if results := _equal_results(folder, logits, inputs, pictures, stuff):
         rounding = ROUNDED[rounded_to].equal_pixels if computed.rounded and rounded_to else 1.0
         least = min(tolerance.equal_pixels, rounding)

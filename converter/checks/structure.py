@@ -1,7 +1,6 @@
 """Reads a model's files, and checks that they are complete and agree with each other."""
 
-import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from converter.checks.evidence import Evidence
 from converter.checks.pixels import Normalisation, read_normalisation
 from converter.checks.verdict import Level
-from converter.configs import DTYPES, PREPROCESSOR, read_config
+from converter.configs import DTYPES, PREPROCESSOR, coarsest, read_config
 from converter.files import read_json_object
 from converter.models import size_mismatch
 from converter.weights.headers import TensorInfo
-from converter.weights.merge import BUFFERS, round_to
+from converter.weights.merge import BUFFERS, round_to, sha256_of
 from converter.weights.tensorfiles import find_weights, open_tensors
 
 if TYPE_CHECKING:
@@ -86,8 +85,7 @@ class StoredModel:
     @property
     def rounded_to(self) -> str | None:
         """The coarsest of these dtypes; None if nothing was rounded."""
-        types = set(self.rounded.values())
-        return "bfloat16" if "bfloat16" in types else next(iter(types), None)
+        return coarsest(self.rounded.values())
 
 
 def read_model(folder: Path, *, keep: bool) -> StoredModel:
@@ -113,7 +111,7 @@ def read_model(folder: Path, *, keep: bool) -> StoredModel:
             stored = file.read(name)
             # bfloat16 is read as float32: back to the stored bits
             bits = round_to(stored, "BF16") if info.dtype == "BF16" else stored
-            digests[name] = hashlib.sha256(np.ascontiguousarray(bits).data).hexdigest()
+            digests[name] = sha256_of(bits)
             if stored.dtype.kind == "f" and not np.isfinite(stored).all():
                 nonfinite.append(name)
             if name == "attn_mask_probs":
@@ -196,10 +194,15 @@ def check_structure(found: StoredModel, evidence: Evidence, *, allow_nonfinite: 
         "digests": dict(found.digests),
         "problems": problems,
     }
-    if problems:
-        more = f" {len(problems) - 1} more problems were found." if len(problems) > 1 else ""
-        return Level("structure", "failed", problems[0] + more, figures)
-    return Level("structure", "passed", figures=figures)
+    return structure_level(problems, figures)
+
+
+def structure_level(problems: Sequence[str], figures: Mapping[str, Any]) -> Level:
+    """The level, which fails if there are problems."""
+    if not problems:
+        return Level("structure", "passed", figures=figures)
+    more = f" {len(problems) - 1} more problems were found." if len(problems) > 1 else ""
+    return Level("structure", "failed", problems[0] + more, figures)
 
 
 def _disagreements(found: StoredModel, evidence: Evidence) -> Iterator[str]:

@@ -19,6 +19,22 @@ NOTHING_RECORDED = "No recorded outputs to compare the model with."
 # who computed what an export was compared with, if nothing was recorded
 SAME_WEIGHTS = "the reference model with the same weights"
 
+
+def is_asked(name: str, last: int) -> bool:
+    """Whether to check a level.
+
+    Args:
+        name: of the level; pictures are checked if a level after numbers is asked for.
+        last: number of the last level that was asked for.
+    """
+    return last > NUMBERED.index("peers" if name == "pictures" else name)
+
+
+def not_asked(last: int) -> str:
+    """Why a level after the last one that was asked for is not checked."""
+    return f"{NOT_ASKED} {last} were asked for."
+
+
 Status = Literal["passed", "failed", "not checked"]
 
 # The evidence for a passed verdict, the strongest first: outputs recorded from the original

@@ -30,12 +30,13 @@ from converter.checks.structure import (
 )
 from converter.checks.verdict import (
     LEVELS,
-    NOT_ASKED,
     NOTHING_RECORDED,
     NUMBERED,
     Cause,
     Level,
     Verdict,
+    is_asked,
+    not_asked,
 )
 from converter.configs import CONFIGS, PREPROCESSOR, Dtype, find_backbone_config, read_model_config
 from converter.errors import UsageError
@@ -219,8 +220,8 @@ def verify(
         channels = read_model_config(folder / "config.json").num_channels
         write_inputs(inputs, read_normalisation(folder / PREPROCESSOR, channels), place)
     with ExitStack() as stack:
-        sources: Provenance | str = _not_asked(options)
-        if level >= _number("arithmetic"):
+        sources: Provenance | str = not_asked(options.level)
+        if is_asked("arithmetic", level):
             sources = open_sources(
                 Given(delta, backbone),
                 history,
@@ -290,14 +291,14 @@ def check(folder: Path, evidence: Evidence, options: Options | None = None) -> F
 def _check(found: "StoredModel", evidence: Evidence, options: Options) -> Findings:
     structure = check_structure(found, evidence, allow_nonfinite=options.allow_nonfinite)
     levels = {"structure": structure}
-    if options.level >= _number("arithmetic"):
+    if is_asked("arithmetic", options.level):
         levels["arithmetic"] = check_arithmetic(found, evidence)
     judged, recorded = None, None
-    if evidence.recorded and options.level >= _number("numbers"):
+    if evidence.recorded and is_asked("numbers", options.level):
         recorded = read_recorded(evidence.recorded)
     if found.misfits:
         for name in LEVELS[LEVELS.index("numbers") :]:
-            if _is_asked(name, options):
+            if is_asked(name, options.level):
                 levels[name] = Level(name, "not checked", "The model cannot be built.")
     elif _is_run(evidence, options):
         model = _build(found.config, found.weights, options.device)
@@ -307,7 +308,7 @@ def _check(found: "StoredModel", evidence: Evidence, options: Options) -> Findin
             if options.computation and judged.numbers.level.status == "passed":
                 judged = _compute(judged, found, recorded, options.computation)
                 levels["numbers"] = judged.last.level
-            if _is_asked("pictures", options):
+            if is_asked("pictures", options.level):
                 levels["pictures"] = _check_pictures(judged, found, evidence, recorded)
         if options.against and _is_compared("peers", options):
             levels["peers"] = _check_peers(model, found, recorded, judged)
@@ -333,33 +334,20 @@ def _is_run(evidence: Evidence, options: Options) -> bool:
 
 def _is_compared(level: str, options: Options) -> bool:
     """Whether to compare outputs on a level; peers and published numbers are for float32 only."""
-    return _is_asked(level, options) and (level == "numbers" or not options.computation)
+    return is_asked(level, options.level) and (level == "numbers" or not options.computation)
 
 
 def _slices(evidence: Evidence) -> Slices | None:
     return PUBLISHED.get(evidence.published.name) if evidence.published else None
 
 
-def _number(level: str) -> int:
-    return NUMBERED.index(level) + 1
-
-
-def _is_asked(level: str, options: Options) -> bool:
-    """Whether to check a level; pictures are checked if a level after numbers is asked for."""
-    return options.level >= _number("peers" if level == "pictures" else level)
-
-
 def _why_not_checked(level: str, evidence: Evidence, options: Options) -> str:
-    if not _is_asked(level, options):
-        return _not_asked(options)
+    if not is_asked(level, options.level):
+        return not_asked(options.level)
     compared_with = {"peers": options.against, "published": _slices(evidence)}
     if options.computation and compared_with.get(level):
         return f"This would be in float32, not for the model {options.computation}."
     return "No peer was named with --against." if level == "peers" else NOTHING_RECORDED
-
-
-def _not_asked(options: Options) -> str:
-    return f"{NOT_ASKED} {options.level} were asked for."
 
 
 def _build(
@@ -534,7 +522,7 @@ def _with_diagnosis(
     judged: _Judged | None,
 ) -> Verdict:
     failed = {level.level for level in levels if level.status == "failed"}
-    if found.drawn and (found.misfits or not _is_asked("arithmetic", options)):
+    if found.drawn and (found.misfits or not is_asked("arithmetic", options.level)):
         known = Cause("masked-attention-on", ("attn_mask_probs",), None, found.drawn)
         return Verdict(levels, cause=known)
     if found.misfits or not (found.drawn or failed & {"arithmetic", "numbers"}):

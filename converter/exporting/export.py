@@ -11,7 +11,12 @@ from converter.catalog import Task, find_named
 from converter.checks.findings import Findings, write_page
 from converter.checks.recorded import recording_of
 from converter.checks.verdict import Verdict, unverified
-from converter.configs import PREPROCESSOR, preprocessor_config
+from converter.configs import (
+    PREPROCESSOR,
+    check_image_size,
+    preprocessor_config,
+    read_config,
+)
 from converter.destination import keep_rejected, made_files, page_beside, rejected_place
 from converter.errors import EomtConvertError, OutputsDifferError, UsageError
 from converter.files import (
@@ -45,6 +50,7 @@ from converter.runtimes.exported import FILES
 from converter.runtimes.network import find_exported
 from converter.staging import check_place, put_back, staged
 from converter.version import __version__
+from reference_model.config import EomtDinov3Config
 
 if TYPE_CHECKING:
     import torch
@@ -183,15 +189,19 @@ def export(
     recording = recording_of(folder, checkpoint, recorded)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
 
+    config = EomtDinov3Config.from_dict(read_config(folder / "config.json"))
+    check_image_size(size, config.patch_size)
+
     from converter.checks.exported import Checks, check_exported, read_exported_model
     from converter.checks.precision import full_float32
+    from reference_model import EomtDinov3ForUniversalSegmentation
 
     with (
         torch_device("cpu", threads),
         staged(place, size=_size_of(folder), force=force, made=made_files) as stage,
     ):
         with _stage("Loading the model", progress):
-            network = _load(folder, size)
+            network = EomtDinov3ForUniversalSegmentation.from_pretrained(folder, dtype="float32")
         if dtype == "float16":
             with _stage("Looking for overflows", progress):
                 if verify:
@@ -218,13 +228,10 @@ def export(
         files = {**past.files, **digests_of(listed)}
         done = Export(str(model), place, past, files, findings.verdict)
         if done.verdict.verdict == "failed":
-            if rejected:
-                keep_rejected(stage, rejected, force=force)
+            kept = keep_rejected(stage, place, rejected, "export", force=force)
             raise OutputsDifferError(
                 f"The export is wrong: {done.verdict.reason}",
-                f"It was kept as {rejected}, for inspection."
-                if rejected
-                else f"{place} was not written; --keep-unverified keeps the export beside it.",
+                kept,
                 done.verdict,
                 replace(done, output=rejected),
             )
@@ -243,23 +250,6 @@ def _stage(name: str, progress: Progress) -> Iterator[None]:
 def _size_of(folder: Path) -> int:
     weights = [path for path in folder.iterdir() if path.suffix == ".safetensors"]
     return sum(path.stat().st_size for path in weights) + _SMALL_FILES
-
-
-def _load(folder: Path, size: tuple[int, int] | None) -> "EomtDinov3ForUniversalSegmentation":
-    """The network in float32.
-
-    Raises:
-        UsageError: the image size does not fit it.
-    """
-    from reference_model import EomtDinov3ForUniversalSegmentation
-
-    network = EomtDinov3ForUniversalSegmentation.from_pretrained(folder, dtype="float32")
-    patch = network.config.patch_size
-    if size and (min(size) < 1 or size[0] % patch or size[1] % patch):
-        raise UsageError(
-            f"The image size is {size[0]}x{size[1]}; expected multiples of the patch size {patch}."
-        )
-    return network
 
 
 def _inputs(

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from converter.checks.diagnosis.stages import named_outputs
-from converter.errors import EomtConvertError, UsageError
+from converter.configs import check_image_size
+from converter.errors import EomtConvertError
 from converter.runtimes.exported import INPUT, OUTPUTS
 from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
-from reference_model.backbone import patch_grid
 
 
 def output_names(config: EomtDinov3Config, *, layers: bool) -> tuple[str, ...]:
@@ -60,16 +60,12 @@ def trace(
     config = model.eval().config
     names = output_names(config, layers=layers)
     patch = config.patch_size
+    check_image_size(image_size, patch)
     # two unequal numbers above 1, or the tracer takes the size for a constant
     height, width = image_size or (3 * patch, 5 * patch)
     pixels = torch.zeros(2, config.num_channels, height, width)
     axes: dict[int, Any] = {0: Dim("batch", min=1)}
-    if image_size:
-        try:
-            patch_grid(pixels, patch)
-        except ValueError as error:
-            raise UsageError(f"The model cannot run on inputs of this size: {error}.") from error
-    else:
+    if image_size is None:
         axes |= {2: patch * Dim("rows", min=2), 3: patch * Dim("columns", min=2)}
     with torch.no_grad(), _returning(model, names):
         program = torch.export.export(model, (pixels,), dynamic_shapes={INPUT: axes}, strict=False)

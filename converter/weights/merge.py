@@ -177,6 +177,13 @@ def read_operand(
     return values.astype(np.float32, copy=False)
 
 
+def sha256_of(values: "Array") -> str:
+    """SHA-256 of a tensor's bytes, in the order of its shape."""
+    import numpy as np
+
+    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()
+
+
 def round_to(values: "Array", dtype: str) -> "Array":
     """Rounds float32 to the nearest number of a type, ties to even; bfloat16 is returned as bits.
 
