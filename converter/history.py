@@ -22,6 +22,9 @@ HISTORY = "conversion.json"
 # of an export: ONNX, or a program of torch.export
 Format = Literal["onnx", "torch"]
 
+# types that a model is exported in
+ExportDtype = Literal["float32", "float16"]
+
 # what was found, as a page; it has measured figures, which differ a little from machine to machine
 REPORT = "verdict.html"
 

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +21,11 @@ from converter.runtimes.network import ExportedNetwork, find_exported, open_expo
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from reference_model import (
         BatchFeature,
+        EomtDinov3Config,
         EomtDinov3ForUniversalSegmentation,
         EomtDinov3ForUniversalSegmentationOutput,
         EomtImageProcessor,
@@ -121,6 +123,25 @@ def task_of(model: str | Path, folder: Path) -> str | None:
         return None
 
 
+def build_model(
+    config: "EomtDinov3Config", weights: "Mapping[str, Tensor]"
+) -> "EomtDinov3ForUniversalSegmentation":
+    """A model that computes in float32 on the CPU, and shares the memory of its weights.
+
+    Args:
+        config: its configuration.
+        weights: all of its tensors by name, in float32.
+    """
+    import torch
+
+    from reference_model import EomtDinov3ForUniversalSegmentation
+
+    with torch.device("meta"):
+        model = EomtDinov3ForUniversalSegmentation(config)
+    model.load_state_dict(dict(weights), assign=True)
+    return model.eval()
+
+
 def load_model(
     folder: Path,
     *,
@@ -147,18 +168,25 @@ def load_model(
         UsageError: there is no such mode, or an exported model cannot run in this way.
     """
     check_mode(compile)
+    exported = find_exported(folder)
+    if exported and compile:
+        raise UsageError(
+            f"{folder} is an export, which torch cannot compile.", "Leave out --compile."
+        )
     from safetensors import SafetensorError
 
     from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor
 
     network: Network
     try:
-        if exported := find_exported(folder):
+        if exported:
             network = open_exported(exported, folder, device, dtype)
         else:
-            network = EomtDinov3ForUniversalSegmentation.from_pretrained(
+            network = model = EomtDinov3ForUniversalSegmentation.from_pretrained(
                 folder, device=device, dtype=dtype
             )
+            if compile:
+                compile_network(model, compile)
         processor = EomtImageProcessor.from_pretrained(
             folder, do_resize=True, do_split_image=windows, do_pad=not windows
         )
@@ -175,12 +203,6 @@ def load_model(
             f"num_channels in {folder / 'config.json'} is {network.config.num_channels}, expected "
             "3 for pictures."
         )
-    if compile:
-        if isinstance(network, ExportedNetwork):
-            raise UsageError(
-                f"{folder} is an export, which torch cannot compile.", "Leave out --compile."
-            )
-        compile_network(network, compile)
     return network, processor
 
 

@@ -158,6 +158,7 @@ def test_another_epsilon_everywhere_is_named(export: Path) -> None:
     assert verdict.cause is not None
     assert verdict.cause.name == "layer-norm-epsilon"
     assert "0.01" in verdict.cause.explanation
+    assert "reproduces what the file computes: largest difference" in verdict.cause.explanation
 
 
 def test_a_graph_that_normalises_pixels_itself_is_recognised(export: Path) -> None:
@@ -314,6 +315,18 @@ def test_a_models_tensors_are_found_in_a_file_without_names(
     assert level(verdict, "pictures").status == "passed"
 
 
+def test_the_named_models_own_recording_is_what_a_file_is_held_against(
+    exported: Callable[..., Path], converted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    alone = tmp_path / "alone" / "theirs.onnx"
+    alone.parent.mkdir()
+    shutil.copy(exported("tiny_panoptic_64") / "model.onnx", alone)
+    verdict = converter.verify(alone, made_from=converted("tiny_panoptic_64"))
+
+    assert (verdict.verdict, verdict.basis) == ("passed", "original"), verdict.reason
+    assert level(verdict, "pictures").status == "passed"
+
+
 def test_a_provider_that_is_not_there_is_named(export: Path) -> None:
     with pytest.raises(UsageError, match="TensorrtExecutionProvider"):
         converter.verify(export, providers="tensorrt,cpu")
@@ -415,7 +428,16 @@ def test_an_existing_export_is_only_replaced_with_force_and_without_files_of_oth
     with pytest.raises(OutputError):
         converter.export(converted("tiny_panoptic_64"), export)
     converter.export(converted("tiny_panoptic_64"), export, layers=True, verify=False, force=True)
-    assert len(json.loads((export / "conversion.json").read_text())["export"]["outputs"]) > 2
+    said = json.loads((export / "conversion.json").read_text())["export"]
+    assert len(said["outputs"]) > 2
+    graph = onnx.load(export / "model.onnx").graph
+    axes = {
+        port.name: enumerate(axis.dim_param for axis in port.type.tensor_type.shape.dim)
+        for port in (*graph.input, *graph.output)
+    }
+    assert said["dynamic_axes"] == {
+        port: {str(axis): name for axis, name in names if name} for port, names in axes.items()
+    }
     (export / "notes.txt").write_text("mine")
     with pytest.raises(OutputError, match=r"notes\.txt"):
         converter.export(converted("tiny_panoptic_64"), export, force=True)
@@ -510,6 +532,20 @@ def test_activations_that_overflow_float16_are_refused_and_found(
     assert verdict.cause is not None
     assert verdict.cause.name == "activation-overflow"
     assert "layers.1.mlp.up_proj" in verdict.cause.explanation
+
+
+def test_weights_that_overflow_float16_are_refused_without_verification_too(
+    overflowing: Path, command: Callable[..., Result], tmp_path: Path
+) -> None:
+    weights = load_file(overflowing / "model.safetensors")
+    weights[WEIGHT] *= 1e3
+    save_file(weights, overflowing / "model.safetensors", {"format": "pt"})
+    options = ("--output", "export", "--dtype", "float16", "--no-verify")
+    result = command("export", overflowing, *options)
+
+    assert result.exit_code == 1
+    assert f"{WEIGHT} overflows float16" in result.stderr
+    assert not (tmp_path / "export").exists()
 
 
 def test_numbers_that_no_kernel_can_compute_are_not_checked(

@@ -20,12 +20,14 @@ from onnx import TensorProto, helper, numpy_helper
 from small_models import small_model
 from torch.export import Dim
 
+import converter
 from converter.errors import (
     EomtConvertError,
     MissingKernelError,
     UnreadableFileError,
     UsageError,
 )
+from converter.runtimes.network import open_exported
 from converter.runtimes.onnx_file import read_onnx
 from converter.runtimes.providers import parse_providers
 from reference_model import EomtDinov3ForUniversalSegmentation
@@ -561,6 +563,24 @@ def test_short_names_of_providers_are_known() -> None:
         parse_providers("tensorrt,cpu")
 
 
+@pytest.mark.parametrize(("device", "number"), [("cuda", 0), ("cuda:1", 1)])
+def test_the_gpu_with_the_given_number_runs_a_file(
+    exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, device: str, number: int
+) -> None:
+    given: dict[str, Any] = {}
+
+    def session(*_: object, **options: Any) -> None:
+        given.update(options)
+
+    available = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    folder = exported("tiny_panoptic_64")
+    open_exported(folder / "model.onnx", folder, device)
+
+    assert given["providers"] == [(available[0], {"device_id": number}), (available[1], {})]
+
+
 def test_nodes_are_counted_by_provider_and_no_profile_is_left(
     exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -587,3 +607,25 @@ def test_an_error_names_the_extra_that_is_missing(
 
     assert result.exit_code == 1
     assert "pip install 'eomt-convert[export]'" in result.stderr
+
+
+def test_a_missing_package_or_a_wrong_option_is_reported_before_the_model_is_loaded(
+    converted: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages: list[str] = []
+
+    def export(**options: Any) -> None:
+        converter.export(
+            converted("tiny_panoptic_64"),
+            tmp_path / "export",
+            progress=lambda stage, *_: stages.append(stage),
+            **options,
+        )
+
+    with pytest.raises(UsageError, match="The opset is 9"):
+        export(opset=9)
+    monkeypatch.delitem(sys.modules, "converter.runtimes.onnx_file")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(EomtConvertError, match="onnxruntime, which is not installed"):
+        export()
+    assert stages == []

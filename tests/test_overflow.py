@@ -1,5 +1,7 @@
 """What is too large for float16."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -35,6 +37,22 @@ def test_nothing_overflows_in_an_ordinary_model(model: Model) -> None:
 
     assert find_overflow(model, pixels()) is None
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_largest_value_of_all_calls_of_a_module_is_named(model: Model) -> None:
+    class Twice(Model):
+        def forward(self, pixel_values: Tensor) -> Any:  # type: ignore[override]
+            output = super().forward(pixel_values)
+            super().forward(torch.zeros_like(pixel_values))  # whose values are smaller
+            return output
+
+    enlarge(model, "layers.1.mlp.up_proj.weight", factor=1e5)
+    model.get_parameter("layers.1.mlp.up_proj.weight").data.clamp_(-6e4, 6e4)
+    expected = find_overflow(model, pixels())
+    model.__class__ = Twice
+
+    assert expected is not None
+    assert find_overflow(model, pixels()) == expected
 
 
 @pytest.mark.numbers

@@ -16,15 +16,18 @@ from converter.checks.numbers import (
     LOGITS,
     Numbers,
     first_difference,
+    judge_as_reference,
     judge_outputs,
     run,
-    widening,
 )
 from converter.checks.pixels import Normalisation
 from converter.checks.recorded import Recorded
 from converter.checks.verdict import Cause, FirstDifference
 from converter.models import compiler_errors
 from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
+
+# of the level in float32
+_FIGURES = ("tolerance", "relative_tolerance", "max_abs")
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Computed:
 def check_computed(
     computation: Computation,
     model: EomtDinov3ForUniversalSegmentation,
-    usual: Numbers,
+    in_float32: Numbers,
     normalisation: Normalisation,
     recorded: Recorded,
     *,
@@ -67,7 +70,7 @@ def check_computed(
     Args:
         computation: how to compute it.
         model: with its own weights, in float32, not compiled.
-        usual: its numbers, which passed; their outputs are those of these weights.
+        in_float32: its numbers, which passed; their outputs are those of these weights.
         normalisation: of its preprocessor_config.json.
         recorded: the recording to compare it with.
         rounded: whether its weights were rounded after the recording.
@@ -81,30 +84,27 @@ def check_computed(
     with compiler_errors():
         outputs = _in_float32(run(computed, inputs, layers=False))
     logits = {name: outputs[name] for name in LOGITS}
-    beside = recorded
+    expected = recorded
     if rounded:
-        own = {name: usual.outputs[name] for name in LOGITS}
-        beside = replace(recorded, tensors={**recorded.tensors, **own})
-    numbers = judge_outputs(logits, beside, tolerance)
-    if numbers.level.status == "failed" and computation.dtype == "float32":
-        theirs = {name: beside.tensors[name] for name in LOGITS}
-        wider = widening(lambda: run(model, inputs, layers=False), [model], theirs, tolerance)
-        numbers = judge_outputs(logits, beside, tolerance, wider)
+        own = {name: in_float32.outputs[name] for name in LOGITS}
+        expected = replace(recorded, tensors={**recorded.tensors, **own})
+    if computation.dtype == "float32":
+        numbers = judge_as_reference(logits, expected, tolerance, model, inputs)
+    else:
+        numbers = judge_outputs(logits, expected, tolerance)
     figures = {
-        **usual.level.figures,
+        **in_float32.level.figures,
         **numbers.level.figures,
         **computation.figures,
         "beside": "float32" if rounded else "recording",
-        "in_float32": {
-            key: usual.level.figures[key] for key in ("tolerance", "relative_tolerance", "max_abs")
-        },
+        "in_float32": {key: in_float32.level.figures[key] for key in _FIGURES},
     }
     found = Computed(computation, computed, numbers, tolerance, rounded)
     if numbers.level.status == "failed":
         reason = f"The model is right in float32, but not {computation}: {numbers.level.reason}"
-        found = _blamed(found, model, usual, inputs)
+        found = _blamed(found, model, in_float32, inputs)
     else:
-        reason = _remark(found, usual, beside)
+        reason = _remark(found, in_float32, expected)
     level = replace(numbers.level, reason=reason, figures=figures)
     return replace(found, numbers=replace(numbers, level=level))
 
@@ -113,11 +113,11 @@ def _in_float32(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in outputs.items()}
 
 
-def _remark(found: Computed, usual: Numbers, beside: Recorded) -> str:
+def _remark(found: Computed, in_float32: Numbers, expected: Recorded) -> str:
     """What a computation costs, and what was compared in float32 only."""
     moved = []
     for name in LOGITS:
-        values = beside.tensors[name].double()
+        values = expected.tensors[name].double()
         size = float(values.max() - values.min()) or 1.0  # all values may be the same
         moved.append(found.numbers.compared[name].max_abs / size)
     against = "the same weights in float32" if found.rounded else "the recording"
@@ -126,22 +126,21 @@ def _remark(found: Computed, usual: Numbers, beside: Recorded) -> str:
         "masked attention": ("masked.",),
         "the backbone alone": ("backbone.",),
     }
-    left = [
-        kind for kind, names in kinds.items() if any(n.startswith(names) for n in usual.compared)
-    ]
+    compared = tuple(in_float32.compared)
+    left = [kind for kind, names in kinds.items() if any(n.startswith(names) for n in compared)]
     only = f" These were compared in float32 only: {', '.join(left)}." if left else ""
     return (
         f"The figures are for the model {found.computation}, compared with {against}: logits move "
         f"by up to {100 * max(moved):.2g}% of their range. Before, it passed in float32 and not "
-        f"compiled, with a largest difference of {usual.level.figures['max_abs']:.2g}.{only} "
-        f"{usual.level.reason}"
+        f"compiled, with a largest difference of {in_float32.level.figures['max_abs']:.2g}.{only} "
+        f"{in_float32.level.reason}"
     ).strip()
 
 
 def _blamed(
     found: Computed,
     model: EomtDinov3ForUniversalSegmentation,
-    usual: Numbers,
+    in_float32: Numbers,
     inputs: Tensor,
 ) -> Computed:
     """Says where a computation begins to differ, and why."""
@@ -149,7 +148,7 @@ def _blamed(
     overflow = find_overflow(model, inputs) if how.dtype == "float16" else None
     with compiler_errors():
         outputs = _in_float32(run(found.model, inputs))
-    difference = place_difference(outputs, usual.outputs, found.tolerance, model.config)
+    difference = place_difference(outputs, in_float32.outputs, found.tolerance, model.config)
     all_outputs = (*found.numbers.outputs.values(), *outputs.values())
     if overflow and not all(bool(tensor.isfinite().all()) for tensor in all_outputs):
         explanation = f"{overflow}; bfloat16 has the range of float32"

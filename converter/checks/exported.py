@@ -10,6 +10,7 @@ from typing import get_args
 import numpy as np
 import torch
 
+from converter.catalog import find_named
 from converter.checks.diagnosis.exports import blame
 from converter.checks.diagnosis.stages import Network, Skeleton
 from converter.checks.exported_numbers import Judged, Runs, check_numbers, recorded_tolerance
@@ -44,7 +45,8 @@ from converter.configs import (
 from converter.errors import MissingKernelError, UsageError
 from converter.files import read_json_object, sha256
 from converter.history import HISTORY, History, PastExport, read_export, read_history
-from converter.models import task_of, torch_device
+from converter.hub.access import Access
+from converter.models import fetch_model, repository_of, task_of, torch_device
 from converter.runtimes.exported import FILES, ExportedFile, Port, StoredTensor
 from converter.runtimes.network import ExportedNetwork, read_exported
 from converter.runtimes.providers import parse_providers
@@ -238,35 +240,49 @@ def verify_exported(
     path: Path,
     *,
     recorded: str | Path | None,
-    source: Path | None,
+    made_from: str | Path | None,
     providers: str | Sequence[str],
     input_name: str | None,
     output_names: tuple[str, str] | None,
     level: int,
     threads: int | None,
     save_inputs: Path | None,
+    access: Access,
 ) -> Findings:
-    """Checks an exported file, with the options of `converter.verify`; source is ``made_from``.
+    """Checks an exported file, with the options of `converter.verify`.
 
     Raises:
         EomtConvertError: as `converter.verify` does.
     """
+    source = fetch_model(made_from, access) if made_from else None
     model = read_exported_model(
         path, source=source, input_name=input_name, output_names=output_names
     )
-    checkpoint = model.history.checkpoint if model.history else None
     task: str | None = model.history.task if model.history else None
-    if source and task is None:
-        task = task_of(source, source)
+    if made_from and source and task is None:
+        task = task_of(made_from, source)
     chosen = parse_providers(providers)
     if chosen and model.file.format != "onnx":
         raise UsageError("Only ONNX files have execution providers.", "Leave out --provider.")
-    recording = recording_of(path.parent, checkpoint, recorded)
+    recording = _recording(path.parent, model.history, recorded)
+    if recording is None and made_from and source:
+        recording = _recording(source, read_history(source), None, repository_of(made_from))
     if save_inputs:
         write_inputs(save_inputs, model.normalisation, recording)
     checks = Checks(recording, task, level, chosen)
     with torch_device("cpu", threads), full_float32():
         return check_exported(model, checks)
+
+
+def _recording(
+    folder: Path,
+    history: History | None,
+    recorded: str | Path | None,
+    repository: str | None = None,
+) -> Path | None:
+    """The recording of the model in a folder, or the one that was asked for."""
+    checkpoint = history.checkpoint if history else find_named(repository)
+    return recording_of(folder, checkpoint, recorded)
 
 
 def check_exported(model: ExportedModel, checks: Checks) -> Findings:
@@ -335,7 +351,7 @@ def _check_structure(model: ExportedModel) -> Level:
         "inputs": {file.input.name: _axes(file.input)},
         "outputs": {port.name: _axes(port) for port in file.outputs.values()},
         "tensors": len(file.tensors),
-        "parameters": sum(math.prod(each.shape) for each in file.tensors.values()),
+        "parameters": sum(math.prod(each.shape) for each in _known(model)),
         "dtypes": sorted({DTYPES.get(each.dtype, each.dtype) for each in _known(model)}),
         "stored": {
             name: {
@@ -374,8 +390,8 @@ def _disagreements(model: ExportedModel) -> Iterator[str]:
     for kind, port, axis, size, key in ports:
         if port.shape[axis] not in (None, size):
             yield (
-                f"{kind} {port.name} has the shape {_axes(port)}, expected {size} in axis {axis}: "
-                f"{key} in config.json."
+                f"{kind} {port.name} has the shape {port.shape_text}, expected {size} in axis "
+                f"{axis}: {key} in config.json."
             )
 
 

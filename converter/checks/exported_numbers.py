@@ -13,7 +13,7 @@ from torch import Tensor
 from converter.checks.comparison import COMPUTED, FLOAT32, ROUNDED, Tolerance
 from converter.checks.diagnosis.by_value import is_coarse
 from converter.checks.diagnosis.stages import Network
-from converter.checks.numbers import Numbers, judge_outputs, run, widening
+from converter.checks.numbers import Numbers, judge_as_reference, judge_outputs
 from converter.checks.pixels import Normalisation
 from converter.checks.recorded import Origin, Recorded
 from converter.checks.verdict import Level
@@ -246,16 +246,13 @@ def _nothing_to_compare(runs: Runs, recorded: Recorded | None) -> str:
         return "There are no recorded outputs, and the model's weights in this file are unknown."
     height, width = recorded.pixels.shape[-2:]
     return (
-        f"The file takes inputs of {list(runs.file.input.shape)}, recorded were {height}x{width} "
+        f"The file takes inputs of {runs.file.input.shape_text}, recorded were {height}x{width} "
         "pixels, and the model's weights in this file are unknown."
     )
 
 
 def judge(judged: Judged, target: Target) -> Judged:
-    """Compares a file's outputs.
-
-    Some networks magnify the rounding errors of float32, by an amount that depends on the machine.
-    What they do to the reference model with the same weights is allowed for.
+    """Compares a file's outputs; rounding errors that the reference model has too are allowed for.
 
     Args:
         judged: the file; what was found of it before is replaced.
@@ -274,12 +271,8 @@ def judge(judged: Judged, target: Target) -> Judged:
     if numbers.level.status == "failed" and not layers:  # to see where it begins
         outputs = judged.runs.outputs(inputs, layers=True)
         numbers = judge_outputs(outputs, recorded, target.tolerance)
-    fails = numbers.level.status == "failed" and numbers.comparable
-    if network and fails and judged.dtype == "float32":
-        model = network.build()
-        theirs = {name: recorded.tensors[name] for name in numbers.compared}
-        wider = widening(lambda: run(model, inputs), [model], theirs, target.tolerance)
-        numbers = judge_outputs(outputs, recorded, target.tolerance, wider)
+    if network and numbers.level.status == "failed" and judged.dtype == "float32":
+        numbers = judge_as_reference(outputs, recorded, target.tolerance, network.build(), inputs)
     return replace(judged, level=numbers.level, numbers=numbers)
 
 

@@ -44,20 +44,19 @@ from converter.files import optional_path, prepare_place, read_json_object, sha2
 from converter.history import has_weights_of, read_history
 from converter.hub.access import Access
 from converter.hub.sources import fetch_config
-from converter.models import Compile, fetch_model, repository_of, torch_device
+from converter.models import Compile, build_model, fetch_model, repository_of, torch_device
 from converter.places import parse_source
 from converter.runtimes.network import find_exported
 from converter.weights.tensorfiles import find_weights, open_tensors
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from converter.checks.comparison import Tolerance
     from converter.checks.computed import Computed
     from converter.checks.diagnosis.stages import Stage
     from converter.checks.numbers import Numbers
-    from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
+    from reference_model import EomtDinov3ForUniversalSegmentation
 
 
 @dataclass(frozen=True)
@@ -180,13 +179,14 @@ def verify(
         findings = verify_exported(
             exported,
             recorded=recorded,
-            source=fetch_model(made_from, access) if made_from else None,
+            made_from=made_from,
             providers=providers,
             input_name=input_name,
             output_names=output_names,
             level=level,
             threads=threads,
             save_inputs=inputs,
+            access=access,
         )
         if page:
             folder = exported.absolute().parent
@@ -301,7 +301,7 @@ def _check(found: "StoredModel", evidence: Evidence, options: Options) -> Findin
             if is_asked(name, options.level):
                 levels[name] = Level(name, "not checked", "The model cannot be built.")
     elif _is_run(evidence, options):
-        model = _build(found.config, found.weights, options.device)
+        model = build_model(found.config, found.weights).to(options.device)
         if recorded:
             judged = _check_numbers(model, found, evidence, recorded, levels["arithmetic"])
             levels["numbers"] = judged.numbers.level
@@ -348,20 +348,6 @@ def _why_not_checked(level: str, evidence: Evidence, options: Options) -> str:
     if options.computation and compared_with.get(level):
         return f"This would be in float32, not for the model {options.computation}."
     return "No peer was named with --against." if level == "peers" else NOTHING_RECORDED
-
-
-def _build(
-    config: "EomtDinov3Config", weights: "Mapping[str, Tensor]", device: "str | torch.device"
-) -> "EomtDinov3ForUniversalSegmentation":
-    """A model that computes in float32; rounded weights must be given in float32, too."""
-    import torch
-
-    from reference_model import EomtDinov3ForUniversalSegmentation
-
-    with torch.device("meta"):
-        model = EomtDinov3ForUniversalSegmentation(config)
-    model.load_state_dict(dict(weights), assign=True)
-    return model.eval().to(device)
 
 
 @dataclass(frozen=True)
@@ -420,7 +406,7 @@ def _check_numbers(
         judged = replace(judged, tolerance=ROUNDED[rounded])
     elif rounded and numbers.level.status == "failed" and not recorded.origin.rounded:
         if sums := sums_before_rounding(found, evidence, arithmetic):
-            exact = _build(found.config, sums, model.device)
+            exact = build_model(found.config, sums).to(model.device)
             of_sums = check_numbers(exact, normalisation, recorded, FLOAT32, backbone)
             checked = with_cost_of_rounding(of_sums, numbers, recorded, rounded)
             judged = _Judged(checked, exact, sums, FLOAT32, rounded=model)
@@ -509,7 +495,7 @@ def _check_published(
                 "rounded, and not proven from their sources."
             )
             return Level("published", "not checked", reason)
-        model = _build(found.config, sums, model.device)
+        model = build_model(found.config, sums).to(model.device)
     return check_published(model, found.normalisation, slices, options.image, options.access)
 
 

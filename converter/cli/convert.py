@@ -15,6 +15,7 @@ from converter.cli.session import (
     dtype_option,
     hub_options,
     progress_bar,
+    report_option,
     shard_size_option,
 )
 from converter.errors import UsageError
@@ -105,13 +106,7 @@ class ImageSize(click.ParamType[tuple[int, int]]):
 @click.option(
     "--keep-unverified", is_flag=True, help="Keep a model that fails, as OUTPUT.unverified."
 )
-@click.option(
-    "--report",
-    "report_file",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    metavar="FILE.html",
-    help="Also write the verdict as an HTML page.",
-)
+@report_option
 @click.option("--allow-nonfinite", is_flag=True, help="Convert weights that are NaN or infinite.")
 @click.option("--force", is_flag=True, help="Replace an output that exists.")
 @click.option("--dry-run", is_flag=True, help="Print the plan; read no weights.")
@@ -128,7 +123,7 @@ def main(
     output: Path | None,
     require_verified: bool,
     keep_unverified: bool,
-    report_file: Path | None,
+    report: Path | None,
     force: bool,
     dry_run: bool,
     push_to: str | None,
@@ -160,7 +155,7 @@ def main(
             raise UsageError(f"--{given[0].replace('_', '-')} needs --push-to.")
         job = Job.of(checkpoint, **job_options)
 
-        from converter import report
+        from converter import report as texts
         from converter.conversion import plan_job, run_job
         from converter.destination import Destination
         from converter.hub.access import Access
@@ -169,7 +164,7 @@ def main(
         destination = Destination.of(
             job,
             output,
-            report=report_file,
+            report=report,
             force=force,
             exist_ok=push_to is not None,
             keep_unverified=keep_unverified,
@@ -178,28 +173,28 @@ def main(
         access = Access.of(token, cache_dir, offline)
         if dry_run:
             conversion = plan_job(job, access)
-            session.show(report.plan_table(conversion.plan), conversion.to_dict())
+            session.show(texts.plan_table(conversion.plan), conversion.to_dict())
             return
         if push_to:
             check_login([push_to], access.online)
             push["license_file"] = check_licence(job, push["license_file"], access)
         with progress_bar(session.shows_progress) as progress:
             conversion = run_job(job, destination, access, progress)
-        session.say(*report.warnings(conversion.pair))
+        session.say(*texts.warnings(conversion.pair))
         place = str(output or f"./{destination.place.name}")
         content = conversion.to_dict()
         if not push_to:
-            session.show(report.summary(conversion, place), content)
+            session.show(texts.summary(conversion, place), content)
             return
         if not as_json:  # shown before the push, which may fail
             session.show(
-                report.summary(conversion, place), {}, f"The model is {place}; it was not pushed."
+                texts.summary(conversion, place), {}, f"The model is {place}; it was not pushed."
             )
         published = publish(
             destination.place, push_to, recorded=job.recorded, access=access, **push
         )
         session.show(
-            report.publication(published),
+            texts.publication(published),
             {**content, "published": published.to_dict()},
-            report.pushed(published),
+            texts.pushed(published),
         )

@@ -6,11 +6,18 @@ from typing import TYPE_CHECKING, get_args
 import click
 
 from converter.cli.convert import ImageSize
-from converter.cli.session import Session, common_options, hub_options, progress_bar, threads_option
-from converter.history import Format
+from converter.cli.session import (
+    Session,
+    common_options,
+    hub_options,
+    progress_bar,
+    report_option,
+    threads_option,
+)
+from converter.history import ExportDtype, Format
 
 if TYPE_CHECKING:
-    from converter.exporting.export import Export, ExportDtype
+    from converter.exporting.export import Export
 
 
 @click.command("export")
@@ -32,7 +39,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "float16"]),
+    type=click.Choice(get_args(ExportDtype)),
     default="float32",
     show_default=True,
     help="Of weights and computation; inputs and outputs are float32.",
@@ -50,12 +57,7 @@ if TYPE_CHECKING:
     "--keep-unverified", is_flag=True, help="Keep an export that fails as OUTPUT.unverified."
 )
 @click.option("--force", is_flag=True, help="Replace an export that exists.")
-@click.option(
-    "--report",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    metavar="FILE.html",
-    help="Also write the verdict as an HTML page.",
-)
+@report_option
 @threads_option
 @hub_options
 @common_options
@@ -64,7 +66,7 @@ def export_command(
     output: Path,
     format: Format,
     image_size: tuple[int, int] | None,
-    dtype: "ExportDtype",
+    dtype: ExportDtype,
     layers: bool,
     opset: int | None,
     recorded: Path | None,

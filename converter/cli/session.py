@@ -364,6 +364,13 @@ threads_option = click.option(
     "--threads", type=click.IntRange(1), help="Threads on the CPU. [default: torch's]"
 )
 
+report_option = click.option(
+    "--report",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE.html",
+    help="Also write the verdict as an HTML page.",
+)
+
 offline_option = click.option(
     "--offline", is_flag=True, help="Use only the cache, like HF_HUB_OFFLINE=1."
 )

@@ -13,6 +13,7 @@ from converter.cli.session import (
     common_options,
     compile_option,
     hub_options,
+    report_option,
     threads_option,
 )
 from converter.configs import Dtype
@@ -115,12 +116,7 @@ class OutputNames(click.ParamType[tuple[str, str]]):
     metavar="MASKS,CLASSES",
     help="For ONNX: the outputs, if not recognised.",
 )
-@click.option(
-    "--report",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    metavar="FILE.html",
-    help="Also write the verdict as an HTML page.",
-)
+@report_option
 @click.option(
     "--save-inputs",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from converter.catalog import Task, find_named
 from converter.checks.findings import Findings, write_page
@@ -33,6 +34,7 @@ from converter.files import (
 from converter.history import (
     HISTORY,
     REPORT,
+    ExportDtype,
     Format,
     PastExport,
     read_history,
@@ -57,8 +59,6 @@ if TYPE_CHECKING:
 
     from converter.checks.exported import ExportedModel
     from reference_model import EomtDinov3ForUniversalSegmentation
-
-ExportDtype = Literal["float32", "float16"]
 
 # the packages that decide the bytes of an export, by format
 _PACKAGES: Mapping[Format, tuple[str, ...]] = {
@@ -168,7 +168,13 @@ def export(
     ):
         if value not in known:
             raise UsageError(f"{name} is {value!r}, expected one of {', '.join(known)}.")
-    if opset is not None and format != "onnx":
+    if format == "onnx":
+        from converter.exporting.onnx_writing import OPSET, check_opset
+
+        import_module("converter.runtimes.onnx_file")  # runs the export; a package may be missing
+        opset = OPSET if opset is None else opset
+        check_opset(opset)
+    elif opset is not None:
         raise UsageError("Only ONNX has an opset.", "Leave out --opset.")
     place = real_path(user_path(output))
     rejected = rejected_place(place) if keep_unverified else None
@@ -204,10 +210,9 @@ def export(
             network = EomtDinov3ForUniversalSegmentation.from_pretrained(folder, dtype="float32")
         if dtype == "float16":
             with _stage("Looking for overflows", progress):
-                if verify:
-                    _refuse_overflow(network, _inputs(network, folder, size))
+                _refuse_overflow(network, _inputs(network, folder, size) if verify else None)
                 network = network.half()
-        _write(network, stage.folder, format, size, layers, opset, progress)
+        _write(network, stage.folder, size, layers, opset, progress)
         del network
         _write_configs(folder, stage.folder, size, dtype)
         exported = read_exported_model(stage.folder / FILES[format], source=folder)
@@ -264,40 +269,43 @@ def _inputs(
     return read_normalisation(folder / PREPROCESSOR, channels)(pixels)
 
 
-def _refuse_overflow(network: "EomtDinov3ForUniversalSegmentation", inputs: "torch.Tensor") -> None:
-    """Runs the layers in float16, and looks for values that it cannot hold.
+def _refuse_overflow(
+    network: "EomtDinov3ForUniversalSegmentation", inputs: "torch.Tensor | None"
+) -> None:
+    """Looks for values that float16 cannot hold: weights and, with inputs, what is computed.
 
     Raises:
-        EomtConvertError: a layer overflows.
+        EomtConvertError: a weight or a layer overflows.
     """
-    from converter.checks.diagnosis.overflow import find_overflow
+    from converter.checks.diagnosis.overflow import find_large_weight, find_overflow
 
-    if found := find_overflow(network, inputs):
+    found = find_large_weight(network) if inputs is None else find_overflow(network, inputs)
+    if found:
         raise EomtConvertError(f"{found}.", "Leave out --dtype to export in float32.")
 
 
 def _write(
     network: "EomtDinov3ForUniversalSegmentation",
     folder: Path,
-    format: Format,
     size: tuple[int, int] | None,
     layers: bool,
     opset: int | None,
     progress: Progress,
 ) -> None:
+    """Writes the export's own files: as ONNX, or as a program if there is no opset."""
     from converter.exporting.tracing import trace
 
     with _stage("Tracing the network", progress):
         program = trace(network, image_size=size, layers=layers)
     with _stage("Writing the export", progress), writable(folder):
-        if format == "torch":
+        if opset is None:
             from converter.exporting.torch_writing import write_torch
 
             write_torch(program, folder)
         else:
-            from converter.exporting.onnx_writing import OPSET, write_onnx
+            from converter.exporting.onnx_writing import write_onnx
 
-            write_onnx(program, network, folder, opset=OPSET if opset is None else opset)
+            write_onnx(program, network, folder, opset=opset)
 
 
 def _write_configs(
@@ -307,6 +315,7 @@ def _write_configs(
     config = read_json_object(source / "config.json")
     preprocessor = read_json_object(source / PREPROCESSOR)
     config["dtype"] = dtype
+    config.pop("torch_dtype", None)  # the same, in older configurations
     if size:
         config["image_size"] = size[0] if size[0] == size[1] else list(size)
         task: Task = "semantic" if preprocessor.get("do_split_image") else "panoptic"

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from converter.errors import EomtConvertError, UsageError
 from converter.exporting.tracing import output_names
-from converter.runtimes.exported import EXTERNAL_DATA, FILES, INPUT
+from converter.runtimes.exported import EXTERNAL_DATA, FILES, INPUT, axis_names
 from converter.version import TOOL, __version__
 from reference_model import EomtDinov3ForUniversalSegmentation
 
@@ -39,18 +39,23 @@ _INLINE = 2**24
 # numpy computes them to other last bits on other processors, and the file would depend on that
 _NOT_FOLDED = ("Cos", "Pow", "Sin")
 
-# names of axes; hidden states have patch_embeddings' tokens, then also queries
-_AXES = {
-    INPUT: ("batch", "channels", "height", "width"),
-    "masks_queries_logits": ("batch", "queries", "mask_height", "mask_width"),
-    "class_queries_logits": ("batch", "queries", "classes"),
-    "patch_embeddings": ("batch", "tokens", "features"),
-}
-
 _CONTROL_FLOW = ("If", "Loop", "Scan")
 
 # where torch's exporter says which module a node comes from
 _SCOPES = "pkg.torch.onnx.name_scopes"
+
+
+def check_opset(opset: int) -> None:
+    """Checks that the exporter can write a version of ONNX's operators.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if opset not in OPSETS:
+        raise UsageError(
+            f"The opset is {opset}, expected {OPSETS.start} to {OPSETS.stop - 1}.",
+            f"Give --opset {OPSET}, or leave it out.",
+        )
 
 
 def write_onnx(
@@ -71,21 +76,15 @@ def write_onnx(
         program: what `trace` made of the model.
         model: the model itself.
         folder: where to write.
-        opset: version of ONNX's operators.
+        opset: version of ONNX's operators, one of `OPSETS`.
 
     Returns:
         The files.
 
     Raises:
-        UsageError: there is no such opset.
         EomtConvertError: the exporter made a graph without the model's tensors, or an invalid one.
         OSError: a file cannot be written.
     """
-    if opset not in OPSETS:
-        raise UsageError(
-            f"The opset is {opset}, expected {OPSETS.start} to {OPSETS.stop - 1}.",
-            f"Give --opset {OPSET}, or leave it out.",
-        )
     names = output_names(model.config, layers=True)[: len(program.graph_signature.user_outputs)]
     with _quiet():
         exported = torch.onnx.export(
@@ -213,8 +212,7 @@ def _name_axes(graph: ir.Graph) -> None:
     """
     names: dict[str, str] = {}
     for value in (*graph.inputs, *graph.outputs):
-        axes = _AXES.get(value.name or "", ("batch", "queries_and_tokens", "features"))
-        for size, name in zip(value.shape or (), axes, strict=True):
+        for size, name in zip(value.shape or (), axis_names(value.name or ""), strict=True):
             names.setdefault(str(size), name)
     for value in (*graph.inputs, *_produced(graph)):
         if value.shape is not None:

@@ -21,12 +21,23 @@ EXTERNAL_DATA = "model.onnx.data"
 INPUT = "pixel_values"
 OUTPUTS = {"masks_queries_logits": "mask_logits", "class_queries_logits": "class_logits"}
 
-# what the axes of the input are, and of outputs, by their number
-_INPUT_AXES = ("batch", "channels", "height", "width")
-_OUTPUT_AXES = {
-    4: ("batch", "queries", "mask_height", "mask_width"),
-    3: ("batch", "tokens", "features"),
+# names of axes; those of hidden states, which have queries too, are _HIDDEN_STATES
+_AXES = {
+    INPUT: ("batch", "channels", "height", "width"),
+    "masks_queries_logits": ("batch", "queries", "mask_height", "mask_width"),
+    "class_queries_logits": ("batch", "queries", "classes"),
+    "patch_embeddings": ("batch", "tokens", "features"),
 }
+_HIDDEN_STATES = ("batch", "queries_and_tokens", "features")
+
+
+def axis_names(name: str) -> tuple[str, ...]:
+    """Names of the axes of an export's input or output.
+
+    Args:
+        name: its name, in a file that eomt-convert has written.
+    """
+    return _AXES.get(name, _HIDDEN_STATES)
 
 
 @dataclass(frozen=True)
@@ -46,13 +57,13 @@ class Port:
     @property
     def dynamic_axes(self) -> dict[str, str]:
         """Names of the axes that may have any size, by their number."""
-        outputs = _OUTPUT_AXES.get(len(self.shape), ())
-        names = _INPUT_AXES if self.name == INPUT else outputs
-        return {
-            str(axis): name
-            for axis, (name, size) in enumerate(zip(names, self.shape, strict=False))
-            if size is None
-        }
+        axes = enumerate(zip(axis_names(self.name), self.shape, strict=False))
+        return {str(axis): name for axis, (name, size) in axes if size is None}
+
+    @property
+    def shape_text(self) -> str:
+        """Its shape in words, such as ``any x 3 x 64 x 64``."""
+        return " x ".join("any" if size is None else str(size) for size in self.shape)
 
 
 class StoredTensor(Protocol):
@@ -117,13 +128,16 @@ class ExportedFile(Protocol):
     def problems(self) -> list[str]:
         """What breaks the rules of its format, in sentences."""
 
-    def open(self, providers: Sequence[str] = (), layers: int = 0) -> ExportedSession:
+    def open(
+        self, providers: Sequence[str] = (), layers: int = 0, *, gpu: int = 0
+    ) -> ExportedSession:
         """Makes it ready to run.
 
         Args:
             providers: onnxruntime's execution providers, best first; by default the CPU's.
             layers: number of the network's layers, to compute every layer's output too, where the
                 file shows them; 0 for the file's own outputs.
+            gpu: the number of the GPU, for providers that run on one.
 
         Raises:
             UsageError: a provider is not available.

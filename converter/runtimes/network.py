@@ -149,14 +149,16 @@ def open_exported(
 
     if dtype not in ("auto", "float32"):
         raise UsageError(
-            f"{path.name} computes in the type that it was exported in, not in {dtype}.",
-            "Leave out --dtype, or export again with --dtype.",
+            f"{path.name} takes float32 and computes in the type that it was exported in.",
+            "Leave out --dtype. To compute in another type, export the model with --dtype.",
         )
     file = read_exported(path)
-    kind = device.partition(":")[0]
+    kind, _, number = device.partition(":")
     if kind not in ("cpu", "cuda") or (kind == "cuda" and file.format == "torch"):
         raise UsageError(f"{path.name} cannot run on {device!r}.", "Leave out --device.")
     config = EomtDinov3Config.from_pretrained(folder)
     providers = ("CUDAExecutionProvider", "CPUExecutionProvider") if kind == "cuda" else ()
-    session = file.open(providers, config.num_hidden_layers if layers else 0)
+    session = file.open(
+        providers, config.num_hidden_layers if layers else 0, gpu=int(number or "0")
+    )
     return ExportedNetwork(file, session, config)

@@ -31,7 +31,7 @@ from converter.history import Format
 from converter.outside import first_line, visible
 from converter.runtimes.exported import INPUT, OUTPUTS, Port, StoredTensor
 from converter.runtimes.layers import LAYER_OUTPUT, GraphNode, Kind, in_network_order, layer_points
-from converter.runtimes.providers import CPU, check_available
+from converter.runtimes.providers import CPU, check_available, with_gpu
 
 try:
     import onnx
@@ -179,7 +179,9 @@ class OnnxFile:
         )
         return model
 
-    def open(self, providers: Sequence[str] = (), layers: int = 0) -> "OnnxSession":
+    def open(
+        self, providers: Sequence[str] = (), layers: int = 0, *, gpu: int = 0
+    ) -> "OnnxSession":
         """Makes it ready to run; see `ExportedFile.open`.
 
         Raises:
@@ -198,7 +200,10 @@ class OnnxFile:
             known = {output.name for output in model.graph.output}
             added = dict.fromkeys(value for value in points.values() if value not in known)
             model.graph.output.extend(onnx.ValueInfoProto(name=value) for value in added)
-        return OnnxSession.of(self, model.SerializeToString(), names, points, providers)
+        options = with_gpu(providers or [CPU], gpu)
+        return OnnxSession.of(
+            self, model.SerializeToString(), names, points, options, profiled=bool(providers)
+        )
 
 
 class OnnxSession:
@@ -226,7 +231,9 @@ class OnnxSession:
         model: bytes,
         names: Mapping[str, str],
         points: Mapping[str, str],
-        providers: Sequence[str],
+        providers: Sequence[tuple[str, dict[str, int]]],
+        *,
+        profiled: bool,
     ) -> "OnnxSession":
         """Has onnxruntime load a model.
 
@@ -235,7 +242,8 @@ class OnnxSession:
             model: the model, which may have more outputs than the file.
             names: names of recorded tensors by those of the file's outputs.
             points: names of the values with layers' outputs, by those of recorded tensors.
-            providers: best first; the nodes that each runs are counted if there are any.
+            providers: best first, each with its options.
+            profiled: whether to count the nodes that each runs.
 
         Raises:
             MissingKernelError: a provider lacks an operator in the file's type.
@@ -243,7 +251,7 @@ class OnnxSession:
         """
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # what matters is raised
-        profiles = TemporaryDirectory(prefix="eomt-convert-") if providers else None
+        profiles = TemporaryDirectory(prefix="eomt-convert-") if profiled else None
         if profiles:
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(profiles.name, "profile"))
@@ -257,7 +265,7 @@ class OnnxSession:
                 session = onnxruntime.InferenceSession(
                     model,
                     options,
-                    providers=list(providers) or [CPU],
+                    providers=list(providers),
                     enable_fallback=0,  # to the CPU, if a provider fails, with a note on stdout
                 )
                 failing.pop_all()
@@ -282,8 +290,8 @@ class OnnxSession:
         fits = zip(port.shape, pixel_values.shape, strict=True)
         if any(fixed not in (None, size) for fixed, size in fits):
             raise UsageError(
-                f"{self._file.path} takes inputs of {shape_text(port.shape)}, found "
-                f"{shape_text(pixel_values.shape)}."
+                f"{self._file.path} takes inputs of {port.shape_text}, found "
+                f"{' x '.join(map(str, pixel_values.shape))}."
             )
         given = pixel_values.astype(port.dtype, copy=False)
         try:
@@ -328,11 +336,6 @@ def _ort_value(values: NDArray[Any]) -> Any:
         bits = np.asarray(values).view(np.uint16)
         return value.ortvalue_from_numpy_with_onnx_type(bits, onnx.TensorProto.BFLOAT16)
     return value.ortvalue_from_numpy(np.asarray(values))
-
-
-def shape_text(shape: Sequence[int | None]) -> str:
-    """A shape, with ``*`` for axes of any size."""
-    return "x".join("*" if size is None else str(size) for size in shape)
 
 
 # reading -----------------------------------------------------------------------------------------
@@ -688,7 +691,7 @@ def _find_outputs(
 
 
 def _listed(ports: Sequence[Port]) -> str:
-    shown = [f"{visible(port.name)} {shape_text(port.shape)}" for port in ports[:10]]
+    shown = [f"{visible(port.name)} ({port.shape_text})" for port in ports[:10]]
     return ", ".join(shown) or "none"
 
 

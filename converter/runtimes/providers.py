@@ -15,6 +15,9 @@ PROVIDERS = {
     "coreml": "CoreMLExecutionProvider",
 }
 
+# those that run on a GPU with a number, in their option device_id
+_ON_GPU = (PROVIDERS["cuda"], PROVIDERS["tensorrt"])
+
 
 def parse_providers(names: str | Sequence[str]) -> tuple[str, ...]:
     """Onnxruntime's names of execution providers.
@@ -29,6 +32,16 @@ def parse_providers(names: str | Sequence[str]) -> tuple[str, ...]:
     chosen = tuple(PROVIDERS.get(name.strip().lower(), name.strip()) for name in given if name)
     check_available(chosen)
     return chosen
+
+
+def with_gpu(providers: Sequence[str], gpu: int) -> list[tuple[str, dict[str, int]]]:
+    """Execution providers with their options, as onnxruntime takes them.
+
+    Args:
+        providers: onnxruntime's names.
+        gpu: the number of the GPU for those that run on one of NVIDIA's.
+    """
+    return [(name, {"device_id": gpu} if name in _ON_GPU else {}) for name in providers]
 
 
 def check_available(providers: Sequence[str]) -> None:

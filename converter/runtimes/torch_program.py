@@ -112,7 +112,9 @@ class TorchProgram:
         """Nothing: what breaks the rules of the format is refused when it is read."""
         return []
 
-    def open(self, providers: Sequence[str] = (), layers: int = 0) -> "TorchSession":
+    def open(
+        self, providers: Sequence[str] = (), layers: int = 0, *, gpu: int = 0
+    ) -> "TorchSession":
         """Makes it ready to run on the CPU; see `ExportedFile.open`.
 
         Raises:

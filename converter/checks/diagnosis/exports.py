@@ -14,7 +14,7 @@ from converter.checks.diagnosis.overflow import find_overflow
 from converter.checks.diagnosis.search import diagnose, not_tried
 from converter.checks.diagnosis.stages import cut
 from converter.checks.exported_numbers import Judged, Target, computed_by, judge
-from converter.checks.numbers import first_difference, judge_outputs
+from converter.checks.numbers import check_numbers, first_difference, judge_outputs
 from converter.checks.pixels import Normalisation
 from converter.checks.rounding import allowing_for_rounding
 from converter.checks.verdict import Cause, Trial, Verdict
@@ -94,8 +94,10 @@ def _has_right_weights(judged: Judged, target: Target) -> bool:
     network = judged.network
     if network is None:
         return False
-    outputs = network.run(target.recorded.pixels)
-    return judge_outputs(outputs, target.recorded, target.tolerance).level.status == "passed"
+    numbers = check_numbers(
+        network.build(), network.normalisation, target.recorded, target.tolerance, None
+    )
+    return numbers.level.status == "passed"
 
 
 def _provider(judged: Judged, target: Target) -> Cause | None:
@@ -159,13 +161,13 @@ def _other_network(judged: Judged, target: Target) -> Cause | None:
     if network is None or numbers is None:
         return None
     outputs = {"pixels": target.recorded.pixels, **numbers.outputs}
+    computed = replace(target.recorded, tensors=outputs)
     cause, _ = diagnose(
-        network, replace(target.recorded, tensors=outputs), target.tolerance, None, {}, None
+        network, computed, target.tolerance, None, {}, None, expected="what the file computes"
     )
     if cause is None or cause.explained != 1.0:
         return None
-    explanation = cause.explanation.replace("reproduces the recording", "gives what it computes")
-    return replace(cause, explanation=f"the file differs from config.json: {explanation}")
+    return replace(cause, explanation=f"the file differs from config.json: {cause.explanation}")
 
 
 def _residual(judged: Judged) -> str:

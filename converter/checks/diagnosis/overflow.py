@@ -40,6 +40,18 @@ class Overflow:
         )
 
 
+def find_large_weight(model: EomtDinov3ForUniversalSegmentation) -> Overflow | None:
+    """Finds the first weight that float16 cannot hold; None if there is none.
+
+    Args:
+        model: in float32.
+    """
+    for name, weight in model.named_parameters():
+        if not weight.half().isfinite().all():
+            return Overflow("weight", name, _largest(weight))
+    return None
+
+
 def find_overflow(
     model: EomtDinov3ForUniversalSegmentation, pixel_values: Tensor
 ) -> Overflow | None:
@@ -52,10 +64,9 @@ def find_overflow(
     Returns:
         The first overflow: of a weight if there is one, else of a value; None if there is none.
     """
+    if large := find_large_weight(model):
+        return large
     rounded = in_dtype(model, "float16")
-    for name, weight in rounded.named_parameters():
-        if not weight.isfinite().all():
-            return Overflow("weight", name, _largest(model.get_parameter(name)))
     seen: list[_Point] = []
 
     def look(point: "_Point", values: tuple[Tensor, ...]) -> None:
@@ -71,7 +82,7 @@ def find_overflow(
     def measure(point: "_Point", values: tuple[Tensor, ...]) -> None:
         nonlocal largest
         if point == first:
-            largest = max(map(_largest, values))
+            largest = max(largest, *map(_largest, values))
 
     _run(model, pixel_values, measure)
     return Overflow("activation", first.place, largest)

@@ -55,6 +55,8 @@ def diagnose(
     stages: tuple[Stage, ...] | None,
     digests: Mapping[str, str],
     reference: Reference | None,
+    *,
+    expected: str = "the recording",
 ) -> tuple[Cause | None, tuple[Trial, ...]]:
     """Looks for the fault in a model that fails verification.
 
@@ -70,6 +72,7 @@ def diagnose(
         stages: the network's parts with their tolerances; None for those of float32 weights.
         digests: SHA-256 of its tensors.
         reference: what its tensors should be, if known.
+        expected: what ``recorded`` is, for sentences.
 
     Returns:
         The cause, if one was found, and everything that was tried.
@@ -103,7 +106,7 @@ def diagnose(
             status="explains all" if alone else "explains part",
             explained=_share(outcome, case),
         )
-    cause = _cause(found, case)
+    cause = _cause(found, case, expected)
     trials[cause.name] = replace(trials[cause.name], reason=cause.explanation)
     return cause, tuple(trials.values())
 
@@ -229,7 +232,7 @@ def _number(residual: float | None) -> float | None:
     return residual if residual is not None and math.isfinite(residual) else None
 
 
-def _cause(found: list[_Outcome], case: Case) -> Cause:
+def _cause(found: list[_Outcome], case: Case, expected: str) -> Cause:
     first, last = found[0], found[-1]
     explanation = first.explanation
     residual = None
@@ -245,7 +248,7 @@ def _cause(found: list[_Outcome], case: Case) -> Cause:
         sentence += " makes all tensors what the sources give"
     elif case.recorded and residual is not None:
         before, _ = _residual(case.network, case.recorded, case.tolerance)
-        does = "reproduces the recording" if first.complete else "explains a part"
+        does = f"reproduces {expected}" if first.complete else "explains a part"
         if any(stage.mean_square for stage in case.stages):
             does += ", as far as rounded weights show it"
         sentence += f" {does}: largest difference {residual:.2g}, before it was {before:.2g}"

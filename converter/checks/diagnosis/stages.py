@@ -17,6 +17,7 @@ from torch.func import functional_call
 from converter.checks.comparison import FLOAT32, RIGHT
 from converter.checks.pixels import Normalisation
 from converter.checks.recorded import Recorded
+from converter.models import build_model
 from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 from reference_model.backbone import Layer, RotaryEmbedding
 from reference_model.masked_attention import attention_mask
@@ -115,10 +116,7 @@ class Network:
 
     def build(self) -> EomtDinov3ForUniversalSegmentation:
         """A model with these weights."""
-        with torch.device("meta"):
-            model = EomtDinov3ForUniversalSegmentation(self.config)
-        model.load_state_dict(dict(self.weights), assign=True)
-        return model.eval()
+        return build_model(self.config, self.weights)
 
     def call(self, module: str, *args: Any) -> Tensor:
         """Runs one module of the network, by its name."""
