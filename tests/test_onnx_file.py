@@ -27,6 +27,7 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
+from converter.runtimes import onnx_file
 from converter.runtimes.network import open_exported
 from converter.runtimes.onnx_file import read_onnx
 from converter.runtimes.providers import parse_providers
@@ -102,18 +103,21 @@ def test_a_file_that_was_cut_off_is_refused(exported: Callable[..., Path], tmp_p
             read_onnx(path)
 
 
-def test_a_file_that_would_take_far_more_memory_than_its_size_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_would_take_far_more_memory_than_its_size_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_file, "_MAX_FIELDS", 50_000)  # a million take long to trace
     path = tmp_path / "model.onnx"
-    graph = b"\x0a\x00" * 1_000_000  # empty nodes
-    # the length of a graph of 2,000,000 bytes in protobuf's encoding
-    path.write_bytes(b"\x3a\x80\x89\x7a" + graph)
+    graph = b"\x0a\x00" * 100_000  # empty nodes
+    # the length of a graph of 200,000 bytes in protobuf's encoding
+    path.write_bytes(b"\x3a\xc0\x9a\x0c" + graph)
     tracemalloc.start()
-    with pytest.raises(UnreadableFileError, match="more than 1,000,000 fields"):
+    with pytest.raises(UnreadableFileError, match="more than 50,000 fields"):
         read_onnx(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
 
-    assert peak < 3 * len(graph)
+    assert peak < 4 * len(graph)
 
 
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
@@ -379,9 +383,9 @@ def test_inputs_and_outputs_are_recognised_by_name_or_rank(tmp_path: Path) -> No
 
 def test_other_inputs_and_outputs_are_listed(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
-    with pytest.raises(UnreadableFileError, match=r"one input .*found text \*x77"):
+    with pytest.raises(UnreadableFileError, match=r"one input .*found text \(any x 77\)"):
         read_onnx(small_file(path, inputs=[("text", [None, 77])]))
-    with pytest.raises(UnreadableFileError, match=r"found boxes \*x100x4"):
+    with pytest.raises(UnreadableFileError, match=r"found boxes \(any x 100 x 4\)"):
         read_onnx(small_file(path, outputs=[("boxes", [None, 100, 4])]))
     two: list[Named] = [("a", [1, 2, 16, 16]), ("b", [1, 2, 16, 16]), ("c", [1, 2, 5])]
     with pytest.raises(UnreadableFileError, match="output-names MASKS,CLASSES"):
@@ -511,7 +515,7 @@ def test_layers_of_another_number_are_not_guessed(exported: Callable[..., Path])
 
 def test_a_size_that_a_file_does_not_take_is_refused(tmp_path: Path) -> None:
     path = small_file(tmp_path / "model.onnx", inputs=[("pixel_values", [1, 3, 64, 64])])
-    with pytest.raises(UsageError, match="takes inputs of 1x3x64x64, found 1x3x32x64"):
+    with pytest.raises(UsageError, match="takes inputs of 1 x 3 x 64 x 64, found 1 x 3 x 32 x 64"):
         read_onnx(path).open().run(np.zeros((1, 3, 32, 64), np.float32))
 
 
@@ -571,12 +575,14 @@ def test_the_gpu_with_the_given_number_runs_a_file(
 
     def session(*_: object, **options: Any) -> None:
         given.update(options)
+        raise RuntimeError("no device")
 
     available = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: available)
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     folder = exported("tiny_panoptic_64")
-    open_exported(folder / "model.onnx", folder, device)
+    with pytest.raises(UnreadableFileError, match="no device"):
+        open_exported(folder / "model.onnx", folder, device)
 
     assert given["providers"] == [(available[0], {"device_id": number}), (available[1], {})]
 

@@ -48,16 +48,18 @@ class Port:
         name: its name in the file.
         dtype: as numpy names it, such as ``float32``.
         shape: of each axis the size, or None if the file takes any.
+        axes: a name for each axis; empty for those without one.
     """
 
     name: str
     dtype: str
     shape: tuple[int | None, ...]
+    axes: tuple[str, ...]
 
     @property
     def dynamic_axes(self) -> dict[str, str]:
         """Names of the axes that may have any size, by their number."""
-        axes = enumerate(zip(axis_names(self.name), self.shape, strict=False))
+        axes = enumerate(zip(self.axes, self.shape, strict=False))
         return {str(axis): name for axis, (name, size) in axes if size is None}
 
     @property

@@ -636,7 +636,7 @@ def _port(value: Any) -> Port:
         axis.dim_value if axis.HasField("dim_value") and axis.dim_value > 0 else None
         for axis in kind.shape.dim
     )
-    return Port(value.name, dtype, shape)
+    return Port(value.name, dtype, shape, tuple(axis.dim_param for axis in kind.shape.dim))
 
 
 def _find_input(path: Path, inputs: Sequence[Port], name: str | None) -> Port:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from converter.errors import EomtConvertError, UnreadableFileError, UsageError
 from converter.history import Format
 from converter.outside import first_line, visible
-from converter.runtimes.exported import OUTPUTS, Port
+from converter.runtimes.exported import OUTPUTS, Port, axis_names
 from converter.runtimes.layers import LAYER_OUTPUT, GraphNode, Kind, in_network_order, layer_points
 from converter.runtimes.operators import Node, UnknownOperatorError, parse_node
 from converter.runtimes.program_text import check_texts
@@ -328,7 +328,7 @@ class _Reading:
         shape = tuple(size.get("as_int") for size in meta["sizes"])
         if any(size is not None and type(size) is not int for size in shape):
             raise ValueError(f"{name} has an invalid shape")
-        return Port(name, DTYPES.get(meta["dtype"], "unknown"), shape)
+        return Port(name, DTYPES.get(meta["dtype"], "unknown"), shape, axis_names(name))
 
     def _axis(self, size: Mapping[str, Any]) -> Axis:
         if "as_int" in size:
