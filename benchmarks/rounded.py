@@ -18,12 +18,12 @@ from torch import Tensor
 
 import converter
 from converter.catalog import CATALOG
-from converter.checks.diagnosis.by_value import UNRELATED, correlation
 from converter.checks.numbers import bare_backbone
 from converter.checks.provenance import Given, Provenance, open_sources
 from converter.checks.recorded import read_recorded
 from converter.configs import Dtype, read_model_config
 from converter.hub.access import Access
+from converter.weights.pairing import UNRELATED, correlation
 
 State: TypeAlias = dict[str, Tensor]
 
@@ -241,12 +241,16 @@ def _alike(
             changed = {key: change(tensor, generator) for key, tensor in base.items()}
             matrices = [key for key, tensor in base.items() if tensor.ndim > 1]
             weights.append(
-                correlation((changed[k].flatten(1), base[k].flatten(1)) for k in matrices)
+                correlation(
+                    tuple(each[k].flatten(1).numpy() for each in (changed, base)) for k in matrices
+                )
             )
             backbone.load_state_dict(changed)
             with torch.inference_mode():
                 found = backbone((pixels / 255 - mean) / std)
             backbone.load_state_dict(base)
-            outputs.append(correlation([(found.flatten(0, -2), tokens.flatten(0, -2))]))
+            outputs.append(
+                correlation([tuple(each.flatten(0, -2).numpy() for each in (found, tokens))])
+            )
     spans = [f"{min(found):.3f} to {max(found):.3f}" for found in (weights, outputs)]
     return [title, *spans, f"{UNRELATED:g}"]

@@ -13,6 +13,7 @@ from converter.checks.recording import Recording, record
 from converter.checks.verdict import Cause, FirstDifference, Level, Trial, Verdict
 from converter.checks.verification import verify
 from converter.conversion import Conversion, convert
+from converter.deltas import Delta, make_delta
 from converter.errors import (
     AccessError,
     EomtConvertError,
@@ -34,6 +35,7 @@ __all__ = [
     "AccessError",
     "Cause",
     "Conversion",
+    "Delta",
     "EomtConvertError",
     "Export",
     "FirstDifference",
@@ -54,6 +56,7 @@ __all__ = [
     "__version__",
     "convert",
     "export",
+    "make_delta",
     "publish",
     "record",
     "release",

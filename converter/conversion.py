@@ -35,7 +35,7 @@ from converter.history import HISTORY, REPORT, History, PastSource, PastTensor, 
 from converter.hub.access import Access
 from converter.hub.downloads import arrived_damaged, is_damaged, is_sha256
 from converter.hub.sources import Fetched, fetch_again, fetched_already
-from converter.inputs import Inputs, choose_class_names, open_inputs, role_of
+from converter.inputs import Inputs, choose_class_names, completed, open_inputs, role_of
 from converter.job import Job, JobOptions, Progress
 from converter.staging import StagedOutput, staged
 from converter.version import TOOL, __version__
@@ -190,6 +190,7 @@ def plan_job(job: Job, access: Access) -> Conversion:
     Raises:
         EomtConvertError: as `convert` does.
     """
+    job = completed(job, access)
     with ExitStack() as stack:
         inputs = open_inputs(job, access, stack, dry_run=True)
         plan, _ = _make_plan(job, inputs)
@@ -205,6 +206,7 @@ def run_job(
     Raises:
         EomtConvertError: as `convert` does.
     """
+    job = completed(job, access)
     destination = destination.prepared(job)
     fetched_again: set[Path] = set()
     while True:

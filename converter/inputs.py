@@ -14,10 +14,11 @@ from converter.configs import (
     read_config,
     read_model_config,
 )
+from converter.delta_record import DELTA, DeltaRecord, read_delta_record
 from converter.errors import EomtConvertError, UsageError
 from converter.files import read_json_object
 from converter.hub.access import Access
-from converter.hub.sources import Fetched, fetch, fetch_config
+from converter.hub.sources import Fetched, fetch, fetch_config, fetch_first
 from converter.job import Job
 from converter.places import HubSource
 from converter.weights.inspection import Sign, WeightsKind, decide, signs_of_a_delta
@@ -37,7 +38,8 @@ class Inputs:
         files: the same files, open.
         weights: whether EoMT's weights are a delta or absolute.
         evidence: the signs that decided this; empty if it was given or known.
-        own_config: the config.json of EoMT's weights, if they are in transformers' layout.
+        own_config: the config.json of EoMT's weights, if they are in transformers' layout, or that
+            of the model that a delta was made of, if its delta.json has it.
         own_preprocessor: the preprocessor_config.json beside it, if there is one.
         backbone_config: the backbone's configuration; None to derive it from the shapes.
     """
@@ -46,7 +48,7 @@ class Inputs:
     files: Files
     weights: WeightsKind
     evidence: tuple[Sign, ...]
-    own_config: dict[str, Any] | None
+    own_config: Mapping[str, Any] | None
     own_preprocessor: dict[str, Any] | None
     backbone_config: Dinov3Config | None
 
@@ -54,6 +56,31 @@ class Inputs:
 def role_of(weights: WeightsKind) -> Source:
     """The source in a plan that holds EoMT's weights."""
     return "delta" if weights == "delta" else "weights"
+
+
+def completed(job: Job, access: Access) -> Job:
+    """A job with the task and image size that the delta.json beside its delta says, if any.
+
+    Raises:
+        AccessError, HubUnavailableError: a repository cannot be reached.
+        UnreadableFileError: the delta.json does not have the form that make-delta writes.
+    """
+    record = _delta_record(job, access)
+    if record is None:
+        return job
+    size = job.image_size or record.image_size
+    return replace(job, task=job.task or record.task, image_size=size)
+
+
+def _delta_record(job: Job, access: Access) -> DeltaRecord | None:
+    if job.checkpoint:
+        return None
+    if isinstance(job.delta, HubSource):
+        path = fetch_first(job.delta, (DELTA,), access)
+    else:
+        place = job.delta.path
+        path = (place if place.is_dir() else place.parent) / DELTA
+    return read_delta_record(path) if path and path.is_file() else None
 
 
 def open_inputs(job: Job, access: Access, stack: ExitStack, *, dry_run: bool) -> Inputs:
@@ -84,9 +111,13 @@ def open_inputs(job: Job, access: Access, stack: ExitStack, *, dry_run: bool) ->
         weights = _decided(evidence, eomt.title)
 
     _check_enough(job, weights, converted=converted)
-    own = read_config(eomt.config) if converted and eomt.config else None
+    own: Mapping[str, Any] | None = None
+    if converted and eomt.config:
+        own = read_config(eomt.config)
+    elif weights == "delta" and (record := _delta_record(job, access)):
+        own = record.config
     own_preprocessor = None
-    if own and eomt.config and (eomt.config.parent / PREPROCESSOR).is_file():
+    if converted and eomt.config and (eomt.config.parent / PREPROCESSOR).is_file():
         own_preprocessor = read_json_object(eomt.config.parent / PREPROCESSOR)
     fetched: dict[Source, Fetched] = {role_of(weights): eomt}
     files: dict[Source, Any] = {role_of(weights): eomt_file}

@@ -8,7 +8,9 @@ from typing import Any
 
 from converter.catalog import CATALOG
 from converter.checks.verdict import Level, Trial, Verdict
+from converter.configs import DTYPES
 from converter.conversion import Conversion
+from converter.deltas import Delta
 from converter.hub.sources import Fetched
 from converter.outside import LONGEST_CELL, visible
 from converter.publishing.push import Publication
@@ -88,6 +90,26 @@ def _tensors(plan: Plan) -> list[str]:
         shown = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
         lines.append(f"dropped   {shown}: {reason}")
     return lines
+
+
+def delta(done: Delta, place: Path) -> list[str]:
+    """Lines about a delta: its sources, its size and the verdict on the way back.
+
+    Args:
+        done: a finished delta.
+        place: its folder, as the user named it.
+    """
+    changes = [each.mean_change for each in done.changes.values() if each.mean_change is not None]
+    rounded = [name for name, dtype in DTYPES.items() if dtype in done.dtypes and dtype != "F32"]
+    return [
+        f"model     {_source(done.model)}",
+        f"backbone  {_source(done.backbone)}",
+        *(f"note      the model's weights in {dtype} were widened to float32" for dtype in rounded),
+        *_pair(done.pair),
+        f"tensors   {len(done.content['tensors'])}: {len(changes)} are differences",
+        f"output    {place} ({size_text(sum(size for size, _ in done.files.values()))})",
+        *verdict(done.verdict),
+    ]
 
 
 def verdict(found: Verdict) -> list[str]:

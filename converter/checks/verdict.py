@@ -19,6 +19,9 @@ NOTHING_RECORDED = "No recorded outputs to compare the model with."
 # who computed what an export was compared with, if nothing was recorded
 SAME_WEIGHTS = "the reference model with the same weights"
 
+# who computed what a delta's sum with its backbone was compared with
+ROUND_TRIP = "the model that the delta was made of"
+
 
 def is_asked(name: str, last: int) -> bool:
     """Whether to check a level.
@@ -270,6 +273,11 @@ class Verdict:
             return (
                 f"outputs of {SAME_WEIGHTS}, for random pixels: it computes what the model "
                 "computes, but this does not show that the model is right"
+            )
+        if numbers.get("recorded_by") == ROUND_TRIP:
+            return (
+                f"{ROUND_TRIP}: adding the delta to the backbone gives that model again, but this "
+                "does not show that the model is right"
             )
         reference = numbers.get("recorded_by") == "reference"
         theirs = f"outputs of {'the reference model' if reference else 'unknown origin'}"

@@ -44,6 +44,8 @@ class Layout:
         kind: whether such a file is a backbone or a whole segmentation model.
         signature: names that all occur in such a file; a file of another layout lacks some.
         table: upstream name -> canonical name, or why it is dropped.
+        plain_mlp, gated_mlp: beginnings of the names that only models without, or only models with
+            a gated MLP have; elsewhere these names mean the same.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Layout:
     kind: Kind
     signature: tuple[str, ...]
     table: Mapping[str, Target]
+    plain_mlp: tuple[str, ...] = ()
+    gated_mlp: tuple[str, ...] = ()
 
     def target(self, name: str) -> tuple[str | Dropped, ...]:
         """The canonical name of each part of a tensor, or why it is dropped; () if unknown."""
@@ -58,8 +62,41 @@ class Layout:
         target = self.table.get(pattern)
         if target is None:
             return ()
-        parts = target.parts if isinstance(target, Fused) else (target,)
-        return tuple(part.format(number) if isinstance(part, str) else part for part in parts)
+        return tuple(_numbered(part, number) for part in _parts(target))
+
+    def stored(self, names: Iterable[str]) -> dict[str, tuple[str | Dropped, ...]]:
+        """The reverse of `target`: the tensors in which a file of this layout stores others.
+
+        Args:
+            names: canonical names; those that the layout does not have are left out.
+
+        Returns:
+            The parts of every tensor of the file, by its name, in the order of the table. A dropped
+            part is one that the file has and the model has not.
+        """
+        numbers: dict[str, list[str]] = {}
+        for name in names:
+            pattern, number = (name, "") if name in MODEL else split_number(name)
+            numbers.setdefault(pattern, []).append(number)
+        gated = "layers.{}.mlp.gate_proj.weight" in numbers
+        others = self.plain_mlp if gated else self.gated_mlp
+        found = {}
+        for pattern, target in self.table.items():
+            parts = _parts(target)
+            kept = [part for part in parts if isinstance(part, str)]
+            if not kept or pattern.startswith(others):
+                continue
+            for number in numbers.get(kept[0], ()):
+                found[pattern.format(number)] = tuple(_numbered(part, number) for part in parts)
+        return found
+
+
+def _parts(target: Target) -> tuple[str | Dropped, ...]:
+    return target.parts if isinstance(target, Fused) else (target,)
+
+
+def _numbered(part: str | Dropped, number: str) -> str | Dropped:
+    return part.format(number) if isinstance(part, str) else part
 
 
 def split_number(name: str) -> tuple[str, str]:
@@ -168,6 +205,8 @@ DINOV3_META = Layout(
         "local_cls_norm.weight": _LOCAL_NORM,
         "local_cls_norm.bias": _LOCAL_NORM,
     },
+    plain_mlp=("blocks.{}.mlp.fc",),
+    gated_mlp=("blocks.{}.mlp.w",),
 )
 
 # github.com/huggingface/pytorch-image-models: timm/models/eva.py
@@ -203,6 +242,8 @@ DINOV3_TIMM = Layout(
         "norm.weight": "layernorm.weight",
         "norm.bias": "layernorm.bias",
     },
+    plain_mlp=("blocks.{}.mlp.fc1.",),
+    gated_mlp=("blocks.{}.mlp.fc1_",),
 )
 
 EOMT_TUE = Layout(

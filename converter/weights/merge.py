@@ -3,15 +3,17 @@
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from converter.configs import NO_OBJECT_WEIGHT
 from converter.errors import UnreadableFileError
 from converter.files import Digests
+from converter.weights.difference import subtract
 from converter.weights.plan import Operand, Plan, Row, Source
 from converter.weights.tensorfiles import ShardedTensorFile, TensorFile
+from converter.weights.torch_writing import TorchWriter
 from converter.weights.writing import Sharding, WeightsWriter, shard
 
 if TYPE_CHECKING:
@@ -23,6 +25,9 @@ CHUNK = 1 << 19
 
 # tensors that are not parameters of the model
 BUFFERS = ("attn_mask_probs", "criterion.empty_weight")
+
+# the formats of files of weights
+WeightsFormat = Literal["safetensors", "torch"]
 
 Files = Mapping[Source, TensorFile | ShardedTensorFile]
 
@@ -59,11 +64,12 @@ def merge(
     files: Files,
     folder: Path,
     *,
+    format: WeightsFormat = "safetensors",
     max_shard_size: int | None = None,
     allow_nonfinite: bool = False,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Merged:
-    """Writes a plan's tensors to a folder, as model.safetensors or its shards.
+    """Writes a plan's tensors to a folder: model.safetensors, its shards, or pytorch_model.bin.
 
     Sums are computed in float32 and rounded once, to the plan's type. Digests of the inputs, of
     every tensor and of the outputs are computed at the same time.
@@ -72,6 +78,7 @@ def merge(
         plan: the rows to write.
         files: the sources that its rows name.
         folder: where to write.
+        format: of the file; one of torch has float32 only, and no shards.
         max_shard_size: limit for the bytes of tensors in a file; None for one file.
         allow_nonfinite: whether weights may be NaN or infinite.
         advance: called with the number of bytes that were written since its last call.
@@ -85,8 +92,13 @@ def merge(
     # SHA-256 takes most of the time, and releases the interpreter lock. So two threads for each
     # input read it for its digest and its checksums. This thread computes the chunks, and two more
     # threads digest and write them.
+    sharding = sharding_of(plan, max_shard_size)
     with (
-        WeightsWriter(folder, sharding_of(plan, max_shard_size)) as writer,
+        (
+            TorchWriter(folder, sharding.tensors)
+            if format == "torch"
+            else WeightsWriter(folder, sharding)
+        ) as writer,
         ThreadPoolExecutor(2 * len(files) + 2) as threads,  # ends before the writer
     ):
         inputs = {source: threads.submit(file.digests) for source, file in files.items()}
@@ -152,13 +164,31 @@ def compute(
         case "copy":
             (operand,) = row.operands
             return read_operand(operand, row, files, start, stop, buffer)
-        case "add":
-            first, second = row.operands
-            return np.add(
-                read_operand(first, row, files, start, stop, buffer),
-                read_operand(second, row, files, start, stop, addend),
-                out=values,
+        case "minus one":
+            (operand,) = row.operands
+            return read_operand(operand, row, files, start, stop, buffer) - np.float32(1)
+        case "join":
+            return _read_joined(row, files, start, stop, values)
+        case "add" | "subtract":
+            first, second = (
+                read_operand(operand, row, files, start, stop, out)
+                for operand, out in zip(row.operands, (buffer, addend), strict=True)
             )
+            if row.operation == "add":
+                return np.add(first, second, out=values)
+            return subtract(first, second)
+
+
+def _read_joined(row: Row, files: Files, start: int, stop: int, out: "Array") -> "Array":
+    """Reads elements [start, stop) of a tensor that is stored in equal parts."""
+    size = row.size // len(row.operands)
+    for index, operand in enumerate(row.operands):
+        begin, end = max(start, index * size), min(stop, (index + 1) * size)
+        if begin < end:
+            part = replace(row, shape=(size,))
+            values = read_operand(operand, part, files, begin - index * size, end - index * size)
+            out[begin - start : end - start] = values
+    return out
 
 
 def read_operand(

@@ -6,7 +6,7 @@ weights that it was not made from. The result runs, but its segments are nonsens
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +19,7 @@ from converter.weights.backbones import (
 from converter.weights.inspection import Sign, decide
 from converter.weights.layouts import DINOV3_META, recognise, translate
 from converter.weights.merge import Files, read_operand
-from converter.weights.plan import Plan, Row
+from converter.weights.plan import Operand, Plan, Row
 from converter.weights.tensorfiles import ShardedTensorFile, TensorFile
 
 if TYPE_CHECKING:
@@ -29,6 +29,10 @@ File = TensorFile | ShardedTensorFile
 
 # how many of the largest tensors are checked, and how many elements of each
 _TENSORS, _ELEMENTS = 12, 1 << 16
+
+# The weights of two independent trainings have a correlation near 0; weights that were trained
+# further, or rounded, have a higher one (benchmarks/tolerances.py).
+UNRELATED = 0.2
 
 # number of standard deviations by which a right pair must differ from other weights
 _SIGNIFICANT = 6.0
@@ -221,10 +225,14 @@ class _Trace:
     @property
     def significant(self) -> bool:
         """Whether sums with the base are exact significantly more often than with the control."""
-        share, chance = self.exact / self.count, self.control / self.count
-        # the standard deviation of the difference of two shares
-        deviation = math.sqrt((share * (1 - share) + chance * (1 - chance)) / self.count)
-        return share - chance > _SIGNIFICANT * deviation
+        return _is_significant(self.exact / self.count, self.control / self.count, self.count)
+
+
+def _is_significant(share: float, chance: float, count: int) -> bool:
+    """Whether a share of elements is larger than that of a control by more than chance explains."""
+    # the standard deviation of the difference of two shares
+    deviation = math.sqrt((share * (1 - share) + chance * (1 - chance)) / count)
+    return share - chance > _SIGNIFICANT * deviation
 
 
 def _trace(base: "Array", change: "Array") -> _Trace:
@@ -252,6 +260,99 @@ def _is_coarse(values: "Array") -> "Array":
 
     coarse: Array = (values.view(np.uint32) & ((1 << 13) - 1)) == 0
     return coarse
+
+
+def check_fine_tune(backbone: File, model: File, plan: Plan) -> tuple[PairCheck, ...]:
+    """Checks whether a model was trained from a backbone, by the values of their weights.
+
+    Args:
+        backbone: the backbone's file.
+        model: the model's file.
+        plan: of the model's delta to the backbone.
+    """
+    files: Files = {"backbone": backbone, "weights": model}
+    rows = sorted(
+        (row for row in plan.rows if row.operation == "subtract"),
+        key=lambda row: row.size,
+        reverse=True,
+    )
+    pairs = [
+        tuple(_first_rows(operand, row, files) for operand in row.operands)
+        for row in rows[:_TENSORS]
+        if len(row.shape) > 1
+    ]
+    return (check_likeness(pairs), check_exact_differences(pairs))
+
+
+def check_likeness(pairs: "Sequence[tuple[Array, ...]]") -> PairCheck:
+    """Checks that the matrices of a model and of a backbone are correlated.
+
+    Args:
+        pairs: matrices of the same shape.
+    """
+    alike = correlation(pairs)
+    finding = f"The correlation of the model's matrices with the backbone's is {alike:.3f}"
+    if abs(alike) <= UNRELATED:
+        return PairCheck(
+            "likeness",
+            "failed",
+            f"{finding}: the model was not trained from this backbone. Two independent trainings "
+            "have one near 0.",
+        )
+    return PairCheck("likeness", "passed", f"{finding}.")
+
+
+def check_exact_differences(pairs: "Sequence[tuple[Array, ...]]") -> PairCheck:
+    """Looks for differences that float32 holds exactly.
+
+    The difference of two numbers within a factor of two of each other is exact (Sterbenz' lemma),
+    and training moves most weights by less. As a control, the backbone's neighbouring elements are
+    swapped.
+
+    Args:
+        pairs: matrices of the model, each with the backbone's of the same shape.
+    """
+    exact = control = count = 0
+    for model, backbone in pairs:
+        size = model.size // 2 * 2
+        ours, base = model.reshape(-1)[:size], backbone.reshape(-1)[:size]
+        swapped = base.reshape(-1, 2)[:, ::-1].reshape(-1)
+        count += size
+        exact += _added_exactly(ours, -base)
+        control += _added_exactly(ours, -swapped)
+    if not count:
+        return PairCheck("rounding", "not checked", "There are no matrices to compare.")
+    finding = (
+        f"{exact / count:.1%} of the differences are exact in float32, {control / count:.1%} would "
+        "be with other weights"
+    )
+    if _is_significant(exact / count, control / count, count):
+        return PairCheck("rounding", "passed", f"{finding}.")
+    return PairCheck(
+        "rounding", "flagged", f"{finding}: the model may not be trained from this backbone."
+    )
+
+
+def correlation(pairs: "Iterable[tuple[Array, ...]]") -> float:
+    """The correlation of two sets of matrices, from -1 to 1, after removing the columns' means.
+
+    Args:
+        pairs: pairs of matrices of the same shape.
+    """
+    product = ours = theirs = 0.0
+    for pair in pairs:
+        a, b = (matrix.astype("f8") - matrix.mean(0, dtype="f8") for matrix in pair)
+        product += float((a * b).sum())
+        ours += float((a * a).sum())
+        theirs += float((b * b).sum())
+    return product / math.sqrt(ours * theirs) if ours and theirs else 0.0
+
+
+def _first_rows(operand: Operand, row: Row, files: Files) -> "Array":
+    """The first rows of a tensor, as a matrix of about `_ELEMENTS` float32."""
+    columns = row.size // row.shape[0]
+    count = min(row.shape[0], max(2, _ELEMENTS // columns))
+    return read_operand(operand, row, files, 0, count * columns).reshape(count, columns)
 
 
 def _norm_rows(plan: Plan) -> list[Row]:

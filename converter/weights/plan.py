@@ -34,7 +34,7 @@ from reference_model.config import Dinov3Config, EomtDinov3Config
 
 # where a tensor comes from: a backbone, a delta to it, or absolute weights, which need no backbone
 Source = Literal["backbone", "delta", "weights"]
-Operation = Literal["add", "copy", "zeros", "class weights"]
+Operation = Literal["add", "subtract", "copy", "join", "minus one", "zeros", "class weights"]
 Tensors = Mapping[str, TensorInfo]
 
 # tensors that backbone files leave out if they are all zeros
@@ -62,14 +62,16 @@ class Operand:
 
 @dataclass(frozen=True)
 class Row:
-    """How one tensor of the model is made.
+    """How one tensor of a model, or of its delta, is made.
 
     Attributes:
-        name: canonical name.
+        name: its name; in a model the canonical one.
         shape: its shape.
         dtype: its element type, as safetensors names it.
-        operation: ``add`` (the operands, in float32), ``copy`` (the operand), ``zeros``, or
-            ``class weights`` (ones, and the weight of "no object" last).
+        operation: ``add`` (the operands, in float32), ``subtract`` (the second operand from the
+            first, so that adding gives the first again), ``copy`` (the operand), ``join`` (the
+            operands, as equal parts of the first axis), ``minus one``, ``zeros``, or ``class
+            weights`` (ones, and the weight of "no object" last).
         operands: the tensors that it is made from.
     """
 
@@ -92,6 +94,12 @@ class Row:
                 return "zeros"
             case "class weights":
                 return f"ones, {NO_OBJECT_WEIGHT} last"
+            case "minus one":
+                return f"{self.operands[0]} - 1"
+            case "join":
+                return ", ".join(str(operand) for operand in self.operands)
+            case "subtract":
+                return " - ".join(str(operand) for operand in self.operands)
             case _:
                 return " + ".join(str(operand) for operand in self.operands)
 

@@ -28,10 +28,13 @@ if TYPE_CHECKING:
 # the files that transformers looks for in the folder of a model: one, or the index of shards
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+
+# the file of a delta, as TU/e publishes it
+TORCH_WEIGHTS = "pytorch_model.bin"
 _MODEL_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 
 # the names of published files of weights, the safer format first
-USUAL_NAMES = (WEIGHTS, WEIGHTS_INDEX, "pytorch_model.bin")
+USUAL_NAMES = (WEIGHTS, WEIGHTS_INDEX, TORCH_WEIGHTS)
 
 
 def choose_weights(names: Collection[str]) -> str | None:

@@ -122,7 +122,7 @@ class SafetensorsWriter(AbstractContextManager["SafetensorsWriter"]):
 
     def write(self, data: "bytes | memoryview | Array") -> None:
         """Appends bytes: the tensors' elements, little-endian, in the order of the header."""
-        view = _bytes_of(data)
+        view = bytes_of(data)
         if self._written + len(view) > self.size:
             raise ValueError(f"there are more bytes than {self.path} has room for")
         self._digest.update(view)
@@ -166,7 +166,7 @@ class WeightsWriter(AbstractContextManager["WeightsWriter"]):
 
     def write(self, data: "bytes | Array") -> None:
         """Appends bytes: the tensors' elements, little-endian, in the order of the sharding."""
-        view = _bytes_of(data)
+        view = bytes_of(data)
         while len(view):
             if not self._left:
                 self._file, self._left = next(self._remaining, ("", 0))
@@ -195,7 +195,8 @@ class WeightsWriter(AbstractContextManager["WeightsWriter"]):
         return self._writers[file]
 
 
-def _bytes_of(data: "bytes | memoryview | Array") -> memoryview:
+def bytes_of(data: "bytes | memoryview | Array") -> memoryview:
+    """The bytes of some data, flat."""
     view = memoryview(data if isinstance(data, bytes | memoryview) else data.data)
     # an empty view cannot be cast
     return view.cast("B") if view.nbytes else memoryview(b"")

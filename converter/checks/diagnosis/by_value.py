@@ -1,9 +1,9 @@
 """Recognises faults by the values and digests of tensors, without running the model."""
 
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,16 +11,13 @@ from torch import Tensor
 
 from converter.checks.diagnosis.stages import PATCH_WEIGHT
 from converter.checks.provenance import Provenance
+from converter.weights.pairing import UNRELATED, correlation
 
 # faults in how the delta was added, and how many deltas must be added to undo them
 DELTA_FAULTS = {"delta-added-twice": -1, "delta-not-added": 1, "delta-subtracted": 2}
 
 # relative error of sums that were added in another order and rounded, by dtype
 _SUM_ERROR = {"F32": 2**-21, "F16": 2**-9, "BF16": 2**-6}
-
-# The weights of two independent trainings have a correlation near 0; weights that were trained
-# further, or rounded, have a higher one (benchmarks/tolerances.py).
-UNRELATED = 0.2
 
 
 @dataclass(frozen=True)
@@ -215,7 +212,7 @@ def _is_of_other_training(
     base; the same backbone, trained further or with noise, would have one.
     """
     product = square = variance = 0.0
-    pairs: list[tuple[Tensor, Tensor]] = []
+    pairs: list[tuple[np.ndarray[Any, Any], ...]] = []
     for name in names:
         base, delta = (provenance.operand(name, source) for source in ("backbone", "delta"))
         if base is None or delta is None:
@@ -227,21 +224,6 @@ def _is_of_other_training(
         square += float((change**2).sum())
         variance += float(((rest * change) ** 2).sum())
         if base.ndim > 1:  # norms, biases and scales are similar in all trainings
-            pairs.append((torch.from_numpy(other).flatten(1), torch.from_numpy(base).flatten(1)))
+            pairs.append((other.reshape(len(other), -1), base.reshape(len(base), -1)))
     once = abs(product) <= max(0.5 * square, 5 * variance**0.5)
     return bool(pairs) and once and abs(correlation(pairs)) <= UNRELATED
-
-
-def correlation(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """The correlation of two sets of matrices, from -1 to 1, after removing the columns' means.
-
-    Args:
-        pairs: pairs of matrices of the same shape.
-    """
-    product = ours = theirs = 0.0
-    for pair in pairs:
-        a, b = (matrix.double() - matrix.double().mean(0) for matrix in pair)
-        product += float((a * b).sum())
-        ours += float(a.square().sum())
-        theirs += float(b.square().sum())
-    return product / math.sqrt(ours * theirs) if ours and theirs else 0.0

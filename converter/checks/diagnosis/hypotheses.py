@@ -16,10 +16,8 @@ from torch.func import functional_call
 from converter.checks.comparison import FLOAT32, Tolerance
 from converter.checks.diagnosis.by_value import (
     DELTA_FAULTS,
-    UNRELATED,
     Reference,
     Tensors,
-    correlation,
     is_coarse,
     layer_of,
 )
@@ -30,6 +28,7 @@ from converter.checks.provenance import Provenance
 from converter.checks.recorded import Recorded
 from converter.checks.rounding import EXCESS, RIGHT_EXCESS, allowing_for_rounding
 from converter.configs import IMAGE_MEAN, IMAGE_STD
+from converter.weights.pairing import UNRELATED, correlation
 from reference_model.activations import ACTIVATIONS, Activation
 
 # rescale_factor in DINOv3's preprocessor_config.json, as in all others
@@ -567,7 +566,7 @@ def other_backbone(case: Case) -> Proposal:
     if difference <= FLOAT32.of(recorded):
         return "The output of the bare backbone matches the recorded one."
     # without the channels' means, which may be similar in other trainings
-    alike = correlation([(tokens.flatten(0, -2), recorded.flatten(0, -2))])
+    alike = correlation([tuple(each.flatten(0, -2).numpy() for each in (tokens, recorded))])
     if abs(alike) > UNRELATED:
         return (
             f"The bare backbone is off by {difference:.2g}, and its output has a correlation of "

@@ -1,0 +1,408 @@
+"""Makes the delta of a model to its backbone, as TU/e publishes it, and converts it back."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from converter.catalog import Task
+from converter.checks.pixels import Normalisation, read_normalisation
+from converter.checks.round_trip import (
+    check_round_trip_numbers,
+    same_numbers,
+    verdict_on_round_trip,
+)
+from converter.checks.verdict import Level, Verdict
+from converter.configs import (
+    PREPROCESSOR,
+    find_backbone_config,
+    read_config,
+    read_model_config,
+)
+from converter.delta_record import DELTA, made_delta
+from converter.errors import MismatchError, OutputsDifferError, PlanError, UsageError
+from converter.files import Digests, digests_to_dict, real_path, user_path, write_json
+from converter.history import HISTORY, PastSource, read_history
+from converter.hub.access import Access
+from converter.hub.sources import Fetched, fetch
+from converter.job import Progress
+from converter.models import task_of
+from converter.places import parse_source
+from converter.staging import check_place, put_back, staged
+from converter.version import TOOL, __version__
+from converter.weights.delta_plan import delta_rows, plan_delta
+from converter.weights.headers import TensorInfo
+from converter.weights.inspection import decide, signs_of_a_delta
+from converter.weights.layouts import EOMT_TRANSFORMERS, EOMT_TUE, recognise, translate
+from converter.weights.merge import Merged, WeightsFormat, compute, merge
+from converter.weights.pairing import (
+    PairCheck,
+    check_file_name,
+    check_fine_tune,
+    check_local_norm,
+    check_norms,
+)
+from converter.weights.plan import Plan, make_plan
+from converter.weights.round_trip import TensorChange, compare_sums
+from converter.weights.tensorfiles import ShardedTensorFile, TensorFile, open_tensors
+from reference_model.config import Dinov3Config, EomtDinov3Config
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+File = TensorFile | ShardedTensorFile
+
+# room for delta.json, in bytes
+_SMALL_FILES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A delta that was made.
+
+    Attributes:
+        output: its folder.
+        model, backbone: the files that it was made of.
+        dtypes: the types of the model's weights, as safetensors names them; 16 bits were widened.
+        files: size in bytes and SHA-256 of every file of the delta.
+        pair: the checks of whether the model was trained from the backbone.
+        changes: how each tensor of the model differs from the backbone's and from its own sum, by
+            canonical name.
+        verdict: on what a conversion of the delta gives, beside the model.
+        content: of its delta.json.
+    """
+
+    output: Path
+    model: Fetched
+    backbone: Fetched
+    dtypes: tuple[str, ...]
+    files: Digests
+    pair: tuple[PairCheck, ...]
+    changes: Mapping[str, TensorChange]
+    verdict: Verdict
+    content: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The delta as JSON shows it."""
+        return {"output": str(self.output), **self.content, **self.verdict.to_dict()}
+
+
+@dataclass(frozen=True)
+class _Sources:
+    """The open files that a delta is made of, and the plans.
+
+    Attributes:
+        model, backbone: the files on this machine.
+        model_file, backbone_file: the same, open.
+        config: the model's configuration.
+        own_config: the content of its config.json, if it has one.
+        task: what the model segments, if known.
+        model_plan: how each of its tensors is read.
+        plan: how the delta is made.
+        sums: how a conversion makes the model of the delta again.
+    """
+
+    model: Fetched
+    backbone: Fetched
+    model_file: File
+    backbone_file: File
+    config: EomtDinov3Config
+    own_config: Mapping[str, Any] | None
+    task: Task | None
+    model_plan: Plan
+    plan: Plan
+    sums: Plan
+
+
+def make_delta(
+    model: str | Path,
+    backbone: str | Path,
+    output: str | Path,
+    *,
+    format: WeightsFormat = "torch",
+    verify: bool = True,
+    allow_mismatch: bool = False,
+    force: bool = False,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    progress: Progress = lambda *_: None,
+) -> Delta:
+    """Makes the delta of a model to the backbone that it was trained from.
+
+    ``converter.make_delta("my_model", "facebook/dinov3-vits16-pretrain-lvd1689m", "my_delta")``
+    writes my_delta/pytorch_model.bin, with the names and shapes of TU/e's published deltas, and
+    delta.json. It is then added to the backbone again, and the sums are compared with the model.
+
+    Args:
+        model: a converted or fine-tuned model: its folder, or a Hub repository as owner/name or
+            owner/name@revision; or a file of absolute weights in TU/e's layout.
+        backbone: a file, a folder or a repository, in any layout that `convert` reads.
+        output: the folder to write.
+        format: ``torch`` for pytorch_model.bin, which the original's loader reads; ``safetensors``
+            for model.safetensors.
+        verify: whether to run the model that the delta gives, if it differs from the given one.
+        allow_mismatch: whether to make the delta of a model that was not trained from the backbone.
+        force: whether to replace an output that exists: the files that its delta.json lists.
+        token: for the Hub, as everywhere in huggingface_hub; by default HF_TOKEN or the login.
+        cache_dir: where downloads are kept; by default the Hub's cache.
+        local_files_only: whether to use only that cache.
+        progress: called with a stage, and the number of bytes that are done, and of all.
+
+    Raises:
+        UsageError: the format is unknown, or the model is a delta already.
+        UnreadableFileError: a file is missing, broken, or of the wrong kind.
+        PlanError: the weights are not those of a model and its backbone.
+        MismatchError: the model was not trained from the backbone.
+        OutputError: the output exists, or cannot be written.
+        OutputsDifferError: adding the delta to the backbone does not give the model.
+        AccessError, HubUnavailableError: a repository cannot be reached.
+    """
+    if format not in get_args(WeightsFormat):
+        raise UsageError(
+            f"format is {format!r}, expected one of {', '.join(get_args(WeightsFormat))}."
+        )
+    place = real_path(user_path(output))
+    put_back(place)
+    check_place(place, force=force, made=made_delta)
+    access = Access.of(token, cache_dir, local_files_only)
+    with ExitStack() as stack:
+        sources = _open(model, backbone, access, stack)
+        if real_path(sources.model.weights.parent) == place:
+            raise UsageError(f"{place} has the model itself.", "Give another folder with --output.")
+        pair = check_fine_tune(sources.backbone_file, sources.model_file, sources.plan)
+        pair += _check_backbone(sources)
+        _refuse_mismatch(pair, allow_mismatch=allow_mismatch)
+        size = sum(row.nbytes for row in sources.plan.rows) + _SMALL_FILES
+        stage = stack.enter_context(
+            staged(place, size=size, force=force, made=made_delta, last=DELTA)
+        )
+        merged = _write(sources, stage.folder, format, progress)
+        file = open_tensors(stage.folder / next(iter(merged.files)))
+        stack.enter_context(file)
+        pair += (check_norms(sources.backbone_file, file, sources.sums),)
+        files: Mapping[Any, File] = {
+            "weights": sources.model_file,
+            "backbone": sources.backbone_file,
+            "delta": file,
+        }
+        changes = compare_sums(sources.sums, files, sources.model_plan)
+        numbers = Level("numbers", "not checked", "Verification was switched off (--no-verify).")
+        if not any(change.inexact for change in changes.values()):
+            numbers = same_numbers()
+        elif verify:
+            numbers = _check_numbers(sources, files)
+        verdict = verdict_on_round_trip(changes, numbers)
+        if verdict.verdict == "failed":
+            raise OutputsDifferError(
+                f"The delta is wrong: {verdict.reason}", f"{place} was not written.", verdict
+            )
+        content = _content(sources, format, merged, pair, changes, verdict)
+        write_json(stage.folder / DELTA, content)
+        stage.publish()
+    dtypes = tuple(sorted({info.dtype for info in sources.model_file.tensors.values()}))
+    return Delta(
+        place,
+        sources.model,
+        sources.backbone,
+        dtypes,
+        merged.files,
+        pair,
+        changes,
+        verdict,
+        content,
+    )
+
+
+def _open(model: str | Path, backbone: str | Path, access: Access, stack: ExitStack) -> _Sources:
+    """Fetches and opens the model and the backbone, and plans the delta and its sums.
+
+    Raises:
+        EomtConvertError: as `make_delta` does.
+    """
+    eomt = fetch(parse_source(str(model)), access, beside=(PREPROCESSOR, HISTORY))
+    base = fetch(parse_source(str(backbone)), access)
+    file, base_file = open_tensors(eomt.weights), open_tensors(base.weights)
+    stack.enter_context(file)
+    stack.enter_context(base_file)
+    layout = recognise(file.tensors)
+    if layout is EOMT_TUE and decide(signs_of_a_delta(file)) == "delta":
+        raise UsageError(
+            f"The weights in {eomt.title} are a delta already.",
+            "Give the converted model, or absolute weights.",
+        )
+    base_config = find_backbone_config(base.config)
+    own = read_config(eomt.config) if layout is EOMT_TRANSFORMERS and eomt.config else None
+    config: Dinov3Config | None = base_config
+    if own and eomt.config:
+        config = read_model_config(eomt.config)
+    model_plan = make_plan(file.tensors, None, config)
+    config = config if isinstance(config, EomtDinov3Config) else model_plan.config
+    rows = delta_rows(translate(file.tensors, layout or EOMT_TUE), config)
+    tensors = {row.name: TensorInfo(row.dtype, row.shape, 0) for row in rows}
+    sums = make_plan(tensors, base_file.tensors, base_config or config)
+    _check_configs(config, sums.config)
+    plan = plan_delta(rows, sums)
+    task = task_of(str(model), eomt.weights.parent) if own else None
+    return _Sources(
+        eomt,
+        base,
+        file,
+        base_file,
+        config,
+        own,
+        task,  # type: ignore[arg-type]
+        model_plan,
+        plan,
+        sums,
+    )
+
+
+def _check_configs(model: EomtDinov3Config, sums: EomtDinov3Config) -> None:
+    """Checks that a conversion of the delta computes with the model's configuration.
+
+    Raises:
+        PlanError: the backbone's is another one, which no delta can hold.
+    """
+    for field in fields(Dinov3Config):
+        ours, theirs = (getattr(config, field.name) for config in (model, sums))
+        if ours != theirs:
+            raise PlanError(
+                f"{field.name} is {ours} in the model's configuration, and {theirs} in the "
+                "backbone's.",
+                "A delta has no configuration: the converted model would compute something else.",
+            )
+
+
+def _check_backbone(sources: _Sources) -> tuple[PairCheck, ...]:
+    """Checks the backbone's file against what the model's conversion.json says of it."""
+    history = read_history(sources.model.weights.parent)
+    past = history.sources.get("backbone") if history else None
+    published = history and history.checkpoint and not history.checkpoint.offline
+    expected = "lvd1689m" if published else None
+    return (
+        _check_digest(sources.backbone_file, past),
+        check_file_name(sources.backbone_file, expected),
+        check_local_norm(sources.backbone_file, expected),
+    )
+
+
+def _check_digest(backbone: File, past: PastSource | None) -> PairCheck:
+    if past is None:
+        return PairCheck("digest", "not checked", "There is no conversion.json that names one.")
+    if backbone.digests().items() <= past.files.items():
+        return PairCheck("digest", "passed", "It is the file that conversion.json names.")
+    return PairCheck(
+        "digest",
+        "not checked",
+        "conversion.json names another file, which may be the same backbone in another layout.",
+    )
+
+
+def _refuse_mismatch(pair: tuple[PairCheck, ...], *, allow_mismatch: bool) -> None:
+    failed = [check.finding for check in pair if check.status == "failed"]
+    if failed and not allow_mismatch:
+        raise MismatchError(
+            "Model and backbone do not belong together: " + " ".join(failed),
+            "Give the backbone that the model was trained from. --allow-mismatch makes the delta "
+            "anyway.",
+        )
+
+
+def _write(sources: _Sources, folder: Path, format: WeightsFormat, progress: Progress) -> Merged:
+    done, total = 0, sum(row.nbytes for row in sources.plan.rows)
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress("Subtracting", done, total)
+
+    return merge(
+        sources.plan,
+        {"weights": sources.model_file, "backbone": sources.backbone_file},
+        folder,
+        format=format,
+        advance=advance,
+    )
+
+
+def _check_numbers(sources: _Sources, files: Mapping[Any, File]) -> Level:
+    """Runs the model and the one that the delta gives, and compares their outputs."""
+    channels = sources.config.num_channels
+    preprocessor = sources.model.weights.parent / PREPROCESSOR
+    normalisation = (
+        read_normalisation(preprocessor, channels)
+        if sources.own_config and preprocessor.is_file()
+        else Normalisation(1 / 255, (0.5,) * channels, (0.25,) * channels)  # any would do
+    )
+    return check_round_trip_numbers(
+        sources.config,
+        normalisation,
+        _weights(sources.model_plan, files),
+        _weights(sources.sums, files),
+        sources.config.input_size if sources.own_config else None,
+    )
+
+
+def _weights(plan: Plan, files: Mapping[Any, File]) -> "dict[str, Tensor]":
+    """Every tensor of a plan, in float32."""
+    import numpy as np
+    import torch
+
+    weights = {}
+    for row in plan.rows:
+        buffer, addend = np.empty((2, row.size), np.float32)
+        values = compute(row, files, 0, row.size, buffer, addend)
+        weights[row.name] = torch.from_numpy(values.reshape(row.shape))
+    return weights
+
+
+def _content(
+    sources: _Sources,
+    format: WeightsFormat,
+    merged: Merged,
+    pair: tuple[PairCheck, ...],
+    changes: Mapping[str, TensorChange],
+    verdict: Verdict,
+) -> dict[str, Any]:
+    """The content of delta.json."""
+    of_file = {"model": (sources.model, "weights"), "backbone": (sources.backbone, "backbone")}
+    size = sources.config.input_size if sources.own_config else None
+    tensors = {}
+    for row in sources.plan.rows:
+        (canonical,) = EOMT_TUE.target(row.name)
+        change = changes.get(canonical) if isinstance(canonical, str) else None
+        tensors[row.name] = {
+            "shape": list(row.shape),
+            "recipe": row.recipe,
+            "sha256": merged.tensors[row.name],
+            **(change.to_dict() if change else {}),
+        }
+    inexact = [change for change in changes.values() if change.inexact]
+    return {
+        "tool": {"name": TOOL, "version": __version__},
+        "format": format,
+        "task": sources.task,
+        "image_size": list(size) if size else None,
+        "config": sources.own_config,
+        "sources": {
+            role: {
+                "repo": source.repo_id,
+                "revision": source.revision,
+                "files": digests_to_dict(merged.inputs[name]),  # type: ignore[index]
+            }
+            for role, (source, name) in of_file.items()
+        },
+        "files": digests_to_dict(merged.files),
+        "tensors": tensors,
+        "pair": [check.to_dict() for check in pair],
+        "round_trip": {
+            "elements": sum(change.elements for change in changes.values()),
+            "inexact": sum(change.inexact for change in inexact),
+            "inexact_tensors": len(inexact),
+            "max_abs": max((change.max_abs for change in inexact), default=0.0),
+            "max_ulps": max((change.max_ulps for change in inexact), default=0.0),
+            **verdict.to_dict(),
+        },
+    }
