@@ -11,8 +11,10 @@ def subtract(total: "Array", base: "Array") -> "Array":
 
     total - base is rounded, and base + difference is rounded again, which may miss the total. Of
     the rounded difference and its two neighbours, the one is taken whose sum with the base has the
-    bits of the total. Where none has, the nearest is: the total is then much smaller than the base,
-    so that no float32 number is close enough to the difference; or two of them are equally far.
+    bits of the total: float32 numbers are twice as close below a power of two as above it, so a
+    neighbour may reach one that the rounded difference misses. Where none has, the nearest is
+    taken: the total is smaller than the base or has another sign, and no float32 number is close
+    enough to the difference.
 
     Args:
         total: float32, finite.
@@ -21,6 +23,8 @@ def subtract(total: "Array", base: "Array") -> "Array":
     import numpy as np
 
     difference = total - base
+    zeros = (difference == 0) & (total == 0)
+    difference[zeros] = total[zeros]  # with its sign, which -0.0 - -0.0 loses
     missed = np.flatnonzero((base + difference).view(np.uint32) != total.view(np.uint32))
     if missed.size:
         ours, theirs, middle = total[missed], base[missed], difference[missed]

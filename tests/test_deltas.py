@@ -1,0 +1,518 @@
+"""The delta of a model to its backbone: what is written, and that it adds up to the model again."""
+
+import json
+import shutil
+import tracemalloc
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import Result
+from conftest import FIXTURES, NAMES
+from hypothesis import example, given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import converter
+from converter.errors import (
+    MismatchError,
+    OutputError,
+    OutputsDifferError,
+    PlanError,
+    UnreadableFileError,
+    UsageError,
+)
+from converter.weights import merge
+from converter.weights.delta_plan import delta_rows, stored_rows
+from converter.weights.difference import subtract
+from converter.weights.headers import TensorInfo
+from converter.weights.layouts import (
+    BACKBONE_LAYOUTS,
+    DINOV3_TRANSFORMERS,
+    EOMT_TRANSFORMERS,
+    EOMT_TUE,
+    translate,
+)
+from converter.weights.merge import compute
+from converter.weights.plan import make_plan
+from converter.weights.tensorfiles import open_tensors
+from converter.weights.torch_writing import TorchWriter
+
+NAME = "tiny_panoptic_64"
+BACKBONE = FIXTURES / NAME / "backbone"
+LAYOUTS = json.loads((FIXTURES / "layouts.json").read_text())
+
+Weights = dict[str, Tensor]
+
+
+def weights_of(folder: Path) -> Weights:
+    return load_file(folder / "model.safetensors")
+
+
+def same_bits(ours: Tensor, theirs: Tensor) -> bool:
+    return ours.shape == theirs.shape and ours.numpy().tobytes() == theirs.numpy().tobytes()
+
+
+def come_back(delta: Path, place: Path, backbone: Path = BACKBONE) -> Weights:
+    """The weights of the model that a conversion of a delta gives."""
+    converter.convert(delta=str(delta), backbone=str(backbone), output=place)
+    return weights_of(place)
+
+
+@pytest.fixture
+def tuned(model: Path) -> Path:
+    """A model after some training, with noise in every weight of its backbone."""
+    weights = weights_of(model)
+    generator = torch.Generator().manual_seed(0)
+    for name in weights:
+        if name.startswith(("embeddings.", "layers.", "layernorm.")):
+            weights[name] += 1e-3 * torch.randn(weights[name].shape, generator=generator)
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    (model / "conversion.json").unlink()
+    return model
+
+
+# there and back ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_delta_of_a_converted_model_gives_its_bits_again(
+    converted: Callable[[str], Path], name: str, tmp_path: Path
+) -> None:
+    model, backbone = converted(name), FIXTURES / name / "backbone"
+    done = converter.make_delta(model, backbone, tmp_path / "delta")
+
+    assert (done.verdict.verdict, done.verdict.basis) == ("passed", "reference")
+    assert done.content["round_trip"]["inexact"] == 0
+    ours, theirs = come_back(tmp_path / "delta", tmp_path / "back", backbone), weights_of(model)
+    assert ours.keys() == theirs.keys()
+    assert all(same_bits(ours[key], theirs[key]) for key in theirs)
+    for file in ("config.json", "preprocessor_config.json"):
+        assert json.loads((tmp_path / "back" / file).read_text()) == json.loads(
+            (model / file).read_text()
+        )
+
+
+@pytest.mark.parametrize("name", ["backbone_meta", "backbone_timm"])
+@pytest.mark.parametrize("format", ["torch", "safetensors"])
+def test_the_backbones_layout_and_the_format_make_no_difference(
+    tuned: Path, name: str, format: Any, tmp_path: Path
+) -> None:
+    usual = converter.make_delta(tuned, BACKBONE, tmp_path / "usual")
+    done = converter.make_delta(tuned, FIXTURES / NAME / name, tmp_path / "delta", format=format)
+
+    digests = [
+        {key: tensor["sha256"] for key, tensor in each.content["tensors"].items()}
+        for each in (usual, done)
+    ]
+    assert digests[0] == digests[1]
+    assert list(done.files) == [
+        f"{'pytorch_model.bin' if format == 'torch' else ''}" or ("model.safetensors")
+    ]
+
+
+def test_what_does_not_come_back_is_counted_exactly(tuned: Path, tmp_path: Path) -> None:
+    done = converter.make_delta(tuned, BACKBONE, tmp_path / "delta")
+    ours, theirs = come_back(tmp_path / "delta", tmp_path / "back"), weights_of(tuned)
+
+    differ = {
+        name: int((ours[name].view(torch.int32) != theirs[name].view(torch.int32)).sum())
+        for name in theirs
+    }
+    assert 0 < sum(differ.values()) < 0.05 * sum(tensor.numel() for tensor in theirs.values())
+    assert {name: change.inexact for name, change in done.changes.items()} == {
+        name: count for name, count in differ.items() if name != "attn_mask_probs"
+    }
+    figures = done.content["round_trip"]
+    assert figures["inexact"] == sum(differ.values())
+    assert figures["max_abs"] == max(
+        float((ours[name].double() - theirs[name].double()).abs().max()) for name in theirs
+    )
+    assert figures["max_ulps"] <= 1
+    numbers = done.verdict.levels[-1]
+    assert (numbers.level, numbers.status) == ("numbers", "passed")
+    assert 0 < numbers.figures["max_abs"] < 2e-4
+
+
+def test_the_original_loaders_way_of_adding_gives_the_same_network(
+    tuned: Path, tmp_path: Path
+) -> None:
+    done = converter.make_delta(tuned, BACKBONE, tmp_path / "delta")
+    delta = torch.load(tmp_path / "delta" / "pytorch_model.bin", weights_only=True)
+    base = load_file(BACKBONE / "model.safetensors")
+    model = weights_of(tuned)
+
+    # as in github.com/tue-mps/eomt, training/lightning_module.py: what is added to is the network
+    # with the backbone's weights, zeros in all other parameters, and its buffers
+    own: Weights = {"network.attn_mask_probs": torch.ones(len(delta["network.attn_mask_probs"]))}
+    for name in ("pixel_mean", "pixel_std"):
+        own[f"network.encoder.{name}"] = torch.rand(1, 3, 1, 1)
+    prefix = "network.encoder.backbone."
+    for name, tensor in base.items():
+        if name.startswith("embeddings."):
+            own[f"{prefix}patch_embed.{name.removeprefix('embeddings.')}"] = tensor
+        elif name.startswith("layer."):
+            own[f"{prefix}blocks.{name.removeprefix('layer.')}"] = tensor
+        else:
+            own[prefix + name] = tensor
+    del own[f"{prefix}patch_embed.mask_token"]  # which the original deletes
+    heads = [name for name in delta if not name.startswith("network.encoder.")]
+    for name in {*heads} - {"network.attn_mask_probs", "criterion.empty_weight"}:
+        own[name] = torch.zeros_like(delta[name])
+
+    assert own.keys() == delta.keys() - {"criterion.empty_weight"}
+    added = {name: own[name] + delta[name] for name in own}
+    assert not added["network.attn_mask_probs"].any()
+    assert torch.equal(added["network.encoder.pixel_std"], own["network.encoder.pixel_std"])
+    expected = come_back(tmp_path / "delta", tmp_path / "back")
+    for name, tensor in added.items():
+        (canonical,) = EOMT_TUE.target(name)
+        if isinstance(canonical, str):
+            assert torch.equal(tensor, expected[canonical]), name
+    assert done.verdict.verdict == "passed"
+    assert expected.keys() == model.keys()
+
+
+def test_it_has_the_names_shapes_and_types_of_a_published_one(
+    converted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    for name in NAMES:
+        source = next((FIXTURES / name / "delta").glob("*.*"))
+        folder = tmp_path / name
+        converter.make_delta(converted(name), FIXTURES / name / "backbone", folder)
+        with open_tensors(source) as theirs, open_tensors(folder / "pytorch_model.bin") as ours:
+            assert {key: (info.dtype, info.shape) for key, info in ours.tensors.items()} == {
+                key: (info.dtype, info.shape) for key, info in theirs.tensors.items()
+            }
+
+
+@pytest.mark.parametrize("name", LAYOUTS["checkpoints"])
+def test_the_published_checkpoints_have_the_names_and_shapes_of_their_deltas(name: str) -> None:
+    entry = LAYOUTS["checkpoints"][name]
+    tensors = {key: TensorInfo("F32", tuple(shape), 0) for key, shape in entry["converted"].items()}
+    config = make_plan(tensors, None, None).config
+    rows = delta_rows(translate(tensors, EOMT_TRANSFORMERS), config)
+
+    assert {row.name: list(row.shape) for row in rows} == entry["delta"]
+
+
+def test_absolute_weights_of_training_make_the_same_delta(
+    converted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    usual = converter.make_delta(converted(NAME), BACKBONE, tmp_path / "usual")
+    done = converter.make_delta(FIXTURES / NAME / "absolute.ckpt", BACKBONE, tmp_path / "delta")
+
+    digests = [
+        {key: tensor["sha256"] for key, tensor in each.content["tensors"].items()}
+        for each in (usual, done)
+    ]
+    differ = {key for key in digests[0] if digests[0][key] != digests[1][key]}
+    assert differ <= {"network.attn_mask_probs"}  # the schedule of training is in the checkpoint
+    assert done.content["config"] is None
+
+
+def test_a_model_in_shards_and_in_16_bits_makes_a_delta_of_its_widened_weights(
+    tmp_path: Path, command: Callable[..., Result]
+) -> None:
+    converter.convert(NAME, tmp_path / "model", dtype="bfloat16", max_shard_size="200kB")
+    result = command("make-delta", "model", "--backbone", BACKBONE, "--output", "delta")
+
+    assert result.exit_code == 0, result.output
+    assert "weights in bfloat16 were widened to float32" in result.stdout
+    ours = come_back(tmp_path / "delta", tmp_path / "back")
+    shards = [load_file(path) for path in sorted((tmp_path / "model").glob("model-*.safetensors"))]
+    assert len(shards) > 1
+    content = json.loads((tmp_path / "delta" / "delta.json").read_text())
+    differ = sum(
+        int((ours[name] != tensor.float()).sum())
+        for shard in shards
+        for name, tensor in shard.items()
+    )
+    assert content["round_trip"]["inexact"] == differ
+
+
+# the file ----------------------------------------------------------------------------------------
+
+
+def test_the_file_is_the_same_from_run_to_run_and_torch_reads_and_maps_it(
+    tuned: Path, tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        converter.make_delta(tuned, BACKBONE, tmp_path / name)
+    one, two = ((tmp_path / name / "pytorch_model.bin") for name in ("one", "two"))
+
+    assert one.read_bytes() == two.read_bytes()
+    assert (tmp_path / "one" / "delta.json").read_bytes() == (
+        tmp_path / "two" / "delta.json"
+    ).read_bytes()
+    for mapped in (False, True):
+        found = torch.load(one, weights_only=True, mmap=mapped)
+        assert all(tensor.dtype == torch.float32 for tensor in found.values())
+        assert all(tensor.data_ptr() % 64 == 0 for tensor in found.values()) or not mapped
+
+
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 4), max_size=4).map(tuple), min_size=1, max_size=5),
+    pieces=st.integers(1, 50),
+)
+@example(shapes=[(0,), (), (3,), (0, 2)], pieces=7)
+def test_torch_reads_what_was_written_in_pieces(
+    shapes: list[tuple[int, ...]], pieces: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("file")
+    values = {
+        f"tensor {number}.ö": np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+        for number, shape in enumerate(shapes)
+    }
+    content = b"".join(array.tobytes() for array in values.values())
+    with TorchWriter(
+        folder, {name: ("F32", array.shape) for name, array in values.items()}
+    ) as file:
+        for start in range(0, len(content), pieces):
+            file.write(content[start : start + pieces])
+        written = file.files["pytorch_model.bin"]
+    found = torch.load(folder / "pytorch_model.bin", weights_only=True)
+
+    assert list(found) == list(values)
+    for name, array in values.items():
+        assert found[name].shape == array.shape
+        assert np.array_equal(found[name].numpy(), array)
+    with open_tensors(folder / "pytorch_model.bin") as ours:
+        assert ours.wrong_checksums() == ()
+        assert ours.digests() == {"pytorch_model.bin": written}
+
+
+def test_too_many_or_too_few_bytes_are_an_error(tmp_path: Path) -> None:
+    with TorchWriter(tmp_path, {"a": ("F32", (2,))}) as file:
+        file.write(bytes(4))
+        with pytest.raises(ValueError, match="4 bytes of a tensor are missing"):
+            _ = file.files
+        with pytest.raises(ValueError, match="more bytes than the tensors"):
+            file.write(bytes(8))
+
+
+def test_memory_does_not_grow_with_the_weights(tmp_path: Path) -> None:
+    chunk = np.zeros(1 << 18, np.float32)
+    tracemalloc.start()
+    with TorchWriter(tmp_path, {"a": ("F32", (chunk.size, 32))}) as file:
+        for _ in range(32):
+            file.write(chunk)
+        assert file.files["pytorch_model.bin"].size > 32 * chunk.nbytes
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert peak < 4 * chunk.nbytes
+
+
+# the difference ----------------------------------------------------------------------------------
+
+floats = st.floats(width=32, min_value=-(2.0**100), max_value=2.0**100)
+
+
+@given(total=floats, base=floats)
+@example(total=1e-8, base=1.0)
+@example(total=-0.0, base=0.0)
+@example(total=3.0, base=-1e-7)
+@example(total=1.1754944e-38, base=1.5e-38)
+def test_a_difference_adds_up_again_if_any_number_does(total: float, base: float) -> None:
+    t, b = (np.array([value], np.float32) for value in (total, base))
+    (ours,) = subtract(t, b)
+    reached = abs(float(b[0] + ours) - float(t[0]))
+
+    # every float32 number near the exact difference
+    near = np.float32(float(t[0]) - float(b[0]))
+    candidates = [near]
+    for end in (-np.inf, np.inf):
+        each = near
+        for _ in range(3):
+            each = np.nextafter(each, np.float32(end))
+            candidates.append(each)
+    assert reached == min(abs(float(b[0] + each) - float(t[0])) for each in candidates)
+
+
+def test_a_neighbour_reaches_powers_of_two_that_the_rounded_difference_misses() -> None:
+    generator = np.random.default_rng(0)
+    base = generator.normal(0, 0.02, 10_000).astype(np.float32)
+    total = np.float32(2) ** generator.integers(-8, 1, base.shape).astype(np.float32)
+    missed = [int((base + d != total).sum()) for d in (total - base, subtract(total, base))]
+
+    assert missed[1] < missed[0]
+    # a weight that did not change comes back with its sign, also if it is a zero
+    zeros = np.array([-0.0, 0.0], np.float32)
+    assert (zeros + subtract(zeros, zeros)).tobytes() == zeros.tobytes()
+
+
+# layouts there and back --------------------------------------------------------------------------
+
+
+class Memory:
+    """Tensors like an open file of weights."""
+
+    def __init__(self, arrays: Mapping[str, NDArray[np.float32]]) -> None:
+        self.arrays = arrays
+        self.tensors = {name: TensorInfo("F32", a.shape, 0) for name, a in arrays.items()}
+
+    def read(self, name: str, start: int, stop: int, out: object = None) -> NDArray[np.float32]:
+        return self.arrays[name].reshape(-1)[start:stop]
+
+
+def computed(rows: Any, files: Any) -> dict[str, NDArray[np.float32]]:
+    """The tensors of rows, computed in pieces of an odd size."""
+    found = {}
+    for row in rows:
+        pieces = []
+        for start in range(0, row.size, 37):
+            stop = min(start + 37, row.size)
+            buffer, addend = np.empty((2, 37), np.float32)
+            pieces.append(compute(row, files, start, stop, buffer, addend).copy())
+        found[row.name] = np.concatenate(pieces).reshape(row.shape)
+    return found
+
+
+@pytest.mark.parametrize("checkpoint", ["tiny_panoptic_64", "tiny_instance_64_gated"])
+@pytest.mark.parametrize("layout", BACKBONE_LAYOUTS.values(), ids=lambda layout: layout.name)
+def test_a_backbone_comes_back_from_every_layout(checkpoint: str, layout: Any) -> None:
+    with open_tensors(FIXTURES / checkpoint / "backbone" / "model.safetensors") as file:
+        backbone = Memory({name: file.read(name) for name in file.tensors})
+    known = translate(backbone.tensors, DINOV3_TRANSFORMERS)
+    stored = Memory(computed(stored_rows(layout, known, "backbone"), {"backbone": backbone}))
+    back = translate(stored.tensors, layout)
+
+    assert back.parts.keys() == known.parts.keys()
+    assert not back.unknown
+    for name, part in back.parts.items():
+        original = known.parts[name]
+        ours = np.split(stored.arrays[part.name], part.count)[part.index]
+        assert np.array_equal(ours, backbone.arrays[original.name]), name
+
+
+@pytest.mark.parametrize("backbone", LAYOUTS["backbones"])
+def test_the_published_backbones_have_their_names_in_every_layout(backbone: str) -> None:
+    layouts = LAYOUTS["backbones"][backbone]["layouts"]
+    for name, layout in BACKBONE_LAYOUTS.items():
+        names = layouts[name]
+        canonical = [
+            part for each in names for part in layout.target(each) if isinstance(part, str)
+        ]
+        stored = layout.stored(canonical)
+        dropped = {
+            each for each in names if all(not isinstance(part, str) for part in layout.target(each))
+        }
+        assert stored.keys() == names.keys() - dropped
+
+
+# what is refused ---------------------------------------------------------------------------------
+
+
+def test_a_model_of_another_backbone_is_refused(
+    tuned: Path, tmp_path: Path, command: Callable[..., Result]
+) -> None:
+    other = load_file(BACKBONE / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in other.items():
+        if tensor.ndim > 1:
+            other[name] = tensor.flatten()[
+                torch.randperm(tensor.numel(), generator=generator)
+            ].reshape(tensor.shape)
+    shutil.copytree(BACKBONE, tmp_path / "other")
+    save_file(other, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    arguments = ("make-delta", tuned, "--backbone", "other", "--output", "delta")
+    result = command(*arguments)
+
+    assert result.exit_code == 1
+    assert "was not trained from this backbone" in result.stderr
+    assert not (tmp_path / "delta").exists()
+    assert command(*arguments, "--allow-mismatch").exit_code == 0
+    content = json.loads((tmp_path / "delta" / "delta.json").read_text())
+    assert content["pair"][0]["status"] == "failed"
+
+
+def test_a_backbone_of_another_size_is_refused(tuned: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="made for another backbone"):
+        converter.make_delta(
+            tuned, FIXTURES / "shapes_panoptic_128" / "backbone", tmp_path / "delta"
+        )
+
+
+def test_a_configuration_that_a_conversion_would_not_give_is_refused(
+    tuned: Path, tmp_path: Path
+) -> None:
+    config = json.loads((tuned / "config.json").read_text())
+    (tuned / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 1e-4}))
+    with pytest.raises(PlanError, match=r"layer_norm_eps is 0\.0001 in the model's"):
+        converter.make_delta(tuned, BACKBONE, tmp_path / "delta")
+
+
+def test_a_delta_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="are a delta already"):
+        converter.make_delta(FIXTURES / NAME / "delta", BACKBONE, tmp_path / "delta")
+
+
+def test_a_backbone_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="not EoMT weights"):
+        converter.make_delta(BACKBONE, BACKBONE, tmp_path / "delta")
+
+
+def test_weights_that_are_nan_are_refused(tuned: Path, tmp_path: Path) -> None:
+    weights = weights_of(tuned)
+    weights["layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
+    save_file(weights, tuned / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnreadableFileError, match="NaN or infinity"):
+        converter.make_delta(tuned, BACKBONE, tmp_path / "delta")
+    assert not (tmp_path / "delta").exists()
+
+
+def test_a_delta_that_does_not_add_up_is_not_written(
+    tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge, "subtract", lambda total, base: 1.001 * (total - base))
+    with pytest.raises(OutputsDifferError, match="does not come back"):
+        converter.make_delta(tuned, BACKBONE, tmp_path / "delta")
+    assert not (tmp_path / "delta").exists()
+
+
+def test_only_a_delta_is_replaced_and_only_with_force(tuned: Path, tmp_path: Path) -> None:
+    place = tmp_path / "delta"
+    converter.make_delta(tuned, BACKBONE, place)
+    with pytest.raises(OutputError):
+        converter.make_delta(tuned, BACKBONE, place)
+    converter.make_delta(tuned, BACKBONE, place, format="safetensors", force=True)
+    assert sorted(path.name for path in place.iterdir()) == ["delta.json", "model.safetensors"]
+    (place / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"notes\.txt"):
+        converter.make_delta(tuned, BACKBONE, place, force=True)
+    with pytest.raises(OutputError):
+        converter.make_delta(tuned, BACKBONE, tuned, force=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("task", "everything"), ("image_size", [64]), ("image_size", "64"), ("config", [1])],
+)
+def test_a_delta_json_of_another_form_is_refused(
+    tuned: Path, tmp_path: Path, key: str, value: object
+) -> None:
+    converter.make_delta(tuned, BACKBONE, tmp_path / "delta")
+    path = tmp_path / "delta" / "delta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(UnreadableFileError, match="was not written by make-delta"):
+        come_back(tmp_path / "delta", tmp_path / "back")
+
+
+def test_a_model_that_was_not_trained_from_it_is_told_by_its_values(
+    tuned: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(MismatchError):
+        noise = {
+            name: torch.randn(tensor.shape, generator=torch.Generator().manual_seed(2))
+            if tensor.ndim > 1
+            else tensor
+            for name, tensor in weights_of(tuned).items()
+        }
+        save_file(noise, tuned / "model.safetensors", {"format": "pt"})
+        converter.make_delta(tuned, BACKBONE, tmp_path / "delta")
