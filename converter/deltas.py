@@ -44,7 +44,7 @@ from converter.weights.pairing import (
     check_norms,
 )
 from converter.weights.plan import Plan, make_plan
-from converter.weights.round_trip import TensorChange, compare_sums
+from converter.weights.sums import TensorChange, compare_sums
 from converter.weights.tensorfiles import ShardedTensorFile, TensorFile, open_tensors
 from reference_model.config import Dinov3Config, EomtDinov3Config
 

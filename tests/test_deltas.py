@@ -41,7 +41,7 @@ from converter.weights.layouts import (
 from converter.weights.merge import compute
 from converter.weights.plan import make_plan
 from converter.weights.tensorfiles import open_tensors
-from converter.weights.torch_writing import TorchWriter
+from converter.weights.torch_writer import TorchWriter
 
 NAME = "tiny_panoptic_64"
 BACKBONE = FIXTURES / NAME / "backbone"

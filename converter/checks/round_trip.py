@@ -1,11 +1,11 @@
 """The verdict on a delta: what a conversion of it gives, beside the model that it was made of."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from converter.checks.comparison import FLOAT32
 from converter.checks.verdict import ROUND_TRIP, Level, Verdict
-from converter.weights.round_trip import TensorChange
+from converter.weights.sums import TensorChange
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +67,8 @@ def inexact_sentence(changes: Mapping[str, TensorChange]) -> str:
 
 def same_numbers() -> Level:
     """The level of the outputs where every tensor has the bits of the model's."""
+    from converter.checks.comparison import FLOAT32
+
     reason = "Every tensor has the bits of the model's, so the outputs are the model's."
     figures = {
         "tolerance": FLOAT32.absolute,
@@ -93,8 +95,7 @@ def check_round_trip_numbers(
         came_back: the sums of its delta and the backbone.
         image_size: (height, width) of the random pixels that both get; None if unknown.
     """
-    from dataclasses import replace
-
+    from converter.checks.comparison import FLOAT32
     from converter.checks.diagnosis.stages import Network, Skeleton
     from converter.checks.exported_numbers import computed_by, random_pixels
     from converter.checks.numbers import judge_as_reference

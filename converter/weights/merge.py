@@ -13,7 +13,7 @@ from converter.files import Digests
 from converter.weights.difference import subtract
 from converter.weights.plan import Operand, Plan, Row, Source
 from converter.weights.tensorfiles import ShardedTensorFile, TensorFile
-from converter.weights.torch_writing import TorchWriter
+from converter.weights.torch_writer import TorchWriter
 from converter.weights.writing import Sharding, WeightsWriter, shard
 
 if TYPE_CHECKING:
