@@ -12,6 +12,7 @@ import pytest
 import torch
 from click.testing import Result
 from conftest import FIXTURES, NAMES
+from hub_server import Hub
 from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -21,12 +22,14 @@ from torch import Tensor
 import converter
 from converter.errors import (
     MismatchError,
+    NotVerifiedError,
     OutputError,
     OutputsDifferError,
     PlanError,
     UnreadableFileError,
     UsageError,
 )
+from converter.publishing.delta_card import DeltaFolder
 from converter.weights import merge
 from converter.weights.delta_plan import delta_rows, stored_rows
 from converter.weights.difference import subtract
@@ -516,3 +519,82 @@ def test_a_model_that_was_not_trained_from_it_is_told_by_its_values(
         }
         save_file(noise, tuned / "model.safetensors", {"format": "pt"})
         converter.make_delta(tuned, BACKBONE, tmp_path / "delta")
+
+
+# on the Hub --------------------------------------------------------------------------------------
+
+LICENCE = b"""DINOv3 License
+
+1. A paragraph about other things.
+
+2. You may make derivative works
+   under `this` | licence.
+"""
+
+
+@pytest.fixture
+def on_hub(hub: Hub, me: str) -> str:
+    """The repository of the backbone, with a licence."""
+    files = {path.name: path for path in BACKBONE.iterdir()}
+    repo = "facebook/dinov3-vits16-pretrain-lvd1689m"
+    hub.create_repo(repo, {**files, "LICENSE.md": LICENCE})
+    return repo
+
+
+def test_a_delta_is_published_with_its_card_and_comes_home(
+    tuned: Path,
+    on_hub: str,
+    hub: Hub,
+    command: Callable[..., Result],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(DeltaFolder, "derived", True)  # unlike the weights of this backbone
+    arguments = ("make-delta", tuned, "--backbone", on_hub, "--output", "delta")
+    result = command(*arguments, "--push-to", "me/delta")
+
+    assert result.exit_code == 0, result.output
+    files = hub.files("me/delta")
+    assert {"README.md", "LICENSE.md", "delta.json", "pytorch_model.bin"} <= files.keys()
+    card = files["README.md"].decode()
+    commit = json.loads(files["delta.json"])["sources"]["backbone"]["revision"]
+    made = f"eomt-convert --delta me/delta --backbone {on_hub}@{commit} --output model"
+    assert f"\n{made}\n" in card
+    assert "> `2. You may make derivative works under \\x60this\\x60 \\x7c licence.`" in card
+    assert "other things" not in card
+    assert "license_name: dinov3-license" in card
+    inexact = json.loads(files["delta.json"])["round_trip"]["inexact"]
+    assert f"| that come back with other bits | {inexact:,} |" in card
+
+    tuned.rename(tmp_path / "tuned")  # it is called model
+    again = command(*made.split()[1:])
+    assert again.exit_code == 0, again.output
+    theirs = come_back(tmp_path / "delta", tmp_path / "back")
+    ours = weights_of(tmp_path / "model")
+    assert all(same_bits(ours[name], theirs[name]) for name in theirs)
+    history = json.loads((tmp_path / "model" / "conversion.json").read_text())
+    assert "--task panoptic --image-size 64x64" in history["command"]
+
+
+def test_the_delta_of_an_offline_checkpoint_needs_no_licence(
+    converted: Callable[[str], Path], hub: Hub, me: str, tmp_path: Path
+) -> None:
+    converter.make_delta(converted(NAME), BACKBONE, tmp_path / "delta")
+    done = converter.publish(tmp_path / "delta", "me/delta")
+
+    assert done.private
+    assert "LICENSE.md" not in hub.files("me/delta")
+    assert "license: apache-2.0" in hub.files("me/delta")["README.md"].decode()
+    assert converter.publish(tmp_path / "delta", "me/delta").commit == done.commit
+
+
+def test_a_delta_that_was_changed_or_not_run_is_not_published(
+    tuned: Path, me: str, tmp_path: Path
+) -> None:
+    converter.make_delta(tuned, BACKBONE, tmp_path / "delta", verify=False)
+    with pytest.raises(NotVerifiedError, match="was not run"):
+        converter.publish(tmp_path / "delta", "me/delta")
+    with (tmp_path / "delta" / "pytorch_model.bin").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(UnreadableFileError, match="was changed since"):
+        converter.publish(tmp_path / "delta", "me/delta", allow_unverified=True)

@@ -12,6 +12,7 @@ from converter.cli.session import (
     hub_options,
     progress_bar,
 )
+from converter.errors import UsageError
 from converter.weights.merge import WeightsFormat
 
 
@@ -33,7 +34,17 @@ from converter.weights.merge import WeightsFormat
     show_default=True,
     help="pytorch_model.bin, which the original's loader reads, or model.safetensors.",
 )
-@click.option("--push-to", metavar="REPO", help="Publish the delta as this model repository.")
+@click.option("--push-to", metavar="REPO", help="Publish the delta as this repository.")
+@click.option(
+    "--private/--public",
+    default=None,
+    help="Who sees the repository. [default: private if new, else unchanged]",
+)
+@click.option(
+    "--license-file",
+    type=click.Path(path_type=Path),
+    help="Text of DINOv3's licence. [default: from the backbone's repository]",
+)
 @click.option("--no-verify", is_flag=True, help="Do not run the model that the delta gives.")
 @click.option(
     "--allow-mismatch", is_flag=True, help="Also if the model was not trained from the backbone."
@@ -47,6 +58,8 @@ def make_delta_command(
     output: Path,
     format: WeightsFormat,
     push_to: str | None,
+    private: bool | None,
+    license_file: Path | None,
     no_verify: bool,
     allow_mismatch: bool,
     force: bool,
@@ -66,7 +79,15 @@ def make_delta_command(
     with session.errors():
         from converter import report
         from converter.deltas import make_delta
+        from converter.hub.access import Access
+        from converter.publishing.push import check_login, publish
 
+        access = Access.of(token, cache_dir, offline)
+        if push_to:
+            check_login([push_to], access.online)
+        elif private is not None or license_file:
+            option = "--license-file" if license_file else "--private or --public"
+            raise UsageError(f"{option} needs --push-to.")
         with progress_bar(session.shows_progress) as progress:
             done = make_delta(
                 model,
@@ -82,4 +103,22 @@ def make_delta_command(
                 progress=progress,
             )
         session.say(*report.warnings(done.pair))
-        session.show(report.delta(done, output), done.to_dict())
+        lines, content = report.delta(done, output), done.to_dict()
+        if not push_to:
+            session.show(lines, content)
+            return
+        if not as_json:  # shown before the push, which may fail
+            session.show(lines, {}, f"The delta is {output}; it was not pushed.")
+        published = publish(
+            done.output,
+            push_to,
+            private=private,
+            license_file=license_file,
+            allow_unverified=no_verify,
+            access=access,
+        )
+        session.show(
+            report.publication(published),
+            {**content, "published": published.to_dict()},
+            report.pushed(published),
+        )

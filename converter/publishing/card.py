@@ -41,7 +41,7 @@ LICENCE_FILE = "LICENSE.md"  # as in Meta's own repositories
 LICENCE_LINK = "https://ai.meta.com/resources/models-and-libraries/dinov3-license"
 MODEL_ZOO = "https://github.com/tue-mps/eomt/blob/master/model_zoo/dinov3.md"
 
-_TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+_TEMPLATES = Path(__file__).parent / "templates"
 
 # the datasets' names on the Hub, as cards of other segmentation models give them
 _HUB_DATASETS = {
@@ -141,13 +141,23 @@ class ModelRecord:
         source = self.history.sources.get("backbone")
         if source is None:
             return None
-        if source.repo_id and _is_repo_id(source.repo_id):
+        if source.repo_id and is_repo_id(source.repo_id):
             return source.repo_id
         published = (published_repo(file.sha256) for file in source.files.values())
         return next(filter(None, published), None)
 
+    @property
+    def backbone_revision(self) -> str | None:
+        """The commit of that repository, if the backbone came from it."""
+        source = self.history.sources.get("backbone")
+        return source.revision if source else None
 
-def _is_repo_id(text: str) -> bool:
+    def card(self, repo_id: str, licence: str | None) -> "ModelCard":
+        """The model's card; see `model_card`. The licence's text is not in it."""
+        return model_card(repo_id, self)
+
+
+def is_repo_id(text: str) -> bool:
     """Whether a text, which may come from any conversion.json, is a valid repository name."""
     try:
         check_repo_id(text)
@@ -175,7 +185,7 @@ def model_card(repo_id: str, made: ModelRecord) -> "ModelCard":
 
     history, config = made.history, made.config
     height, width = _height_and_width(config["image_size"])
-    text = _template().render(
+    text = template("model_card.md").render(
         card_data=Markdown(_card_data(repo_id, made).to_yaml()),
         title=repo_id.partition("/")[2],
         begin=Markdown(BEGIN),
@@ -208,15 +218,15 @@ def model_card(repo_id: str, made: ModelRecord) -> "ModelCard":
 
 
 @cache
-def _template() -> "Template":
-    """The card's template, which escapes every text as prose, unless it is marked as Markdown."""
+def template(name: str) -> "Template":
+    """A card's template, which escapes every text as prose, unless it is marked as Markdown."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(  # noqa: S701  # for Markdown, not for HTML
-        loader=FileSystemLoader(_TEMPLATE.parent), undefined=StrictUndefined, finalize=_finalised
+        loader=FileSystemLoader(_TEMPLATES), undefined=StrictUndefined, finalize=_finalised
     )
     environment.filters |= {"code": code, "fenced": fenced}
-    return environment.get_template(_TEMPLATE.name)
+    return environment.get_template(name)
 
 
 def _finalised(value: object) -> object:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from converter.checks.verdict import Verdict
 from converter.checks.verification import verify
 from converter.configs import read_model_config
+from converter.delta_record import DELTA
 from converter.errors import (
     AccessError,
     EomtConvertError,
@@ -33,7 +34,8 @@ from converter.hub.sources import fetch_first, listed_digests
 from converter.job import Job
 from converter.outside import visible
 from converter.places import HubSource, LocalSource
-from converter.publishing.card import LICENCE_FILE, ModelRecord, is_derived, model_card, updated
+from converter.publishing.card import LICENCE_FILE, ModelRecord, is_derived, updated
+from converter.publishing.delta_card import DeltaFolder
 from converter.publishing.remote import (
     MAIN,
     Change,
@@ -124,14 +126,14 @@ def publish(
     cache_dir: str | Path | None = None,
     access: Access | None = None,
 ) -> Publication:
-    """Brings a model repository on the Hub to the state of a converted folder, in one commit.
+    """Brings a repository on the Hub to the state of a converted folder or a delta, in one commit.
 
     ``converter.publish("coco_panoptic_large_640", "me/eomt-large")`` sends the weights, the
     configuration, conversion.json, a model card and the licence, then checks what arrived. If the
     repository already has all of these, no commit is made.
 
     Args:
-        folder: a folder that `convert` has written.
+        folder: a folder that `convert` or `make_delta` has written.
         repo_id: owner/name; a repository that does not exist is created.
         revision: branch to commit to, by default main; one that does not exist is created.
         create_pr: whether to open a pull request to main instead.
@@ -167,7 +169,15 @@ def publish(
             "A pull request goes to main; tag it, and make it public, when it is merged.",
         )
     folder = user_path(folder)
-    made, files = _read(folder, allow_unverified=allow_unverified)
+    made: ModelRecord | DeltaFolder
+    if (folder / DELTA).is_file():
+        made, files = _read_delta(folder, allow_unverified=allow_unverified)
+        if verify_remote:
+            raise UsageError(
+                "--verify-remote is for models.", "Convert the published delta, and verify that."
+            )
+    else:
+        made, files = _read(folder, allow_unverified=allow_unverified)
     access = (access or Access.of(token, cache_dir)).online
     check_login([repo_id], access)
     if licence := _licence(made, license_file, access):
@@ -175,7 +185,7 @@ def publish(
 
     api, branch = HfApi(token=access.token), revision or MAIN
     remote = _read_branch(api, repo_id, branch)
-    files["README.md"] = _card(repo_id, made, remote, access)
+    files["README.md"] = _card(repo_id, made, licence, remote, access)
     report = folder / REPORT
     if report.is_file() and not is_there(files, remote):
         # its measured figures differ between machines: that alone is not a reason for a commit
@@ -202,7 +212,7 @@ def publish(
     )
     arrived = _read_back(api, repo_id, done, files, access)
     verdict = None
-    if verify_remote:
+    if verify_remote and isinstance(made, ModelRecord):
         verdict = _verify_again(api, repo_id, done, files, made, recorded, access)
     with explained(repo_id):
         if tag and not check_tag(api, repo_id, tag, done.commit, files):
@@ -294,21 +304,41 @@ def _read(folder: Path, *, allow_unverified: bool) -> tuple[ModelRecord, dict[st
         raise UnreadableFileError(
             f"The verdict in {folder / HISTORY} is not valid: {error}.", "Convert again."
         ) from error
-    files = {HISTORY: Content.of(folder / HISTORY)}
-    for name, listed in made.history.files.items():
-        # conversion.json may come from anywhere: no file outside the folder is ever sent
+    digests = {name: file.sha256 for name, file in made.history.files.items()}
+    return made, _contents(folder, HISTORY, digests, "Convert again.")
+
+
+def _read_delta(folder: Path, *, allow_unverified: bool) -> tuple[DeltaFolder, dict[str, Content]]:
+    """Reads a delta, which must be unchanged since it was made."""
+    made = DeltaFolder.read(folder)
+    if made.verdict != "passed" and (made.verdict != "unverified" or not allow_unverified):
+        raise NotVerifiedError(
+            f"The model that {folder} gives was not run: the verdict is {made.verdict}.",
+            "Make the delta without --no-verify, or push with --allow-unverified; the card will "
+            "say so.",
+        )
+    return made, _contents(folder, DELTA, made.files, "Make the delta again.")
+
+
+def _contents(
+    folder: Path, listing: str, digests: Mapping[str, str], remedy: str
+) -> dict[str, Content]:
+    """The file that lists others, and these, which must have the digests that it says."""
+    files = {listing: Content.of(folder / listing)}
+    for name, digest in digests.items():
+        # the list may come from anywhere: no file outside the folder is ever sent
         if name != Path(name).name or not (folder / name).is_file():
             raise UnreadableFileError(
-                f"{folder} has no file {name}, which conversion.json lists.", "Convert again."
+                f"{folder} has no file {name}, which {listing} lists.", remedy
             )
         files[name] = Content.of(folder / name)
-        if files[name].sha256 != listed.sha256:
+        if files[name].sha256 != digest:
             raise UnreadableFileError(
                 f"{folder / name} was changed since it was verified: its SHA-256 is not the one in "
-                "conversion.json.",
-                "Convert again.",
+                f"{listing}.",
+                remedy,
             )
-    return made, files
+    return files
 
 
 def _check_verdict(made: ModelRecord, folder: Path, *, allow_unverified: bool) -> None:
@@ -326,17 +356,20 @@ def _check_verdict(made: ModelRecord, folder: Path, *, allow_unverified: bool) -
         )
 
 
-def _licence(made: ModelRecord, given: str | Path | None, access: Access) -> Content | None:
+def _licence(
+    made: "ModelRecord | DeltaFolder", given: str | Path | None, access: Access
+) -> Content | None:
     """The text of the licence of the weights; None if they need no copy of it."""
     if given:
         return _licence_text(user_path(given))
     if not made.derived:
         return None
     if made.backbone is None:
+        listing = HISTORY if isinstance(made, ModelRecord) else DELTA
         raise UsageError(
-            f"{_LICENCE_NEEDED}; conversion.json names no repository with a copy of it.", _GIVE_IT
+            f"{_LICENCE_NEEDED}; {listing} names no repository with a copy of it.", _GIVE_IT
         )
-    revision = made.history.sources["backbone"].revision or MAIN
+    revision = made.backbone_revision or MAIN
     return _licence_text(_fetch_licence(HubSource(made.backbone, revision), access))
 
 
@@ -378,8 +411,15 @@ def _read_text(path: Path, title: str | None = None) -> str:
         raise UnreadableFileError(f"{title or path} is not a text in UTF-8.") from error
 
 
-def _card(repo_id: str, made: ModelRecord, remote: Snapshot | None, access: Access) -> Content:
-    card = model_card(repo_id, made)
+def _card(
+    repo_id: str,
+    made: "ModelRecord | DeltaFolder",
+    licence: Content | None,
+    remote: Snapshot | None,
+    access: Access,
+) -> Content:
+    text = licence.source.decode() if licence and isinstance(licence.source, bytes) else None
+    card = made.card(repo_id, text)
     if remote is None or "README.md" not in remote.digests:
         return Content.of(str(card).encode())
     theirs = _read_fresh(
@@ -388,7 +428,9 @@ def _card(repo_id: str, made: ModelRecord, remote: Snapshot | None, access: Acce
     return Content.of(updated(theirs, card).encode())
 
 
-def _message(made: ModelRecord) -> str:
+def _message(made: "ModelRecord | DeltaFolder") -> str:
+    if isinstance(made, DeltaFolder):
+        return f"Add a delta made with eomt-convert {visible(made.content['tool']['version'])}"
     subject = made.checkpoint.name if made.checkpoint else "a model"
     return f"Convert {subject} with eomt-convert {visible(made.history.version)}"
 
@@ -461,7 +503,8 @@ def _read_back(
             f"{repo_id} at {done.commit} differs from what was sent: {', '.join(wrong)}.",
             "Run again.",
         )
-    _read_fresh(remote, "config.json", access, read_model_config)
+    if "config.json" in files:
+        _read_fresh(remote, "config.json", access, read_model_config)
     return remote
 
 

@@ -6,7 +6,6 @@ shapes and places of the tensors, and ``data/N`` the elements of the tensor with
 """
 
 import math
-import pickle
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,22 @@ if TYPE_CHECKING:
 
 # torch's classes of storage, by safetensors' names of element types
 _STORAGES: Mapping[str, str] = {"F32": "FloatStorage"}
+
+# opcodes of a pickle of protocol 2 (Python's pickletools describes them)
+_BININT = b"J"
+_BINPERSID = b"Q"
+_BINUNICODE = b"X"
+_EMPTY_DICT = b"}"
+_EMPTY_TUPLE = b")"
+_GLOBAL = b"c"
+_LONG1 = b"\x8a"
+_MARK = b"("
+_NEWFALSE = b"\x89"
+_PROTO = b"\x80"
+_REDUCE = b"R"
+_SETITEMS = b"u"
+_STOP = b"."
+_TUPLE = b"t"
 
 # where every record begins: at a multiple of this number of bytes, so that it can be mapped
 _ALIGNMENT = 64
@@ -120,36 +135,36 @@ def pickled_tensors(tensors: TensorSpecs) -> bytes:
 
 
 def _opcodes(tensors: TensorSpecs) -> Iterator[bytes]:
-    """The opcodes of a pickle of protocol 2 (Python's pickletools describes them)."""
-    yield pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + pickle.MARK
+    """The opcodes of that pickle, in order."""
+    yield _PROTO + b"\x02" + _EMPTY_DICT + _MARK
     for number, (name, (dtype, shape)) in enumerate(tensors.items()):
         strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-        yield _text(name) + _global("torch._utils", "_rebuild_tensor_v2") + pickle.MARK
+        yield _text(name) + _global("torch._utils", "_rebuild_tensor_v2") + _MARK
         # the storage: a tuple that torch.load looks up
-        yield pickle.MARK + _text("storage") + _global("torch", _STORAGES[dtype])
-        yield _text(str(number)) + _text("cpu") + _integer(math.prod(shape)) + pickle.TUPLE
-        yield pickle.BINPERSID + _integer(0) + _integers(shape) + _integers(strides)
-        yield pickle.NEWFALSE  # it does not require a gradient
-        yield _global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE  # no hooks
-        yield pickle.TUPLE + pickle.REDUCE
-    yield pickle.SETITEMS + pickle.STOP
+        yield _MARK + _text("storage") + _global("torch", _STORAGES[dtype])
+        yield _text(str(number)) + _text("cpu") + _integer(math.prod(shape)) + _TUPLE
+        yield _BINPERSID + _integer(0) + _integers(shape) + _integers(strides)
+        yield _NEWFALSE  # it does not require a gradient
+        yield _global("collections", "OrderedDict") + _EMPTY_TUPLE + _REDUCE  # no hooks
+        yield _TUPLE + _REDUCE
+    yield _SETITEMS + _STOP
 
 
 def _text(text: str) -> bytes:
     encoded = text.encode()
-    return pickle.BINUNICODE + struct.pack("<I", len(encoded)) + encoded
+    return _BINUNICODE + struct.pack("<I", len(encoded)) + encoded
 
 
 def _global(module: str, name: str) -> bytes:
-    return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+    return _GLOBAL + f"{module}\n{name}\n".encode()
 
 
 def _integer(number: int) -> bytes:
     if number < 2**31:
-        return pickle.BININT + struct.pack("<i", number)
-    encoded = pickle.encode_long(number)
-    return pickle.LONG1 + bytes([len(encoded)]) + encoded
+        return _BININT + struct.pack("<i", number)
+    encoded = number.to_bytes(number.bit_length() // 8 + 1, "little")
+    return _LONG1 + bytes([len(encoded)]) + encoded
 
 
 def _integers(numbers: tuple[int, ...]) -> bytes:
-    return pickle.MARK + b"".join(map(_integer, numbers)) + pickle.TUPLE
+    return _MARK + b"".join(map(_integer, numbers)) + _TUPLE
