@@ -607,9 +607,10 @@ def test_nodes_are_counted_by_provider_and_no_profile_is_left(
 def test_an_error_names_the_extra_that_is_missing(
     command: Callable[..., Result], exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folder = exported("tiny_panoptic_64")
     monkeypatch.delitem(sys.modules, "converter.runtimes.onnx_file")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    result = command("verify", exported("tiny_panoptic_64"))
+    result = command("verify", folder)
 
     assert result.exit_code == 1
     assert "pip install 'eomt-convert[export]'" in result.stderr
