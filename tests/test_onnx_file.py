@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 import tracemalloc
 import warnings
@@ -557,6 +558,21 @@ def test_a_provider_that_fails_does_not_become_the_cpu_in_silence(
         file.open(["AzureExecutionProvider"])
 
     assert capsys.readouterr().out == ""
+
+
+def test_onnxruntime_is_imported_without_its_telemetry(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if "TELEMETRY" not in name}
+    program = "import converter.runtimes.onnx_file, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**environment, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert result.stdout == "1\n"
+    assert list(tmp_path.iterdir()) == []  # where it would keep an identifier
 
 
 def test_short_names_of_providers_are_known() -> None:
