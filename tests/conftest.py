@@ -14,6 +14,9 @@ from typing import Any
 # other workers of pytest-xdist
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# before onnxruntime is imported by a test, which converter.runtimes does for its users
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 import numpy as np
 import pytest
 import torch

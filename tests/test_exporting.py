@@ -27,7 +27,8 @@ from safetensors.torch import load_file, save_file
 from small_models import small_model
 
 import converter
-from converter.errors import MissingKernelError, OutputError, UsageError
+from converter.checks.comparison import FLOAT32
+from converter.errors import MissingKernelError, OutputError, UnreadableFileError, UsageError
 from converter.pictures.evaluation import evaluate
 from converter.runtimes.onnx_file import OnnxFile
 from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor
@@ -439,6 +440,28 @@ def test_an_existing_export_is_only_replaced_with_force_and_without_files_of_oth
         converter.export(converted("tiny_panoptic_64"), export, **again)
 
 
+def test_a_model_that_was_changed_since_its_conversion_is_not_exported_with_its_history(
+    model: Path, tmp_path: Path
+) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights[WEIGHT] *= 1.5
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UnreadableFileError, match=r"model\.safetensors was changed since"):
+        converter.export(model, tmp_path / "export", format="torch")
+
+    (model / "conversion.json").unlink()
+    done = converter.export(model, tmp_path / "export", format="torch")
+    assert converter.verify(tmp_path / "export").verdict == done.verdict.verdict == "passed"
+
+
+def test_a_model_without_register_tokens_is_exported(tmp_path: Path) -> None:
+    folder = save_small(tmp_path / "model", num_register_tokens=0)
+    done = converter.export(folder, tmp_path / "export", format="torch")
+
+    assert done.verdict.verdict == "passed", done.verdict.reason
+    assert level(done.verdict, "arithmetic").status == "passed"
+
+
 def test_a_model_is_not_replaced_by_its_export(model: Path) -> None:
     with pytest.raises(UsageError, match="is the model itself"):
         converter.export(model, model, force=True)
@@ -498,18 +521,22 @@ def test_float16_is_held_against_the_recording_as_closely_as_it_allows(
     assert {port.type for port in session.get_outputs()} == {"tensor(float)"}
 
 
+def save_small(folder: Path, *, factor: float = 1, **changes: Any) -> Path:
+    """A small model of random weights, and one weight larger by a factor, as a converted folder."""
+    model = small_model(**changes)
+    model.attn_mask_probs.zero_()
+    with torch.no_grad():
+        model.get_parameter(WEIGHT).mul_(factor)
+    model.eval().save_pretrained(folder)
+    size = {"shortest_edge": 64, "longest_edge": 64}
+    EomtImageProcessor(size=size).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def overflowing(tmp_path: Path) -> Path:
     """A model whose second layer computes values that float16 does not hold."""
-    model = small_model()
-    model.attn_mask_probs.zero_()
-    with torch.no_grad():
-        model.get_parameter("layers.1.mlp.up_proj.weight").mul_(3e4)
-    model.eval().save_pretrained(tmp_path / "overflowing")
-    EomtImageProcessor(size={"shortest_edge": 64, "longest_edge": 64}).save_pretrained(
-        tmp_path / "overflowing"
-    )
-    return tmp_path / "overflowing"
+    return save_small(tmp_path / "overflowing", factor=3e4)
 
 
 def test_activations_that_overflow_float16_are_refused_and_found(
@@ -611,6 +638,91 @@ def test_an_export_has_the_panoptic_quality_of_its_model(
 
 def count_of(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if isinstance(value, int)}
+
+
+def test_a_fixed_size_that_the_configuration_beside_it_does_not_have_fails(
+    export: Path,
+) -> None:
+    def fix(graph: onnx.GraphProto) -> None:
+        for axis in (2, 3):
+            graph.input[0].type.tensor_type.shape.dim[axis].dim_value = 64
+
+    change(export / "model.onnx", fix)
+    config = json.loads((export / "config.json").read_text())
+    (export / "config.json").write_text(json.dumps({**config, "image_size": 128}))
+    problems = level(converter.verify(export), "structure").figures["problems"]
+
+    assert any("image_size in config.json is [128, 128]" in problem for problem in problems)
+
+
+def test_tensors_in_another_type_than_most_are_compared_in_their_own(
+    export: Path, converted: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def store_in_float16(graph: onnx.GraphProto) -> None:
+        """Stores the weight in float16, and casts it."""
+        set_values(graph, WEIGHT, lambda weight: weight.astype(np.float16))
+        for node in graph.node:
+            node.input[:] = ["cast" if name == WEIGHT else name for name in node.input]
+        cast = onnx.helper.make_node("Cast", [WEIGHT], ["cast"], "cast", to=onnx.TensorProto.FLOAT)
+        graph.node.insert(0, cast)
+
+    alone = tmp_path / "mixed.onnx"
+    shutil.copy(export / "model.onnx", alone)
+    change(alone, store_in_float16)
+    verdict = converter.verify(alone, made_from=converted("tiny_panoptic_64"))
+
+    assert level(verdict, "arithmetic").status == "passed", verdict.reason
+    figures = level(verdict, "numbers").figures
+    assert figures["relative_tolerance"] == FLOAT32.relative  # most is computed in float32
+    change(alone, lambda graph: set_values(graph, WEIGHT, lambda weight: weight * np.float16(1.5)))
+    verdict = converter.verify(alone, made_from=converted("tiny_panoptic_64"))
+    assert level(verdict, "arithmetic").figures["different"] == [WEIGHT]
+
+
+def to_bfloat16(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return torch.from_numpy(values).bfloat16().float().numpy()
+
+
+@pytest.mark.numbers
+def test_weights_that_were_rounded_to_bfloat16_are_recognised_in_a_file_alone(
+    export: Path, tmp_path: Path
+) -> None:
+    def round_all(graph: onnx.GraphProto) -> None:
+        for tensor in graph.initializer:
+            if tensor.data_type == onnx.TensorProto.FLOAT:
+                set_values(graph, tensor.name, to_bfloat16)
+
+    alone = tmp_path / "alone" / "theirs.onnx"
+    alone.parent.mkdir()
+    shutil.copy(export / "model.onnx", alone)
+    change(alone, round_all)
+    verdict = converter.verify(alone, recorded=FIXTURES / "tiny_panoptic_64")
+
+    assert verdict.verdict == "passed", verdict.reason
+    assert "as closely as weights in bfloat16 allow" in verdict.compared_with
+
+
+def test_one_rounded_tensor_does_not_widen_the_tolerance_of_all(export: Path) -> None:
+    change(export / "model.onnx", lambda graph: set_values(graph, WEIGHT, to_bfloat16))
+    verdict = converter.verify(export)
+
+    assert level(verdict, "arithmetic").figures["different"] == [WEIGHT]
+    assert level(verdict, "numbers").figures["relative_tolerance"] == FLOAT32.relative
+
+
+def test_without_a_normalisation_for_its_channels_a_file_is_not_run(tmp_path: Path) -> None:
+    model = save_small(tmp_path / "model", num_channels=1)
+    preprocessor = json.loads((model / "preprocessor_config.json").read_text())
+    preprocessor |= {"image_mean": [0.5], "image_std": [0.2]}
+    (model / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    done = converter.export(model, tmp_path / "export", format="torch")
+    assert done.verdict.verdict == "passed", done.verdict.reason
+
+    (tmp_path / "export" / "preprocessor_config.json").unlink()
+    (tmp_path / "export" / "conversion.json").unlink()
+    verdict = converter.verify(tmp_path / "export")
+    assert verdict.verdict == "unverified"
+    assert "1 channels are normalised is not known" in verdict.reason
 
 
 def test_a_file_of_another_models_shapes_fails(

@@ -24,6 +24,7 @@ from converter.exporting import onnx_writing
 from converter.exporting.onnx_writing import OPSET, OPSETS, check_opset, write_onnx
 from converter.exporting.tracing import trace
 from converter.runtimes.exported import OUTPUTS
+from converter.runtimes.onnx_file import read_onnx
 from converter.version import __version__
 from reference_model import EomtDinov3ForUniversalSegmentation
 
@@ -163,6 +164,9 @@ def test_inputs_outputs_and_their_axes_have_readable_names(gated: Export) -> Non
         "hidden_states.1": ["batch", "queries_and_tokens", 32],
         "last_hidden_state": ["batch", "queries_and_tokens", 32],
     }
+    ports = read_onnx(gated.path).outputs
+    assert ports["hidden_states.0"].dynamic_axes == {"0": "batch", "1": "tokens"}
+    assert ports["hidden_states.1"].dynamic_axes == {"0": "batch", "1": "queries_and_tokens"}
     named = {size for value in graph.value_info for size in axes(value) if isinstance(size, str)}
     assert named == {
         "batch", "tokens", "queries_and_tokens", "mask_height", "mask_width"

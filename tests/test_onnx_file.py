@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import sys
 import tracemalloc
 import warnings
@@ -391,7 +392,7 @@ def test_other_inputs_and_outputs_are_listed(tmp_path: Path) -> None:
     with pytest.raises(UnreadableFileError, match="output-names MASKS,CLASSES"):
         read_onnx(small_file(path, outputs=two))
     assert read_onnx(path, output_names=("b", "c")).outputs["mask_logits"].name == "b"
-    with pytest.raises(UsageError, match="has no output 'd'; it has a 1x2x16x16"):
+    with pytest.raises(UsageError, match=r"has no output 'd'; it has a \(1 x 2 x 16 x 16\)"):
         read_onnx(path, output_names=("d", "c"))
     with pytest.raises(UsageError, match=r"'c' of .* has rank 3, expected 4"):
         read_onnx(path, output_names=("c", "b"))
@@ -559,6 +560,21 @@ def test_a_provider_that_fails_does_not_become_the_cpu_in_silence(
     assert capsys.readouterr().out == ""
 
 
+def test_onnxruntime_is_imported_without_its_telemetry(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if "TELEMETRY" not in name}
+    program = "import converter.runtimes.onnx_file, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**environment, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert result.stdout == "1\n"
+    assert list(tmp_path.iterdir()) == []  # where it would keep an identifier
+
+
 def test_short_names_of_providers_are_known() -> None:
     assert parse_providers("CPU") == ("CPUExecutionProvider",)
     assert parse_providers(["CPUExecutionProvider"]) == ("CPUExecutionProvider",)
@@ -607,9 +623,10 @@ def test_nodes_are_counted_by_provider_and_no_profile_is_left(
 def test_an_error_names_the_extra_that_is_missing(
     command: Callable[..., Result], exported: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folder = exported("tiny_panoptic_64")
     monkeypatch.delitem(sys.modules, "converter.runtimes.onnx_file")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    result = command("verify", exported("tiny_panoptic_64"))
+    result = command("verify", folder)
 
     assert result.exit_code == 1
     assert "pip install 'eomt-convert[export]'" in result.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
-from conftest import FIXTURES
+from conftest import FIXTURES, over_lfs
 from safetensors.torch import load_file, save_file
 
 from converter.checks.comparison import TOLERANCE
@@ -79,6 +79,7 @@ def test_there_are_programs_to_try() -> None:
     assert len(SHOWN) == 2
 
 
+@over_lfs
 @pytest.mark.parametrize(("arguments", "pipes", "output"), COMMANDS)
 def test_commands_print_what_is_shown(
     folder: Path, me: str, command: Command, arguments: str, pipes: str, output: str

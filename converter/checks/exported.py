@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,7 +101,7 @@ class ExportedModel:
         skeleton = Skeleton(self.config)
         weights = {}
         for name, needed in skeleton.model.state_dict().items():
-            if name in BUFFERS:  # which no inference needs
+            if name in BUFFERS or not needed.numel():  # which no inference needs
                 weights[name] = torch.zeros(needed.shape)
             elif name in self.tensors:
                 values = np.ascontiguousarray(self.tensors[name].read().astype(np.float32))
@@ -150,8 +151,10 @@ def read_exported_model(
     elif export:
         rows = history.tensors if history and history.dtype == export.dtype else export.tensors
         digests, against = rows, HISTORY
-    digests = {name: digest for name, digest in digests.items() if name not in BUFFERS}
+    digests = {name: digest for name, digest in digests.items() if name in shapes}
     tensors = find_tensors(file.tensors, shapes, digests)
+    if source:
+        digests |= _digests_in_own_type(source, tensors, digests)
     misfits = tuple(_misfits(file, shapes, tensors))
     if source and folder and source != folder:
         misfits += tuple(_other_configs(folder, source))
@@ -161,9 +164,11 @@ def read_exported_model(
 
 
 def _dtype_of(tensors: Iterable[StoredTensor]) -> Dtype:
-    """The type of most of some tensors, as torch names it."""
-    types = [each.dtype for each in tensors]
-    return max(get_args(Dtype), key=types.count)
+    """The type of most elements of some tensors, as torch names it."""
+    elements: Counter[str] = Counter()
+    for tensor in tensors:
+        elements[tensor.dtype] += math.prod(tensor.shape)
+    return max(get_args(Dtype), key=lambda dtype: elements[dtype])
 
 
 def _known(model: ExportedModel) -> list[StoredTensor]:
@@ -183,7 +188,11 @@ def _shapes(config: EomtDinov3Config) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors that inference needs, by name."""
     with torch.device("meta"):
         needed = EomtDinov3ForUniversalSegmentation(config).state_dict()
-    return {n: tuple(tensor.shape) for n, tensor in needed.items() if n not in BUFFERS}
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in needed.items()
+        if name not in BUFFERS and tensor.numel()
+    }
 
 
 def _digests(source: Path, dtype: str) -> dict[str, str]:
@@ -193,6 +202,25 @@ def _digests(source: Path, dtype: str) -> dict[str, str]:
             name: sha256_of(round_to(file.read(name).astype(np.float32), DTYPES[dtype]))
             for name in file.tensors
         }
+
+
+def _digests_in_own_type(
+    source: Path, found: Mapping[str, FileTensor], digests: Mapping[str, str]
+) -> dict[str, str]:
+    """SHA-256 of the tensors that a file stores in another type than most of its others.
+
+    Args:
+        source: the folder of the model.
+        found: its tensors in the file, by name.
+        digests: SHA-256 of all of them in the type of most.
+    """
+    others: dict[str, str] = {}
+    with open_tensors(find_weights(source)) as file:
+        for name, tensor in found.items():
+            if tensor.sha256 != digests.get(name) and tensor.stored.dtype in DTYPES:
+                values = file.read(name).astype(np.float32)
+                others[name] = sha256_of(round_to(values, DTYPES[tensor.stored.dtype]))
+    return others
 
 
 def _misfits(
@@ -297,7 +325,11 @@ def check_exported(model: ExportedModel, checks: Checks) -> Findings:
         levels["arithmetic"] = _check_arithmetic(model)
     recorded = read_recorded(checks.recorded) if checks.recorded else None
     judged: Judged | None = None
-    if is_asked("numbers", checks.level):
+    unknown = _why_not_normalised(model)
+    if unknown and is_asked("numbers", checks.level):
+        for name in ("numbers", "pictures"):
+            levels[name] = Level(name, "not checked", unknown)
+    elif is_asked("numbers", checks.level):
         runs = Runs(model.file, checks.providers, _num_layers(model, recorded))
         network = model.network()
         try:
@@ -320,6 +352,17 @@ def check_exported(model: ExportedModel, checks: Checks) -> Findings:
     if judged and judged.numbers and judged.target and not judged.target.computed:
         return Findings(verdict, recorded, judged.numbers.outputs)
     return Findings(verdict)
+
+
+def _why_not_normalised(model: ExportedModel) -> str:
+    """Why it is not known how the file's pixels are normalised; empty if it is."""
+    channels = model.config.num_channels if model.config else model.file.input.shape[1]
+    if channels in (None, len(model.normalisation.mean)):
+        return ""
+    return (
+        f"There is no {PREPROCESSOR}, and how the pixels of {channels} channels are normalised is "
+        "not known without it."
+    )
 
 
 def _why_not(level: str, checks: Checks) -> str:
@@ -373,14 +416,14 @@ def _axes(port: Port) -> list[int | str]:
 def _disagreements(model: ExportedModel) -> Iterator[str]:
     """Says where the file's inputs and outputs do not fit the model's config.json."""
     config, file = model.config, model.file
-    expected = {"mask_logits": 4, "class_logits": 3}
-    for name, rank in expected.items():
-        port = file.outputs[name]
-        if len(port.shape) != rank:
-            yield f"The output {port.name} has {len(port.shape)} dimensions, expected {rank}."
-            return
     if config is None:
         return
+    sides = zip(file.input.shape[2:], config.input_size, strict=True)
+    if model.folder == file.path.parent and any(side not in (None, made) for side, made in sides):
+        yield (
+            f"The input {file.input.name} has the shape {file.input.shape_text}, but image_size in "
+            f"config.json is {list(config.input_size)}."
+        )
     ports = (
         ("The input", file.input, 1, config.num_channels, "num_channels"),
         ("The output", file.outputs["mask_logits"], 1, config.num_queries, "num_queries"),
@@ -434,7 +477,11 @@ def _check_arithmetic(model: ExportedModel) -> Level:
     if not different:
         return Level("arithmetic", "passed", figures=figures)
     first = different[0]
-    wrong = f"is not what {model.against} says" if first in model.tensors else "was not found"
+    wrong = (
+        f"is not what {model.against} says"
+        if first in model.tensors
+        else "is not among the tensors that the outputs are computed from"
+    )
     more = f" {len(different) - 1} more tensors are wrong." if len(different) > 1 else ""
     return Level("arithmetic", "failed", f"{first} {wrong}.{more}", figures)
 

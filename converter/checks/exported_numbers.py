@@ -151,8 +151,7 @@ def check_numbers(
     Raises:
         MissingKernelError, UsageError, UnreadableFileError: as in `Runs.plain`.
     """
-    coarse = {name: is_coarse(each) for name, each in network.weights.items()} if network else {}
-    rounded = {name: each for name, each in coarse.items() if each}
+    rounded = _rounded(network.weights if network else _constants(runs.file))
     unjudged = Level("numbers", "not checked", _nothing_to_compare(runs, recorded))
     judged = Judged(unjudged, runs, network, normalisation, dtype, rounded)
     found: list[Judged] = []
@@ -168,6 +167,22 @@ def check_numbers(
     return replace(chosen, level=replace(chosen.level, reason=reason, figures=figures))
 
 
+def _constants(file: ExportedFile) -> dict[str, Tensor]:
+    """The constants of a file in float32, by name, where the model's tensors are unknown."""
+    return {
+        name: torch.from_numpy(tensor.read().astype(np.float32))
+        for name, tensor in file.tensors.items()
+    }
+
+
+def _rounded(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The 16-bit type of each tensor that was rounded, by name; empty unless most elements were."""
+    coarse = {name: is_coarse(tensor) for name, tensor in tensors.items()}
+    rounded = {name: dtype for name, dtype in coarse.items() if dtype}
+    size = sum(tensors[name].numel() for name in rounded)
+    return rounded if 2 * size > sum(tensor.numel() for tensor in tensors.values()) else {}
+
+
 def _remark(judged: Judged, recorded: Recorded | None) -> str:
     """What the outputs were compared with, where that is not the recording alone; a sentence."""
     target, network = judged.target, judged.network
@@ -179,7 +194,7 @@ def _remark(judged: Judged, recorded: Recorded | None) -> str:
     if recorded and target.computed:
         return "The file does not take inputs of the recorded size."
     if network is None and None in judged.runs.file.input.shape:
-        return f"Only inputs of {shape} were run: other sizes need the model, with --model."
+        return f"Only inputs of {shape} were run: others need the model, with --model."
     return ""
 
 

@@ -13,13 +13,19 @@ from converter.checks.findings import Findings, write_page
 from converter.checks.recorded import recording_of
 from converter.checks.verdict import Verdict, unverified
 from converter.configs import (
+    DTYPES,
     PREPROCESSOR,
     check_image_size,
     preprocessor_config,
     read_config,
 )
 from converter.destination import keep_rejected, made_files, page_beside, rejected_place
-from converter.errors import EomtConvertError, OutputsDifferError, UsageError
+from converter.errors import (
+    EomtConvertError,
+    OutputsDifferError,
+    UnreadableFileError,
+    UsageError,
+)
 from converter.files import (
     Digests,
     digests_of,
@@ -27,6 +33,7 @@ from converter.files import (
     prepare_place,
     read_json_object,
     real_path,
+    sha256,
     user_path,
     writable,
     write_json,
@@ -36,6 +43,7 @@ from converter.history import (
     REPORT,
     ExportDtype,
     Format,
+    History,
     PastExport,
     read_history,
     write_history,
@@ -52,6 +60,8 @@ from converter.runtimes.exported import FILES
 from converter.runtimes.network import find_exported
 from converter.staging import check_place, put_back, staged
 from converter.version import __version__
+from converter.weights.headers import ITEM_SIZES
+from converter.weights.tensorfiles import find_weights, open_tensors
 from reference_model.config import EomtDinov3Config
 
 if TYPE_CHECKING:
@@ -154,7 +164,8 @@ def export(
 
     Raises:
         UsageError: an option is unknown or not possible.
-        UnreadableFileError: the model or the recording cannot be read.
+        UnreadableFileError: the model or the recording cannot be read, or the model was changed
+            since its conversion.
         OutputError: the output exists, or cannot be written.
         OutputsDifferError: the export does not compute what it should; ``conversion`` has the
             details.
@@ -191,6 +202,8 @@ def export(
     if find_exported(folder):
         raise UsageError(f"{model} is an export already.", "Export the model that it was made of.")
     history = read_history(folder)
+    if history:
+        _check_unchanged(folder, history)
     checkpoint = history.checkpoint if history else find_named(repository_of(model))
     recording = recording_of(folder, checkpoint, recorded)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -204,7 +217,7 @@ def export(
 
     with (
         torch_device("cpu", threads),
-        staged(place, size=_size_of(folder), force=force, made=made_files) as stage,
+        staged(place, size=_size_of(folder, dtype), force=force, made=made_files) as stage,
     ):
         with _stage("Loading the model", progress):
             network = EomtDinov3ForUniversalSegmentation.from_pretrained(folder, dtype="float32")
@@ -252,9 +265,25 @@ def _stage(name: str, progress: Progress) -> Iterator[None]:
     progress(name, 1, 1)
 
 
-def _size_of(folder: Path) -> int:
-    weights = [path for path in folder.iterdir() if path.suffix == ".safetensors"]
-    return sum(path.stat().st_size for path in weights) + _SMALL_FILES
+def _check_unchanged(folder: Path, history: History) -> None:
+    """Checks that a model is the one that its conversion.json describes.
+
+    Raises:
+        UnreadableFileError: a file was changed; the export would bear the history of other weights.
+    """
+    for name, digest in history.files.items():
+        path = folder / name
+        if not path.is_file() or sha256(path) != digest.sha256:
+            raise UnreadableFileError(
+                f"{path} was changed since its conversion: its SHA-256 differs from {HISTORY}.",
+                f"To export the model as it is now, delete {HISTORY}.",
+            )
+
+
+def _size_of(folder: Path, dtype: ExportDtype) -> int:
+    with open_tensors(find_weights(folder)) as file:
+        elements = sum(info.size for info in file.tensors.values())
+    return elements * ITEM_SIZES[DTYPES[dtype]] + _SMALL_FILES
 
 
 def _inputs(
