@@ -77,6 +77,10 @@ class Conversion:
         """The files that were read."""
         return self.inputs.fetched
 
+    def notes(self) -> list[str]:
+        """Sentences on how the files were read that a user could not expect."""
+        return self.inputs.state.notes() if self.inputs.state else []
+
     def to_dict(self) -> dict[str, Any]:
         """The conversion as JSON shows it."""
         return {
@@ -85,6 +89,8 @@ class Conversion:
             "image_size": list(self.job.image_size) if self.job.image_size else None,
             "dtype": self.job.dtype,
             "weights": self.inputs.weights,
+            "state_key": self.job.state_key,
+            "notes": self.notes(),
             "evidence": [sign.to_dict() for sign in self.inputs.evidence],
             "pair": [check.to_dict() for check in self.pair],
             "sources": {
@@ -140,6 +146,8 @@ def convert(
         local_files_only: whether to use only that cache.
         progress: called with a stage, and the number of bytes that are done, and of all.
         delta: weights in place of the catalogue's: a file, a folder, or owner/name[@revision].
+        state_key: which copy of the weights in that file to convert, such as ``ema``: a key of the
+            file, or what the names begin with; by default the copy without a key.
         backbone: likewise for the backbone; absolute weights need none.
         weights: whether ``delta`` is a ``delta`` or ``absolute``; ``auto``, the default, decides
             from its statistics.
@@ -301,6 +309,8 @@ def _make_plan(job: Job, inputs: Inputs) -> tuple[Plan, ClassNames]:
         backbone_layout=BACKBONE_LAYOUTS[job.backbone_layout] if job.backbone_layout else None,
         dtype=DTYPES[job.dtype],
     )
+    if inputs.state:
+        plan = plan.without(role_of(inputs.weights), inputs.state.unused)
     check_image_size(job.image_size, plan.config.patch_size)
     return plan, choose_class_names(job, inputs, plan.config.num_labels)
 
@@ -480,6 +490,7 @@ def _history(
         task=job.task,
         dtype=job.dtype,
         weights=inputs.weights,
+        state_key=job.state_key,
         sources=sources,
         files=dict(sorted(files.items())),
         rows={

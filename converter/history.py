@@ -121,6 +121,7 @@ class History:
         task: what it segments; None if that was not given.
         dtype: of its weights.
         weights: whether it was made from a delta or from absolute weights.
+        state_key: which copy of the weights in that file was asked for; None for the plain ones.
         sources: the files it was made from.
         files: the model's own files, by name.
         rows: every tensor, by name.
@@ -136,6 +137,7 @@ class History:
     task: Task | None
     dtype: Dtype
     weights: WeightsKind
+    state_key: str | None
     sources: Mapping[Source, PastSource]
     files: Digests
     rows: Mapping[str, PastTensor]
@@ -157,6 +159,7 @@ class History:
             "task": self.task,
             "dtype": self.dtype,
             "weights": self.weights,
+            **({"state_key": self.state_key} if self.state_key else {}),
             "sources": {
                 role: {
                     "repo": source.repo_id,
@@ -281,6 +284,7 @@ def parse_history(content: Mapping[str, Any], path: Path = Path(HISTORY)) -> His
         task=cast("Task | None", top.one_of("task", *get_args(Task), None)),
         dtype=cast("Dtype", top.one_of("dtype", *get_args(Dtype))),
         weights=cast("WeightsKind", top.one_of("weights", *get_args(WeightsKind))),
+        state_key=top.optional_text("state_key") if "state_key" in content else None,
         sources={
             cast("Source", role): PastSource(
                 source.optional_text("repo"), source.optional_text("revision"), _digests(source)

@@ -24,6 +24,7 @@ from converter.weights.inspection import Sign, WeightsKind, decide, signs_of_a_d
 from converter.weights.layouts import EOMT_TRANSFORMERS, recognise
 from converter.weights.merge import Files
 from converter.weights.plan import Source
+from converter.weights.states import Choice, rename_to_layout
 from converter.weights.tensorfiles import open_tensors
 from reference_model.config import Dinov3Config
 
@@ -35,6 +36,7 @@ class Inputs:
     Attributes:
         fetched: the files on this machine, by source.
         files: the same files, open.
+        state: which tensors of EoMT's weights are converted; None if their layout is unknown.
         weights: whether EoMT's weights are a delta or absolute.
         evidence: the signs that decided this; empty if it was given or known.
         own_config: the config.json of EoMT's weights, if they are in transformers' layout.
@@ -44,6 +46,7 @@ class Inputs:
 
     fetched: Mapping[Source, Fetched]
     files: Files
+    state: Choice | None
     weights: WeightsKind
     evidence: tuple[Sign, ...]
     own_config: dict[str, Any] | None
@@ -62,7 +65,8 @@ def open_inputs(job: Job, access: Access, stack: ExitStack, *, dry_run: bool) ->
     Raises:
         UsageError: an option is missing that weights outside the catalogue need.
         AccessError, UnreadableFileError: as `fetch` and `open_tensors` raise them.
-        EomtConvertError: it cannot be decided whether the weights are a delta or absolute.
+        EomtConvertError: it cannot be decided whether the weights are a delta or absolute, or
+            which weights to convert.
     """
     if job.checkpoint and job.backbone and job.delta == job.checkpoint.source("delta"):
         # fails before gigabytes are fetched if there is no access to the backbone
@@ -70,6 +74,7 @@ def open_inputs(job: Job, access: Access, stack: ExitStack, *, dry_run: bool) ->
     eomt = fetch(job.delta, access, check_weights=False)  # merging computes their digests
     eomt_file = open_tensors(eomt.weights)
     stack.enter_context(eomt_file)
+    state = rename_to_layout(eomt_file, job.state_key)
     converted = recognise(eomt_file.tensors) is EOMT_TRANSFORMERS
     evidence: tuple[Sign, ...] = ()
     weights: WeightsKind
@@ -96,7 +101,7 @@ def open_inputs(job: Job, access: Access, stack: ExitStack, *, dry_run: bool) ->
         stack.enter_context(backbone_file)
         files = {"backbone": backbone_file, **files}
     config = _backbone_config(job, fetched, access, converted=converted)
-    return Inputs(fetched, files, weights, evidence, own, own_preprocessor, config)
+    return Inputs(fetched, files, state, weights, evidence, own, own_preprocessor, config)
 
 
 def _decided(evidence: tuple[Sign, ...], title: str) -> WeightsKind:

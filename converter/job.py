@@ -25,6 +25,7 @@ class JobOptions(TypedDict, total=False):
     """
 
     delta: str | None
+    state_key: str | None
     backbone: str | None
     weights: WeightsKind | Literal["auto"]
     backbone_layout: str | None
@@ -51,6 +52,7 @@ class Job:
     Attributes:
         checkpoint: the catalogue's entry, if one was named.
         delta: EoMT's weights, which may also be absolute.
+        state_key: which of several copies of weights in that file; None for those without a key.
         backbone: None if none was given.
         task: None if neither an option nor the catalogue gives it.
         image_size: (height, width) in pixels; None as for ``task``.
@@ -60,6 +62,7 @@ class Job:
 
     checkpoint: Checkpoint | None
     delta: LocalSource | HubSource
+    state_key: str | None = None
     backbone: LocalSource | HubSource | None = None
     weights: WeightsKind | Literal["auto"] = "auto"
     backbone_layout: str | None = None

@@ -33,6 +33,7 @@ def summary(conversion: Conversion, place: str) -> list[str]:
             for source in conversion.sources.values()
             if source.moved_to
         ),
+        *_notes(conversion),
         *(f"weights   {sign.finding}: {sign.speaks_for}" for sign in conversion.inputs.evidence),
         *_pair(conversion.pair),
         *_tensors(conversion.plan),
@@ -51,6 +52,10 @@ def summary(conversion: Conversion, place: str) -> list[str]:
             "in reference_model only"
         )
     return lines
+
+
+def _notes(conversion: Conversion) -> list[str]:
+    return [f"note      {note}" for note in conversion.notes()]
 
 
 def _source(source: Fetched) -> str:
@@ -255,11 +260,13 @@ def released(found: Release) -> str:
     return f"Published: {', '.join(names)}." if names else ""
 
 
-def plan_table(plan: Plan) -> list[str]:
-    """The plan, a line per tensor."""
+def plan_table(conversion: Conversion) -> list[str]:
+    """The plan, a line per tensor, and how the files were read."""
+    plan = conversion.plan
     rows = [(row.name, shape_text(row.shape), row.dtype, row.recipe) for row in plan.rows]
     dropped = [(str(entry.operand), "", "", f"dropped: {entry.reason}") for entry in plan.dropped]
-    return [*aligned(rows), *(f"{name}  {reason}" for name, _, _, reason in dropped)]
+    lines = [f"{name}  {reason}" for name, _, _, reason in dropped]
+    return [*aligned(rows), *lines, *_notes(conversion)]
 
 
 def catalogue_table() -> list[str]:
@@ -285,7 +292,7 @@ def inspection(found: Inspection) -> list[str]:
         f"weights     {found.weights or 'unknown: delta or absolute'}",
     ]
     lines += [f"  {sign.finding} ({sign.speaks_for})" for sign in found.evidence]
-    return lines
+    return lines + [f"note        {note}" for note in found.notes]
 
 
 def aligned(rows: Iterable[Sequence[str]], *, numbers: bool = False) -> list[str]:

@@ -63,6 +63,7 @@ def test_empty_text_is_refused_as_of_a_shell_variable_that_is_not_set(option: st
 def test_the_command_has_each_option_that_changes_the_result(tmp_path: Path) -> None:
     options: JobOptions = {
         "delta": "owner/delta@v1",
+        "state_key": "ema",
         "backbone": "owner/backbone@main",
         "weights": "delta",
         "backbone_layout": "meta",
@@ -87,6 +88,7 @@ def test_the_command_has_each_option_that_changes_the_result(tmp_path: Path) -> 
     assert shlex.split(job.command()) == [
         "eomt-convert",
         *("--delta", "owner/delta@v1"),
+        *("--state-key", "ema"),
         *("--backbone", "owner/backbone"),
         *("--weights", "delta"),
         *("--backbone-layout", "meta"),

@@ -17,6 +17,7 @@ from converter.weights.inspection import WeightsKind, decide, signs_of_a_delta
 from converter.weights.layouts import EOMT_TRANSFORMERS, recognise
 from converter.weights.merge import CHUNK, Files, compute, read_operand, round_to
 from converter.weights.plan import Plan, Row, Source, make_plan
+from converter.weights.states import rename_to_layout
 from converter.weights.tensorfiles import ShardedTensorFile, TensorFile, damage, open_tensors
 from reference_model.config import Dinov3Config
 
@@ -147,6 +148,7 @@ def open_sources(
         eomt = _fetch(given.delta, "delta", history, access)
         file = open_tensors(eomt.weights)
         stack.enter_context(file)
+        rename_to_layout(file, history.state_key if history else None)
         if _kind(file, given, history) == "absolute":
             plan = make_plan(file.tensors, None, config, dtype=dtype)
             return Provenance({"weights": file}, plan)

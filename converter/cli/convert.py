@@ -61,6 +61,11 @@ class ImageSize(click.ParamType[tuple[int, int]]):
     "--output", type=click.Path(path_type=Path), help="Folder to write. [default: ./NAME]"
 )
 @click.option("--delta", metavar=SOURCE, help="Delta weights to use instead of the catalogue's.")
+@click.option(
+    "--state-key",
+    metavar="KEY",
+    help="Which copy of the weights in --delta to convert, such as ema.",
+)
 @click.option("--backbone", metavar=SOURCE, help="Backbone to use instead of the catalogue's.")
 @click.option(
     "--weights",
@@ -173,7 +178,7 @@ def main(
         access = Access.of(token, cache_dir, offline)
         if dry_run:
             conversion = plan_job(job, access)
-            session.show(texts.plan_table(conversion.plan), conversion.to_dict())
+            session.show(texts.plan_table(conversion), conversion.to_dict())
             return
         if push_to:
             check_login([push_to], access.online)

@@ -106,11 +106,14 @@ class Header:
         format: ``safetensors`` or ``torch``.
         tensors: by name, in the file's own order.
         records: of a torch file, by name.
+        nested: tensors of other state dicts of a torch file, such as averaged weights, by the key
+            of the dict and the name in it: ``ema.norm.weight``.
     """
 
     format: str
     tensors: Mapping[str, TensorInfo]
     records: Mapping[str, Record] = field(default_factory=dict)
+    nested: Mapping[str, TensorInfo] = field(default_factory=dict)
 
 
 def read_header(file: BinaryIO, size: int, path: Path) -> Header:
@@ -244,7 +247,7 @@ _ZIP64 = 2**32 - 1  # in place of a size that is in the extra field
 
 
 def _read_torch_header(file: BinaryIO, path: Path) -> Header:
-    """Reads where torch.save put each tensor of a state dict, or of one under ``state_dict``."""
+    """Reads where torch.save put each tensor of a state dict, and of state dicts within a dict."""
     broken = partial(_invalid, path, "torch")
     records = zip_records(file, broken)
     roots = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -270,27 +273,48 @@ def _read_torch_header(file: BinaryIO, path: Path) -> Header:
     except ValueError as error:
         raise broken(f"its pickle is malformed ({error})") from error
 
+    states = _nested_states(content)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
+    elif states and not any(isinstance(value, PickledTensor) for value in content.values()):
+        content, states = states, {}
     if not isinstance(content, dict) or not content:
         raise UnreadableFileError(
             f"{path} holds no state dict, neither at its top level nor under 'state_dict'.",
             "Save model.state_dict(), not the model.",
         )
-    tensors = {}
-    for name, value in content.items():
-        if not is_name(name):
-            raise broken(f"{shortened(name)} is not a valid name of a tensor")
-        if isinstance(value, Inert):
-            raise UnreadableFileError(
-                f"{name} in {path} is not a plain tensor: loading it needs {value.name}, which is "
-                "not supported.",
-                "Save the weights as plain tensors: {k: v.detach() for k, v in ...items()}.",
-            )
-        if not isinstance(value, PickledTensor):
-            raise broken(f"the entry {name!r} of its state dict is not a tensor")
-        tensors[name] = _torch_tensor(name, value, records, root, broken)
-    return Header("torch", tensors, records)
+
+    def read(state: Mapping[Any, Any]) -> dict[str, TensorInfo]:
+        tensors = {}
+        for name, value in state.items():
+            if not is_name(name):
+                raise broken(f"{shortened(name)} is not a valid name of a tensor")
+            if isinstance(value, Inert):
+                raise UnreadableFileError(
+                    f"{name} in {path} is not a plain tensor: loading it needs {value.name}, which "
+                    "is not supported.",
+                    "Save the weights as plain tensors: {k: v.detach() for k, v in ...items()}.",
+                )
+            if not isinstance(value, PickledTensor):
+                raise broken(f"the entry {name!r} of its state dict is not a tensor")
+            tensors[name] = _torch_tensor(name, value, records, root, broken)
+        return tensors
+
+    return Header("torch", read(content), records, read(states))
+
+
+def _nested_states(content: Any) -> dict[str, PickledTensor]:
+    """The tensors of dicts that hold nothing else, by ``key.name``, without ``state_dict``."""
+    if not isinstance(content, dict):
+        return {}
+    return {
+        f"{key}.{name}": value
+        for key, state in content.items()
+        if key != "state_dict" and isinstance(state, dict)
+        if all(is_name(name) and isinstance(value, PickledTensor) for name, value in state.items())
+        for name, value in state.items()
+        if is_name(f"{key}.{name}")
+    }
 
 
 def _torch_tensor(

@@ -7,8 +7,8 @@ the model needs has exactly one row.
 
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from converter.configs import NO_OBJECT_WEIGHT
@@ -131,6 +131,14 @@ class Plan:
     rows: tuple[Row, ...]
     dropped: tuple[DroppedTensor, ...]
     config: EomtDinov3Config
+
+    def without(self, source: Source, unused: Iterable[str]) -> "Plan":
+        """The same plan for a file that also has tensors of other copies of the weights."""
+        dropped = (
+            DroppedTensor(Operand(source, Part(name)), "not of the copy that is converted")
+            for name in unused
+        )
+        return replace(self, dropped=(*self.dropped, *dropped))
 
     def counts(self) -> dict[str, int]:
         """How many tensors are added, copied, filled, renamed and dropped."""
