@@ -51,11 +51,11 @@ FORMS: dict[str, Callable[[State], dict[str, Any]]] = {
     "model.": lambda state: under("model.", bare(state)),
     "model.network.": lambda state: under("model.", state),
     "AveragedModel": lambda state: {"n_averaged": torch.tensor(3), **under("module.", state)},
-    "only EMA": lambda state: under("ema.", state),
+    "only EMA": lambda state: {**under("ema.", state), "ema.decay": torch.tensor(0.999)},
     "plain and EMA": lambda state: {
         **state,
         **under("ema.", other(state)),
-        "ema.decay": torch.tensor(0.999),
+        "ema.num_updates": torch.tensor(7),
     },
     "plain and EMA dicts": lambda state: {"model": bare(state), "ema": bare(other(state))},
     "Lightning's averaging": lambda state: {
@@ -206,9 +206,12 @@ def test_an_unknown_key_is_refused_with_those_in_the_file(tmp_path: Path) -> Non
     assert refused.value.remedy == "The file has weights under ema, model."
 
 
-def test_a_name_that_no_layout_has_is_refused_with_its_name_in_the_file(tmp_path: Path) -> None:
-    delta = under("module.", recorded_delta(NAME)) | {"module.adapter.weight": torch.ones(2)}
-    with pytest.raises(PlanError, match=r"module\.adapter\.weight \[2\] .* unexpected"):
+@pytest.mark.parametrize("prefix", ["module.", "ema."])
+def test_a_name_that_no_layout_has_is_refused_as_it_is_in_the_file(
+    prefix: str, tmp_path: Path
+) -> None:
+    delta = under(prefix, {**recorded_delta(NAME), "network.adapter.weight": torch.ones(2)})
+    with pytest.raises(PlanError, match=rf"{prefix}network\.adapter\.weight \[2\] .* unexpected"):
         convert(delta, tmp_path)
 
 

@@ -21,8 +21,9 @@ _ROOT = "network."
 # how many parts a prefix may have; names from outside may have hundreds
 _LONGEST = 6
 
-# buffers of torch.optim.swa_utils.AveragedModel: they count updates
-_COUNTERS = ("n_averaged",)
+# buffers of averaged copies, which count updates: of torch.optim.swa_utils.AveragedModel, and of
+# the package ema-pytorch
+_COUNTERS = ("n_averaged", "decay", "initted", "num_updates", "step")
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,12 @@ def choose_state(
     _check_root(chosen)
     others = [state for state in states if state is not chosen]
     in_others = {name for state in others for name in state.names.values()} | set(nested)
-    copies = _prefixes_of_copies(states)
+    copies = tuple(f"{state.prefix}." for state in others if state.key)
     weights, known, unused = dict(chosen.names), set(chosen.names.values()), []
     for name in [*names, *nested]:
         if name in known:
             continue
-        if name in in_others or name in _COUNTERS or name.startswith(copies):
+        if name in in_others or name.startswith(copies) or _is_counter(name):
             unused.append(name)
         else:
             plain = _outside_the_network(name, chosen)
@@ -202,11 +203,8 @@ def _check_root(state: State) -> None:
         raise _two_forms(forms[True], forms[False])
 
 
-def _prefixes_of_copies(states: Iterable[State]) -> tuple[str, ...]:
-    """What all names of copies begin with, also those that are no weights, such as ``ema.decay``."""
-    return tuple(
-        f"{state.prefix.partition(state.key)[0]}{state.key}." for state in states if state.key
-    )
+def _is_counter(name: str) -> bool:
+    return name.rpartition(".")[2] in _COUNTERS
 
 
 def _outside_the_network(name: str, state: State) -> str:
