@@ -155,7 +155,7 @@ def model_config(
         "num_upscale_blocks": config.num_upscale_blocks,
         "id2label": {str(i): name for i, name in enumerate(classes.names)},
         "label2id": {name: i for i, name in enumerate(classes.names)},
-        "stuff_classes": list(classes.stuff),
+        "stuff_classes": list(classes.stuff or ()),
     }
     values.pop("rope_theta", None)
     if image_size is not None:

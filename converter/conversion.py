@@ -58,6 +58,7 @@ class Conversion:
         job: what was asked for.
         inputs: the files that were read, closed again.
         plan: how every tensor is made.
+        classes: the names of the classes, and which of them are stuff.
         pair: the checks of whether delta and backbone belong together.
         output: the folder that was written; None if none was.
         files: size in bytes and SHA-256 of every file in it.
@@ -67,6 +68,7 @@ class Conversion:
     job: Job
     inputs: Inputs
     plan: Plan
+    classes: ClassNames
     pair: tuple[PairCheck, ...]
     output: Path | None
     files: Digests
@@ -81,6 +83,16 @@ class Conversion:
         """Sentences on how the files were read that a user could not expect."""
         return self.inputs.state.notes() if self.inputs.state else []
 
+    def warnings(self) -> list[str]:
+        """Sentences on what the model lacks because no file and no option says it."""
+        if self.job.task == "panoptic" and self.classes.stuff is None:
+            return [
+                "Nothing says which classes are stuff, so stuff_classes is empty, and segments of "
+                "a class such as sky are not merged. --stuff NAME,NAME, or isthing in the labels, "
+                "says it."
+            ]
+        return []
+
     def to_dict(self) -> dict[str, Any]:
         """The conversion as JSON shows it."""
         return {
@@ -91,6 +103,7 @@ class Conversion:
             "weights": self.inputs.weights,
             "state_key": self.job.state_key,
             "notes": self.notes(),
+            "warnings": self.warnings(),
             "evidence": [sign.to_dict() for sign in self.inputs.evidence],
             "pair": [check.to_dict() for check in self.pair],
             "sources": {
@@ -156,6 +169,8 @@ def convert(
         task: panoptic, instance or semantic; needed without a checkpoint.
         image_size: in pixels, one number or (height, width); needed without a checkpoint.
         labels: file of class names; by default the catalogue's, or LABEL_0 and so on.
+        stuff: names of the classes that have no instances, as a list, or as a text with commas;
+            by default as the labels or the catalogue say.
         dtype: of the model's weights; sums are computed in float32 and rounded once.
         max_shard_size: bytes of tensors in one file, or a size such as ``2GB``; by default there is
             one file.
@@ -200,9 +215,9 @@ def plan_job(job: Job, access: Access) -> Conversion:
     """
     with ExitStack() as stack:
         inputs = open_inputs(job, access, stack, dry_run=True)
-        plan, _ = _make_plan(job, inputs)
+        plan, classes = _make_plan(job, inputs)
     verdict = unverified("Nothing was converted (--dry-run).")
-    return Conversion(job, inputs, plan, (), None, {}, verdict)
+    return Conversion(job, inputs, plan, classes, (), None, {}, verdict)
 
 
 def run_job(
@@ -236,11 +251,12 @@ def _convert_once(
         findings = _check_model(job, inputs, plan, merged, stage.folder, access)
         if destination.require_verified:
             _refuse_unproven(findings.verdict)
-        history = _history(job, inputs, plan, pair, merged, findings.verdict, stage.folder)
+        history = _history(job, inputs, plan, classes, pair, merged, findings.verdict, stage.folder)
         write_history(stage.folder, history)
         _write_pages(job, findings, stage.folder, destination)
         files = _made(history, stage.folder)
-        done = Conversion(job, inputs, plan, pair, destination.place, files, findings.verdict)
+        verdict, place = findings.verdict, destination.place
+        done = Conversion(job, inputs, plan, classes, pair, place, files, verdict)
         return _move_into_place(done, stage, destination)
 
 
@@ -469,6 +485,7 @@ def _history(
     job: Job,
     inputs: Inputs,
     plan: Plan,
+    classes: ClassNames,
     pair: tuple[PairCheck, ...],
     merged: Merged,
     verdict: Verdict,
@@ -491,6 +508,7 @@ def _history(
         dtype=job.dtype,
         weights=inputs.weights,
         state_key=job.state_key,
+        category_ids=classes.category_ids,
         sources=sources,
         files=dict(sorted(files.items())),
         rows={

@@ -122,6 +122,8 @@ class History:
         dtype: of its weights.
         weights: whether it was made from a delta or from absolute weights.
         state_key: which copy of the weights in that file was asked for; None for the plain ones.
+        category_ids: the ids of its classes in the dataset, in order; None if they are 0, 1, 2 and
+            so on.
         sources: the files it was made from.
         files: the model's own files, by name.
         rows: every tensor, by name.
@@ -138,6 +140,7 @@ class History:
     dtype: Dtype
     weights: WeightsKind
     state_key: str | None
+    category_ids: Sequence[int] | None
     sources: Mapping[Source, PastSource]
     files: Digests
     rows: Mapping[str, PastTensor]
@@ -160,6 +163,7 @@ class History:
             "dtype": self.dtype,
             "weights": self.weights,
             **({"state_key": self.state_key} if self.state_key else {}),
+            **({"category_ids": list(self.category_ids)} if self.category_ids else {}),
             "sources": {
                 role: {
                     "repo": source.repo_id,
@@ -284,7 +288,10 @@ def parse_history(content: Mapping[str, Any], path: Path = Path(HISTORY)) -> His
         task=cast("Task | None", top.one_of("task", *get_args(Task), None)),
         dtype=cast("Dtype", top.one_of("dtype", *get_args(Dtype))),
         weights=cast("WeightsKind", top.one_of("weights", *get_args(WeightsKind))),
-        state_key=top.optional_text("state_key") if "state_key" in content else None,
+        state_key=top.text("state_key") if "state_key" in content else None,
+        category_ids=top.value("category_ids", "a list of ids", _is_shape)
+        if "category_ids" in content
+        else None,
         sources={
             cast("Source", role): PastSource(
                 source.optional_text("repo"), source.optional_text("revision"), _digests(source)

@@ -161,6 +161,7 @@ def choose_class_names(job: Job, inputs: Inputs, count: int) -> ClassNames:
 
     Raises:
         EomtConvertError: the number of names is not the number of classes.
+        UsageError: --stuff names a class that the model does not have.
     """
     if job.labels:
         classes, origin = class_names.read(job.labels), str(job.labels)
@@ -177,8 +178,12 @@ def choose_class_names(job: Job, inputs: Inputs, count: int) -> ClassNames:
             "--labels takes a file with that many names, in the order of the class ids.",
         )
     if job.task in ("semantic", "instance"):  # which do not distinguish stuff
+        if job.stuff:
+            raise UsageError(f"--stuff is for panoptic models; the task is {job.task}.")
         return replace(classes, stuff=())
-    if job.labels and job.checkpoint and not classes.stuff:
+    if job.stuff is not None:
+        return classes.with_stuff(job.stuff)
+    if job.labels and job.checkpoint and classes.stuff is None:
         # names do not say which classes are stuff; for a checkpoint this is known
         known = job.checkpoint.class_names(count)
         if len(known.names) == count:

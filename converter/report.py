@@ -55,7 +55,8 @@ def summary(conversion: Conversion, place: str) -> list[str]:
 
 
 def _notes(conversion: Conversion) -> list[str]:
-    return [f"note      {note}" for note in conversion.notes()]
+    lines = [f"note      {note}" for note in conversion.notes()]
+    return lines + [f"warning   {warning}" for warning in conversion.warnings()]
 
 
 def _source(source: Fetched) -> str:
@@ -75,9 +76,10 @@ def _pair(pair: Iterable[PairCheck]) -> list[str]:
     return lines + ([f"pair      not checked: {', '.join(left)}"] if left else [])
 
 
-def warnings(pair: Iterable[PairCheck]) -> list[str]:
-    """Warnings about a pair, one line each."""
-    return [f"Warning: {check.finding}" for check in pair if check.status == "flagged"]
+def warnings(conversion: Conversion) -> list[str]:
+    """Warnings about a conversion, one line each."""
+    flagged = [check.finding for check in conversion.pair if check.status == "flagged"]
+    return [f"Warning: {finding}" for finding in [*flagged, *conversion.warnings()]]
 
 
 def _tensors(plan: Plan) -> list[str]:

@@ -99,6 +99,7 @@ class ImageSize(click.ParamType[tuple[int, int]]):
     type=click.Path(path_type=Path),
     help="Class names: one a line, a JSON list, or JSON categories with isthing.",
 )
+@click.option("--stuff", metavar="NAME,NAME", help="The classes that have no instances: sky,grass.")
 @dtype_option
 @shard_size_option
 @click.option(
@@ -178,6 +179,7 @@ def main(
         access = Access.of(token, cache_dir, offline)
         if dry_run:
             conversion = plan_job(job, access)
+            session.say(*texts.warnings(conversion))
             session.show(texts.plan_table(conversion), conversion.to_dict())
             return
         if push_to:
@@ -185,7 +187,7 @@ def main(
             push["license_file"] = check_licence(job, push["license_file"], access)
         with progress_bar(session.shows_progress) as progress:
             conversion = run_job(job, destination, access, progress)
-        session.say(*texts.warnings(conversion.pair))
+        session.say(*texts.warnings(conversion))
         place = str(output or f"./{destination.place.name}")
         content = conversion.to_dict()
         if not push_to:
