@@ -14,6 +14,8 @@ from typing import Any
 from converter.errors import UnreadableFileError, UsageError
 from converter.files import is_unicode, read_text
 
+_FORM = "each category needs an id of its own, a whole number, and a name"
+
 
 @dataclass(frozen=True)
 class ClassNames:
@@ -134,20 +136,32 @@ def _parse(text: str, file: str) -> ClassNames:
         raise UnreadableFileError(f"The labels in {file} are not valid JSON: {error}") from error
     if isinstance(content, list):
         return _checked(tuple(content), None, file)
-    return _from_categories(content.get("categories"), file)
-
-
-def _from_categories(categories: Any, file: str) -> ClassNames:
-    form = "each category needs an id of its own, a whole number, and a name"
+    categories = content.get("categories")
     try:
         ordered = sorted(categories, key=lambda category: category["id"])
+    except (TypeError, KeyError) as error:
+        raise UnreadableFileError(f"The categories in {file} are not valid: {_FORM}.") from error
+    return of_categories(ordered, file)
+
+
+def of_categories(ordered: Sequence[Any], file: str) -> ClassNames:
+    """The classes that categories describe, in their order.
+
+    Args:
+        ordered: dicts with ``id``, ``name`` and, for panoptic data, ``isthing``.
+        file: where they come from.
+
+    Raises:
+        UnreadableFileError: they are not valid.
+    """
+    try:
         ids = tuple(category["id"] for category in ordered)
         names = tuple(category["name"] for category in ordered)
         things = [category.get("isthing") for category in ordered]
     except (TypeError, KeyError, AttributeError) as error:
-        raise UnreadableFileError(f"The categories in {file} are not valid: {form}.") from error
+        raise UnreadableFileError(f"The categories in {file} are not valid: {_FORM}.") from error
     if len(set(ids)) < len(ids) or not all(type(number) is int and number >= 0 for number in ids):
-        raise UnreadableFileError(f"The category ids in {file} are not valid: {form}.")
+        raise UnreadableFileError(f"The category ids in {file} are not valid: {_FORM}.")
     if things.count(None) not in (0, len(things)):
         missing = names[things.index(None)]
         raise UnreadableFileError(

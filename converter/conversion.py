@@ -84,21 +84,15 @@ class Conversion:
         return self.inputs.state.notes() if self.inputs.state else []
 
     def warnings(self) -> list[str]:
-        """Sentences on what the model lacks because no file and no option says it."""
-        if self.job.task == "panoptic" and self.classes.stuff is None:
-            return [
-                "Nothing says which classes are stuff, so stuff_classes is empty, and segments of "
-                "a class such as sky are not merged. --stuff NAME,NAME, or isthing in the labels, "
-                "says it."
-            ]
-        return []
+        """Sentences on how the model may differ from what was trained."""
+        return _warnings(self.inputs, self.classes)
 
     def to_dict(self) -> dict[str, Any]:
         """The conversion as JSON shows it."""
         return {
             "checkpoint": self.job.checkpoint.name if self.job.checkpoint else None,
-            "task": self.job.task,
-            "image_size": list(self.job.image_size) if self.job.image_size else None,
+            "task": self.inputs.task,
+            "image_size": list(self.inputs.image_size) if self.inputs.image_size else None,
             "dtype": self.job.dtype,
             "weights": self.inputs.weights,
             "state_key": self.job.state_key,
@@ -269,7 +263,7 @@ def _check_model(
     evidence = Evidence(
         recorded=job.recorded,
         published=job.published,
-        task=job.task,
+        task=inputs.task,
         size_is_meant=True,
         sources=Provenance(inputs.files, plan),
         of_published=job.published is not None and "delta" in inputs.files,
@@ -324,11 +318,28 @@ def _make_plan(job: Job, inputs: Inputs) -> tuple[Plan, ClassNames]:
         inputs.backbone_config,
         backbone_layout=BACKBONE_LAYOUTS[job.backbone_layout] if job.backbone_layout else None,
         dtype=DTYPES[job.dtype],
+        num_blocks=inputs.settings.num_blocks if inputs.settings else None,
     )
     if inputs.state:
         plan = plan.without(role_of(inputs.weights), inputs.state.unused)
-    check_image_size(job.image_size, plan.config.patch_size)
+    check_image_size(inputs.image_size, plan.config.patch_size)
     return plan, choose_class_names(job, inputs, plan.config.num_labels)
+
+
+def _warnings(inputs: Inputs, classes: ClassNames) -> list[str]:
+    warnings = []
+    if inputs.settings:
+        warnings.append(
+            "LightlyTrain's upscaling blocks have the layer norm epsilon 1e-5, this model's "
+            "have 1e-6, as the original's: its masks differ a little from LightlyTrain's."
+        )
+    if inputs.task == "panoptic" and classes.stuff is None:
+        warnings.append(
+            "Nothing says which classes are stuff, so stuff_classes is empty, and segments of "
+            "a class such as sky are not merged. --stuff NAME,NAME, or isthing in the labels, "
+            "says it."
+        )
+    return warnings
 
 
 def _fetch_damaged(
@@ -466,11 +477,11 @@ def _merge(job: Job, plan: Plan, inputs: Inputs, folder: Path, progress: Progres
 
 def _write_configs(job: Job, inputs: Inputs, plan: Plan, classes: ClassNames, folder: Path) -> None:
     values = model_config(
-        plan.config, job.image_size, classes, dtype=job.dtype, own=inputs.own_config
+        plan.config, inputs.image_size, classes, dtype=job.dtype, own=inputs.own_config
     )
     write_json(folder / "config.json", values)
     own = inputs.own_preprocessor
-    if job.task is None or job.image_size is None:
+    if inputs.task is None or inputs.image_size is None:
         if own is None:
             raise UsageError(
                 "The weights have no preprocessor_config.json beside them: --task and --image-size "
@@ -478,7 +489,10 @@ def _write_configs(job: Job, inputs: Inputs, plan: Plan, classes: ClassNames, fo
             )
         write_json(folder / PREPROCESSOR, own)
     else:
-        write_json(folder / PREPROCESSOR, preprocessor_config(job.task, job.image_size))
+        settings = inputs.settings
+        statistics = {"mean": settings.mean, "std": settings.std} if settings else {}
+        content = preprocessor_config(inputs.task, inputs.image_size, **statistics)
+        write_json(folder / PREPROCESSOR, content)
 
 
 def _history(
@@ -504,11 +518,12 @@ def _history(
         version=__version__,
         command=job.command(),
         checkpoint=job.checkpoint,
-        task=job.task,
+        task=inputs.task,
         dtype=job.dtype,
         weights=inputs.weights,
         state_key=job.state_key,
         category_ids=classes.category_ids,
+        warnings=_warnings(inputs, classes),
         sources=sources,
         files=dict(sorted(files.items())),
         rows={

@@ -124,6 +124,7 @@ class History:
         state_key: which copy of the weights in that file was asked for; None for the plain ones.
         category_ids: the ids of its classes in the dataset, in order; None if they are 0, 1, 2 and
             so on.
+        warnings: sentences on how it may differ from what was trained.
         sources: the files it was made from.
         files: the model's own files, by name.
         rows: every tensor, by name.
@@ -141,6 +142,7 @@ class History:
     weights: WeightsKind
     state_key: str | None
     category_ids: Sequence[int] | None
+    warnings: Sequence[str]
     sources: Mapping[Source, PastSource]
     files: Digests
     rows: Mapping[str, PastTensor]
@@ -164,6 +166,7 @@ class History:
             "weights": self.weights,
             **({"state_key": self.state_key} if self.state_key else {}),
             **({"category_ids": list(self.category_ids)} if self.category_ids else {}),
+            **({"warnings": list(self.warnings)} if self.warnings else {}),
             "sources": {
                 role: {
                     "repo": source.repo_id,
@@ -292,6 +295,9 @@ def parse_history(content: Mapping[str, Any], path: Path = Path(HISTORY)) -> His
         category_ids=top.value("category_ids", "a list of ids", _is_shape)
         if "category_ids" in content
         else None,
+        warnings=top.value("warnings", "a list of texts", _are_texts)
+        if "warnings" in content
+        else (),
         sources={
             cast("Source", role): PastSource(
                 source.optional_text("repo"), source.optional_text("revision"), _digests(source)

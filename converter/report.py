@@ -40,7 +40,7 @@ def summary(conversion: Conversion, place: str) -> list[str]:
         f"output    {place} ({size_text(sum(size for size, _ in conversion.files.values()))})",
         *verdict(conversion.verdict),
     ]
-    height, width = conversion.job.image_size or (0, 0)
+    height, width = conversion.inputs.image_size or (0, 0)
     if conversion.job.dtype == "float16":
         lines.append(
             "note      float16 overflows at 65504, so activations may overflow that do not in "

@@ -64,6 +64,7 @@ def test_a_model_without_conversion_json_has_no_history(tmp_path: Path) -> None:
             "sources.delta.repo is 1; expected text or null",
         ),
         ({"state_key": 1}, "state_key is 1; expected text"),
+        ({"warnings": [1]}, r"warnings is \[1\]; expected a list of texts"),
         ({"category_ids": ["1"]}, r"category_ids is \['1'\]; expected a list of ids"),
         ({"command": ["eomt-convert"]}, "command is .* expected text"),
         ({"dtype": "`float32`"}, "dtype is '`float32`'; expected one of float32, bfloat16"),

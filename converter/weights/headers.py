@@ -35,6 +35,9 @@ MAX_DESCRIPTION = 4 << 20
 
 _FETCH_AGAIN = "It may be damaged or cut off: fetch or copy it again."
 
+# entries of a torch file that describe a model of LightlyTrain
+SETTINGS = ("model_class_path", "model_init_args")
+
 # safetensors' names of the element types, with the size of an element in bytes
 ITEM_SIZES = {
     "F64": 8,
@@ -108,12 +111,14 @@ class Header:
         records: of a torch file, by name.
         nested: tensors of other state dicts of a torch file, such as averaged weights, by the key
             of the dict and the name in it: ``ema.norm.weight``.
+        settings: what LightlyTrain stores beside the weights of a torch file, unchecked.
     """
 
     format: str
     tensors: Mapping[str, TensorInfo]
     records: Mapping[str, Record] = field(default_factory=dict)
     nested: Mapping[str, TensorInfo] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_header(file: BinaryIO, size: int, path: Path) -> Header:
@@ -264,7 +269,7 @@ def _read_torch_header(file: BinaryIO, path: Path) -> Header:
         raise broken(f"its pickle has {pickle.length:,} bytes, the limit is {MAX_DESCRIPTION:,}")
     file.seek(pickle.begin)
     try:
-        content = read_pickle(file.read(pickle.length))
+        content = read_pickle(file.read(pickle.length), numbered=True)
     except UnsafePickleError as error:
         raise UnreadableFileError(
             f"{path} asks to run code when it is loaded: it names {error}. None of it was run.",
@@ -273,9 +278,11 @@ def _read_torch_header(file: BinaryIO, path: Path) -> Header:
     except ValueError as error:
         raise broken(f"its pickle is malformed ({error})") from error
 
+    content = _named(content)
     states = _nested_states(content)
+    settings = {name: content[name] for name in SETTINGS if name in content} if states else {}
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+        content = _named(content["state_dict"])
     elif states and not any(isinstance(value, PickledTensor) for value in content.values()):
         content, states = states, {}
     if not isinstance(content, dict) or not content:
@@ -300,20 +307,30 @@ def _read_torch_header(file: BinaryIO, path: Path) -> Header:
             tensors[name] = _torch_tensor(name, value, records, root, broken)
         return tensors
 
-    return Header("torch", read(content), records, read(states))
+    return Header("torch", read(content), records, read(states), settings)
+
+
+def _named(content: Any) -> Any:
+    """A dict without the items whose keys are numbers."""
+    if not isinstance(content, dict):
+        return content
+    return {name: value for name, value in content.items() if isinstance(name, str)}
 
 
 def _nested_states(content: Any) -> dict[str, PickledTensor]:
     """The tensors of dicts that hold nothing else, by ``key.name``, without ``state_dict``."""
     if not isinstance(content, dict):
         return {}
+    states = {
+        key: _named(value)
+        for key, value in content.items()
+        if isinstance(value, dict) and key != "state_dict" and is_name(key)
+    }
     return {
         f"{key}.{name}": value
-        for key, state in content.items()
-        if key != "state_dict" and isinstance(state, dict)
-        if all(is_name(name) and isinstance(value, PickledTensor) for name, value in state.items())
+        for key, state in states.items()
+        if all(isinstance(each, PickledTensor) for each in state.values())
         for name, value in state.items()
-        if is_name(f"{key}.{name}")
     }
 
 

@@ -216,7 +216,7 @@ def _outside_the_network(name: str, state: State) -> str:
         PlanError: it is a name of the network, with another prefix than the state's.
     """
     split = _split(name, state.layout)
-    if split is None or State(state.layout, split[0], {}).key:
+    if split is None or State(state.layout, split[0], {}).key != state.key:
         return name
     if split[1].startswith("criterion."):
         return split[1]

@@ -97,7 +97,7 @@ class TensorFile(AbstractContextManager["TensorFile"]):
         path: the file.
         format: ``safetensors`` or ``torch``.
         tensors: by name, in the file's own order.
-        nested: tensors of other state dicts in a torch file, as in `headers.Header`.
+        nested, settings: of a torch file, as in `headers.Header`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -118,7 +118,7 @@ class TensorFile(AbstractContextManager["TensorFile"]):
                 raise
             closing.pop_all()
         self.format, self.tensors, self._records = header.format, header.tensors, header.records
-        self.nested = header.nested
+        self.nested, self.settings = header.nested, header.settings
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
@@ -238,10 +238,11 @@ class ShardedTensorFile(AbstractContextManager["ShardedTensorFile"]):
         path: the index.
         format: ``safetensors``.
         tensors: those of all shards, by name, in the index's order.
-        nested: empty.
+        nested, settings: empty.
     """
 
     nested: Mapping[str, TensorInfo] = MappingProxyType({})
+    settings: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, path: Path) -> None:
         """Opens an index and its shards, and reads their headers.
