@@ -142,7 +142,8 @@ def test_it_passes_against_the_recording_and_verify_finds_its_source(tmp_path: P
 
 def test_size_and_normalisation_are_the_files(tmp_path: Path) -> None:
     statistics = {"mean": [0.5, 0.4, 0.3], "std": [1, 0.2, 0.1]}
-    convert(written(tmp_path, image_size=[32, 48], image_normalize=statistics), tmp_path / "out")
+    changes: dict[str, Any] = {"image_size": [32, 48], "image_normalize": statistics}
+    convert(written(tmp_path, **changes, backbone_args={"patch_size": 16}), tmp_path / "out")
 
     processor = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
     assert processor["size"] == {"height": 32, "width": 48}
