@@ -1,6 +1,6 @@
 """Reads a backbone's or model's config.json; makes the content of a model's two config files."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -155,7 +155,7 @@ def model_config(
         "num_upscale_blocks": config.num_upscale_blocks,
         "id2label": {str(i): name for i, name in enumerate(classes.names)},
         "label2id": {name: i for i, name in enumerate(classes.names)},
-        "stuff_classes": list(classes.stuff),
+        "stuff_classes": list(classes.stuff or ()),
     }
     values.pop("rope_theta", None)
     if image_size is not None:
@@ -164,7 +164,13 @@ def model_config(
     return dict(sorted(values.items()))
 
 
-def preprocessor_config(task: Task, image_size: tuple[int, int]) -> dict[str, Any]:
+def preprocessor_config(
+    task: Task,
+    image_size: tuple[int, int],
+    *,
+    mean: Sequence[float] = IMAGE_MEAN,
+    std: Sequence[float] = IMAGE_STD,
+) -> dict[str, Any]:
     """The preprocessor_config.json of a converted model, for transformers' EomtImageProcessor.
 
     For panoptic and instance segmentation, pictures are resized to fit the image size, and padded.
@@ -185,9 +191,9 @@ def preprocessor_config(task: Task, image_size: tuple[int, int]) -> dict[str, An
         "do_resize": True,
         "do_split_image": windows,
         "ignore_index": None,
-        "image_mean": list(IMAGE_MEAN),
+        "image_mean": list(mean),
         "image_processor_type": "EomtImageProcessor",
-        "image_std": list(IMAGE_STD),
+        "image_std": list(std),
         "resample": 2,  # PIL's number for bilinear
         "rescale_factor": 1 / 255,
         "size": size,

@@ -35,7 +35,7 @@ from converter.history import HISTORY, REPORT, History, PastSource, PastTensor, 
 from converter.hub.access import Access
 from converter.hub.downloads import arrived_damaged, is_damaged, is_sha256
 from converter.hub.sources import Fetched, fetch_again, fetched_already
-from converter.inputs import Inputs, choose_class_names, completed, open_inputs, role_of
+from converter.inputs import Inputs, choose_class_names, open_inputs, role_of
 from converter.job import Job, JobOptions, Progress
 from converter.staging import StagedOutput, staged
 from converter.version import TOOL, __version__
@@ -58,6 +58,7 @@ class Conversion:
         job: what was asked for.
         inputs: the files that were read, closed again.
         plan: how every tensor is made.
+        classes: the names of the classes, and which of them are stuff.
         pair: the checks of whether delta and backbone belong together.
         output: the folder that was written; None if none was.
         files: size in bytes and SHA-256 of every file in it.
@@ -67,6 +68,7 @@ class Conversion:
     job: Job
     inputs: Inputs
     plan: Plan
+    classes: ClassNames
     pair: tuple[PairCheck, ...]
     output: Path | None
     files: Digests
@@ -77,14 +79,25 @@ class Conversion:
         """The files that were read."""
         return self.inputs.fetched
 
+    def notes(self) -> list[str]:
+        """Sentences on how the files were read that a user could not expect."""
+        return self.inputs.state.notes() if self.inputs.state else []
+
+    def warnings(self) -> list[str]:
+        """Sentences on how the model may differ from what was trained."""
+        return _warnings(self.inputs, self.classes)
+
     def to_dict(self) -> dict[str, Any]:
         """The conversion as JSON shows it."""
         return {
             "checkpoint": self.job.checkpoint.name if self.job.checkpoint else None,
-            "task": self.job.task,
-            "image_size": list(self.job.image_size) if self.job.image_size else None,
+            "task": self.inputs.task,
+            "image_size": list(self.inputs.image_size) if self.inputs.image_size else None,
             "dtype": self.job.dtype,
             "weights": self.inputs.weights,
+            "state_key": self.job.state_key,
+            "notes": self.notes(),
+            "warnings": self.warnings(),
             "evidence": [sign.to_dict() for sign in self.inputs.evidence],
             "pair": [check.to_dict() for check in self.pair],
             "sources": {
@@ -140,6 +153,8 @@ def convert(
         local_files_only: whether to use only that cache.
         progress: called with a stage, and the number of bytes that are done, and of all.
         delta: weights in place of the catalogue's: a file, a folder, or owner/name[@revision].
+        state_key: which copy of the weights in that file to convert, such as ``ema``: a key of the
+            file, or what the names begin with; by default the copy without a key.
         backbone: likewise for the backbone; absolute weights need none.
         weights: whether ``delta`` is a ``delta`` or ``absolute``; ``auto``, the default, decides
             from its statistics.
@@ -148,6 +163,8 @@ def convert(
         task: panoptic, instance or semantic; needed without a checkpoint.
         image_size: in pixels, one number or (height, width); needed without a checkpoint.
         labels: file of class names; by default the catalogue's, or LABEL_0 and so on.
+        stuff: names of the classes that have no instances, as a list, or as a text with commas;
+            by default as the labels or the catalogue say.
         dtype: of the model's weights; sums are computed in float32 and rounded once.
         max_shard_size: bytes of tensors in one file, or a size such as ``2GB``; by default there is
             one file.
@@ -190,12 +207,11 @@ def plan_job(job: Job, access: Access) -> Conversion:
     Raises:
         EomtConvertError: as `convert` does.
     """
-    job = completed(job, access)
     with ExitStack() as stack:
         inputs = open_inputs(job, access, stack, dry_run=True)
-        plan, _ = _make_plan(job, inputs)
+        plan, classes = _make_plan(job, inputs)
     verdict = unverified("Nothing was converted (--dry-run).")
-    return Conversion(job, inputs, plan, (), None, {}, verdict)
+    return Conversion(job, inputs, plan, classes, (), None, {}, verdict)
 
 
 def run_job(
@@ -206,7 +222,6 @@ def run_job(
     Raises:
         EomtConvertError: as `convert` does.
     """
-    job = completed(job, access)
     destination = destination.prepared(job)
     fetched_again: set[Path] = set()
     while True:
@@ -230,11 +245,12 @@ def _convert_once(
         findings = _check_model(job, inputs, plan, merged, stage.folder, access)
         if destination.require_verified:
             _refuse_unproven(findings.verdict)
-        history = _history(job, inputs, plan, pair, merged, findings.verdict, stage.folder)
+        history = _history(job, inputs, plan, classes, pair, merged, findings.verdict, stage.folder)
         write_history(stage.folder, history)
         _write_pages(job, findings, stage.folder, destination)
         files = _made(history, stage.folder)
-        done = Conversion(job, inputs, plan, pair, destination.place, files, findings.verdict)
+        verdict, place = findings.verdict, destination.place
+        done = Conversion(job, inputs, plan, classes, pair, place, files, verdict)
         return _move_into_place(done, stage, destination)
 
 
@@ -247,7 +263,7 @@ def _check_model(
     evidence = Evidence(
         recorded=job.recorded,
         published=job.published,
-        task=job.task,
+        task=inputs.task,
         size_is_meant=True,
         sources=Provenance(inputs.files, plan),
         of_published=job.published is not None and "delta" in inputs.files,
@@ -302,9 +318,28 @@ def _make_plan(job: Job, inputs: Inputs) -> tuple[Plan, ClassNames]:
         inputs.backbone_config,
         backbone_layout=BACKBONE_LAYOUTS[job.backbone_layout] if job.backbone_layout else None,
         dtype=DTYPES[job.dtype],
+        num_blocks=inputs.settings.num_blocks if inputs.settings else None,
     )
-    check_image_size(job.image_size, plan.config.patch_size)
+    if inputs.state:
+        plan = plan.without(role_of(inputs.weights), inputs.state.unused)
+    check_image_size(inputs.image_size, plan.config.patch_size)
     return plan, choose_class_names(job, inputs, plan.config.num_labels)
+
+
+def _warnings(inputs: Inputs, classes: ClassNames) -> list[str]:
+    warnings = []
+    if inputs.settings:
+        warnings.append(
+            "LightlyTrain's upscaling blocks have the layer norm epsilon 1e-5, this model's "
+            "have 1e-6, as the original's: its masks differ a little from LightlyTrain's."
+        )
+    if inputs.task == "panoptic" and classes.stuff is None:
+        warnings.append(
+            "Nothing says which classes are stuff, so stuff_classes is empty, and segments of "
+            "a class such as sky are not merged. --stuff NAME,NAME, or isthing in the labels, "
+            "says it."
+        )
+    return warnings
 
 
 def _fetch_damaged(
@@ -442,11 +477,12 @@ def _merge(job: Job, plan: Plan, inputs: Inputs, folder: Path, progress: Progres
 
 def _write_configs(job: Job, inputs: Inputs, plan: Plan, classes: ClassNames, folder: Path) -> None:
     values = model_config(
-        plan.config, job.image_size, classes, dtype=job.dtype, own=inputs.own_config
+        plan.config, inputs.image_size, classes, dtype=job.dtype, own=inputs.own_config
     )
     write_json(folder / "config.json", values)
     own = inputs.own_preprocessor
-    if job.task is None or job.image_size is None:
+    told = job.task or job.image_size
+    if inputs.task is None or inputs.image_size is None or (own and not told):
         if own is None:
             raise UsageError(
                 "The weights have no preprocessor_config.json beside them: --task and --image-size "
@@ -454,13 +490,17 @@ def _write_configs(job: Job, inputs: Inputs, plan: Plan, classes: ClassNames, fo
             )
         write_json(folder / PREPROCESSOR, own)
     else:
-        write_json(folder / PREPROCESSOR, preprocessor_config(job.task, job.image_size))
+        settings = inputs.settings
+        statistics = {"mean": settings.mean, "std": settings.std} if settings else {}
+        content = preprocessor_config(inputs.task, inputs.image_size, **statistics)
+        write_json(folder / PREPROCESSOR, content)
 
 
 def _history(
     job: Job,
     inputs: Inputs,
     plan: Plan,
+    classes: ClassNames,
     pair: tuple[PairCheck, ...],
     merged: Merged,
     verdict: Verdict,
@@ -479,9 +519,12 @@ def _history(
         version=__version__,
         command=job.command(),
         checkpoint=job.checkpoint,
-        task=job.task,
+        task=inputs.task,
         dtype=job.dtype,
         weights=inputs.weights,
+        state_key=job.state_key,
+        category_ids=classes.category_ids,
+        warnings=_warnings(inputs, classes),
         sources=sources,
         files=dict(sorted(files.items())),
         rows={

@@ -18,12 +18,14 @@ class DeltaRecord:
     """What a conversion takes from the delta.json beside a delta.
 
     Attributes:
-        config: the config.json of the model that it was made of.
+        config, preprocessor: the config.json and preprocessor_config.json of the model that it was
+            made of; None for the latter if there was none.
         task: what that model segments; None if unknown.
         image_size: (height, width) in pixels.
     """
 
     config: Mapping[str, Any]
+    preprocessor: Mapping[str, Any] | None
     task: Task | None
     image_size: tuple[int, int]
 
@@ -35,11 +37,14 @@ def read_delta_record(path: Path) -> DeltaRecord | None:
         UnreadableFileError: it cannot be read, or does not have the form that make-delta writes.
     """
     content = read_json_object(path)
-    config, task, size = (content.get(key) for key in ("config", "task", "image_size"))
+    keys = ("config", "preprocessor", "task", "image_size")
+    config, preprocessor, task, size = (content.get(key) for key in keys)
     if config is None:
         return None
     if not isinstance(config, dict):
         raise _wrong(path, "config is not an object")
+    if preprocessor is not None and not isinstance(preprocessor, dict):
+        raise _wrong(path, "preprocessor is not an object")
     if task not in (*get_args(Task), None):
         raise _wrong(path, f"task is not one of {', '.join(get_args(Task))}")
     if not (
@@ -48,7 +53,7 @@ def read_delta_record(path: Path) -> DeltaRecord | None:
         and all(type(side) is int and side > 0 for side in size)
     ):
         raise _wrong(path, "image_size is not [height, width]")
-    return DeltaRecord(config, cast("Task | None", task), (size[0], size[1]))
+    return DeltaRecord(config, preprocessor, cast("Task | None", task), (size[0], size[1]))
 
 
 def _wrong(path: Path, finding: str) -> UnreadableFileError:

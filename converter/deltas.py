@@ -22,7 +22,14 @@ from converter.configs import (
 )
 from converter.delta_record import DELTA, made_delta
 from converter.errors import MismatchError, OutputsDifferError, PlanError, UsageError
-from converter.files import Digests, digests_to_dict, real_path, user_path, write_json
+from converter.files import (
+    Digests,
+    digests_to_dict,
+    read_json_object,
+    real_path,
+    user_path,
+    write_json,
+)
 from converter.history import HISTORY, PastSource, read_history
 from converter.hub.access import Access
 from converter.hub.sources import Fetched, fetch
@@ -44,6 +51,7 @@ from converter.weights.pairing import (
     check_norms,
 )
 from converter.weights.plan import Plan, make_plan
+from converter.weights.states import rename_to_layout
 from converter.weights.sums import TensorChange, compare_sums
 from converter.weights.tensorfiles import ShardedTensorFile, TensorFile, open_tensors
 from reference_model.config import Dinov3Config, EomtDinov3Config
@@ -96,7 +104,8 @@ class _Sources:
         model, backbone: the files on this machine.
         model_file, backbone_file: the same, open.
         config: the model's configuration.
-        own_config: the content of its config.json, if it has one.
+        own_config, own_preprocessor: the content of its config.json and preprocessor_config.json,
+            if it has them.
         task: what the model segments, if known.
         model_plan: how each of its tensors is read.
         plan: how the delta is made.
@@ -109,6 +118,7 @@ class _Sources:
     backbone_file: File
     config: EomtDinov3Config
     own_config: Mapping[str, Any] | None
+    own_preprocessor: Mapping[str, Any] | None
     task: Task | None
     model_plan: Plan
     plan: Plan
@@ -226,6 +236,7 @@ def _open(model: str | Path, backbone: str | Path, access: Access, stack: ExitSt
     file, base_file = open_tensors(eomt.weights), open_tensors(base.weights)
     stack.enter_context(file)
     stack.enter_context(base_file)
+    rename_to_layout(file, None)
     layout = recognise(file.tensors)
     if layout is EOMT_TUE and decide(signs_of_a_delta(file)) == "delta":
         raise UsageError(
@@ -245,6 +256,7 @@ def _open(model: str | Path, backbone: str | Path, access: Access, stack: ExitSt
     _check_configs(config, sums.config)
     plan = plan_delta(rows, sums)
     task = task_of(str(model), eomt.weights.parent) if own else None
+    preprocessor = eomt.weights.parent / PREPROCESSOR
     return _Sources(
         eomt,
         base,
@@ -252,6 +264,7 @@ def _open(model: str | Path, backbone: str | Path, access: Access, stack: ExitSt
         base_file,
         config,
         own,
+        read_json_object(preprocessor) if own and preprocessor.is_file() else None,
         task,  # type: ignore[arg-type]
         model_plan,
         plan,
@@ -330,10 +343,9 @@ def _write(sources: _Sources, folder: Path, format: WeightsFormat, progress: Pro
 def _check_numbers(sources: _Sources, files: Mapping[Any, File]) -> Level:
     """Runs the model and the one that the delta gives, and compares their outputs."""
     channels = sources.config.num_channels
-    preprocessor = sources.model.weights.parent / PREPROCESSOR
     normalisation = (
-        read_normalisation(preprocessor, channels)
-        if sources.own_config and preprocessor.is_file()
+        read_normalisation(sources.model.weights.parent / PREPROCESSOR, channels)
+        if sources.own_preprocessor
         else Normalisation(1 / 255, (0.5,) * channels, (0.25,) * channels)  # any would do
     )
     return check_round_trip_numbers(
@@ -386,6 +398,7 @@ def _content(
         "task": sources.task,
         "image_size": list(size) if size else None,
         "config": sources.own_config,
+        "preprocessor": sources.own_preprocessor,
         "sources": {
             role: {
                 "repo": source.repo_id,

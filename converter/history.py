@@ -121,6 +121,10 @@ class History:
         task: what it segments; None if that was not given.
         dtype: of its weights.
         weights: whether it was made from a delta or from absolute weights.
+        state_key: which copy of the weights in that file was asked for; None for the plain ones.
+        category_ids: the ids of its classes in the dataset, in order; None if they are 0, 1, 2 and
+            so on.
+        warnings: sentences on how it may differ from what was trained.
         sources: the files it was made from.
         files: the model's own files, by name.
         rows: every tensor, by name.
@@ -136,6 +140,9 @@ class History:
     task: Task | None
     dtype: Dtype
     weights: WeightsKind
+    state_key: str | None
+    category_ids: Sequence[int] | None
+    warnings: Sequence[str]
     sources: Mapping[Source, PastSource]
     files: Digests
     rows: Mapping[str, PastTensor]
@@ -157,6 +164,9 @@ class History:
             "task": self.task,
             "dtype": self.dtype,
             "weights": self.weights,
+            **({"state_key": self.state_key} if self.state_key else {}),
+            **({"category_ids": list(self.category_ids)} if self.category_ids else {}),
+            **({"warnings": list(self.warnings)} if self.warnings else {}),
             "sources": {
                 role: {
                     "repo": source.repo_id,
@@ -281,6 +291,13 @@ def parse_history(content: Mapping[str, Any], path: Path = Path(HISTORY)) -> His
         task=cast("Task | None", top.one_of("task", *get_args(Task), None)),
         dtype=cast("Dtype", top.one_of("dtype", *get_args(Dtype))),
         weights=cast("WeightsKind", top.one_of("weights", *get_args(WeightsKind))),
+        state_key=top.text("state_key") if "state_key" in content else None,
+        category_ids=top.value("category_ids", "a list of ids", _is_shape)
+        if "category_ids" in content
+        else None,
+        warnings=top.value("warnings", "a list of texts", _are_texts)
+        if "warnings" in content
+        else (),
         sources={
             cast("Source", role): PastSource(
                 source.optional_text("repo"), source.optional_text("revision"), _digests(source)

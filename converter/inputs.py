@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from converter import class_names
+from converter.catalog import Task
 from converter.class_names import ClassNames
 from converter.configs import (
     PREPROCESSOR,
@@ -22,9 +23,11 @@ from converter.hub.sources import Fetched, fetch, fetch_config, fetch_first
 from converter.job import Job
 from converter.places import HubSource
 from converter.weights.inspection import Sign, WeightsKind, decide, signs_of_a_delta
-from converter.weights.layouts import EOMT_TRANSFORMERS, recognise
+from converter.weights.layouts import EOMT_TRANSFORMERS
+from converter.weights.lightly import LightlySettings, read_settings
 from converter.weights.merge import Files
 from converter.weights.plan import Source
+from converter.weights.states import Choice, rename_to_layout
 from converter.weights.tensorfiles import open_tensors
 from reference_model.config import Dinov3Config
 
@@ -36,20 +39,27 @@ class Inputs:
     Attributes:
         fetched: the files on this machine, by source.
         files: the same files, open.
+        state: which tensors of EoMT's weights are converted; None if their layout is unknown.
+        settings: what EoMT's weights say about themselves, if they are LightlyTrain's.
+        task, image_size: as the job, the settings or delta.json say; None if none does.
         weights: whether EoMT's weights are a delta or absolute.
         evidence: the signs that decided this; empty if it was given or known.
         own_config: the config.json of EoMT's weights, if they are in transformers' layout, or that
             of the model that a delta was made of, if its delta.json has it.
-        own_preprocessor: the preprocessor_config.json beside it, if there is one.
+        own_preprocessor: the preprocessor_config.json beside it, likewise.
         backbone_config: the backbone's configuration; None to derive it from the shapes.
     """
 
     fetched: Mapping[Source, Fetched]
     files: Files
+    state: Choice | None
+    settings: LightlySettings | None
+    task: Task | None
+    image_size: tuple[int, int] | None
     weights: WeightsKind
     evidence: tuple[Sign, ...]
     own_config: Mapping[str, Any] | None
-    own_preprocessor: dict[str, Any] | None
+    own_preprocessor: Mapping[str, Any] | None
     backbone_config: Dinov3Config | None
 
 
@@ -58,21 +68,8 @@ def role_of(weights: WeightsKind) -> Source:
     return "delta" if weights == "delta" else "weights"
 
 
-def completed(job: Job, access: Access) -> Job:
-    """A job with the task and image size that the delta.json beside its delta says, if any.
-
-    Raises:
-        AccessError, HubUnavailableError: a repository cannot be reached.
-        UnreadableFileError: the delta.json does not have the form that make-delta writes.
-    """
-    record = _delta_record(job, access)
-    if record is None:
-        return job
-    size = job.image_size or record.image_size
-    return replace(job, task=job.task or record.task, image_size=size)
-
-
 def _delta_record(job: Job, access: Access) -> DeltaRecord | None:
+    """What the delta.json beside a delta says, if there is one."""
     if job.checkpoint:
         return None
     if isinstance(job.delta, HubSource):
@@ -89,7 +86,8 @@ def open_inputs(job: Job, access: Access, stack: ExitStack, *, dry_run: bool) ->
     Raises:
         UsageError: an option is missing that weights outside the catalogue need.
         AccessError, UnreadableFileError: as `fetch` and `open_tensors` raise them.
-        EomtConvertError: it cannot be decided whether the weights are a delta or absolute.
+        EomtConvertError: it cannot be decided whether the weights are a delta or absolute, or
+            which weights to convert.
     """
     if job.checkpoint and job.backbone and job.delta == job.checkpoint.source("delta"):
         # fails before gigabytes are fetched if there is no access to the backbone
@@ -97,12 +95,16 @@ def open_inputs(job: Job, access: Access, stack: ExitStack, *, dry_run: bool) ->
     eomt = fetch(job.delta, access, check_weights=False)  # merging computes their digests
     eomt_file = open_tensors(eomt.weights)
     stack.enter_context(eomt_file)
-    converted = recognise(eomt_file.tensors) is EOMT_TRANSFORMERS
+    state = rename_to_layout(eomt_file, job.state_key)
+    layout = state.state.layout if state else None
+    settings = read_settings(eomt_file, layout)
+    task, image_size = _task_and_size(job, settings)
+    converted = layout is EOMT_TRANSFORMERS
     evidence: tuple[Sign, ...] = ()
     weights: WeightsKind
     if job.weights != "auto":
         weights = job.weights
-    elif converted:
+    elif converted or settings:
         weights = "absolute"
     elif dry_run:  # no weights are read
         weights = "delta"
@@ -110,15 +112,17 @@ def open_inputs(job: Job, access: Access, stack: ExitStack, *, dry_run: bool) ->
         evidence = signs_of_a_delta(eomt_file)
         weights = _decided(evidence, eomt.title)
 
-    _check_enough(job, weights, converted=converted)
     own: Mapping[str, Any] | None = None
+    own_preprocessor: Mapping[str, Any] | None = None
     if converted and eomt.config:
         own = read_config(eomt.config)
+        if (eomt.config.parent / PREPROCESSOR).is_file():
+            own_preprocessor = read_json_object(eomt.config.parent / PREPROCESSOR)
     elif weights == "delta" and (record := _delta_record(job, access)):
-        own = record.config
-    own_preprocessor = None
-    if converted and eomt.config and (eomt.config.parent / PREPROCESSOR).is_file():
-        own_preprocessor = read_json_object(eomt.config.parent / PREPROCESSOR)
+        own, own_preprocessor = record.config, record.preprocessor
+        task, image_size = task or record.task, image_size or record.image_size
+    known = {"--task": task is not None, "--image-size": image_size is not None}
+    _check_enough(job, weights, known, converted=converted)
     fetched: dict[Source, Fetched] = {role_of(weights): eomt}
     files: dict[Source, Any] = {role_of(weights): eomt_file}
     if weights == "delta" and job.backbone:
@@ -127,7 +131,31 @@ def open_inputs(job: Job, access: Access, stack: ExitStack, *, dry_run: bool) ->
         stack.enter_context(backbone_file)
         files = {"backbone": backbone_file, **files}
     config = _backbone_config(job, fetched, access, converted=converted)
-    return Inputs(fetched, files, weights, evidence, own, own_preprocessor, config)
+    return Inputs(
+        fetched=fetched,
+        files=files,
+        state=state,
+        settings=settings,
+        task=task,
+        image_size=image_size,
+        weights=weights,
+        evidence=evidence,
+        own_config=own,
+        own_preprocessor=own_preprocessor,
+        backbone_config=config,
+    )
+
+
+def _task_and_size(
+    job: Job, settings: LightlySettings | None
+) -> tuple[Task | None, tuple[int, int] | None]:
+    """Options come before what the file says, which comes before the catalogue."""
+    if settings is None:
+        return job.task, job.image_size
+    entry = job.checkpoint
+    task = settings.task if entry and job.task == entry.task else job.task
+    size = settings.image_size if entry and job.image_size == entry.image_size else job.image_size
+    return task or settings.task, size or settings.image_size
 
 
 def _decided(evidence: tuple[Sign, ...], title: str) -> WeightsKind:
@@ -142,11 +170,12 @@ def _decided(evidence: tuple[Sign, ...], title: str) -> WeightsKind:
     return kind
 
 
-def _check_enough(job: Job, weights: WeightsKind, *, converted: bool) -> None:
+def _check_enough(
+    job: Job, weights: WeightsKind, known: Mapping[str, bool], *, converted: bool
+) -> None:
     needed = {
         "--backbone": weights == "delta" and job.backbone is None,
-        "--task": job.task is None and not converted,
-        "--image-size": job.image_size is None and not converted,
+        **{option: not (known[option] or converted) for option in known},
     }
     missing = [option for option, needs in needed.items() if needs]
     if missing:
@@ -183,13 +212,16 @@ def _backbone_config(
 
 
 def choose_class_names(job: Job, inputs: Inputs, count: int) -> ClassNames:
-    """The class names of a model: the given ones, the catalogue's, its own, or placeholders.
+    """The class names of a model: the given ones, its file's, the catalogue's, or placeholders.
 
     Raises:
         EomtConvertError: the number of names is not the number of classes.
+        UsageError: --stuff names a class that the model does not have.
     """
     if job.labels:
         classes, origin = class_names.read(job.labels), str(job.labels)
+    elif inputs.settings:
+        classes, origin = inputs.settings.classes, inputs.fetched["weights"].title
     elif job.checkpoint:
         classes, origin = job.checkpoint.class_names(count), job.checkpoint.name
     elif inputs.own_config:
@@ -202,11 +234,17 @@ def choose_class_names(job: Job, inputs: Inputs, count: int) -> ClassNames:
             "of the weights.",
             "--labels takes a file with that many names, in the order of the class ids.",
         )
-    if job.task in ("semantic", "instance"):  # which do not distinguish stuff
+    if inputs.task in ("semantic", "instance"):  # which do not distinguish stuff
+        if job.stuff:
+            raise UsageError(f"--stuff is for panoptic models; the task is {inputs.task}.")
         return replace(classes, stuff=())
-    if job.labels and job.checkpoint and not classes.stuff:
-        # names do not say which classes are stuff; for a checkpoint this is known
-        known = job.checkpoint.class_names(count)
-        if len(known.names) == count:
+    if job.stuff is not None:
+        return classes.with_stuff(job.stuff)
+    if job.labels and classes.stuff is None:
+        # names do not say which classes are stuff; the file or the catalogue may
+        known = inputs.settings.classes if inputs.settings else None
+        if known is None and job.checkpoint:
+            known = job.checkpoint.class_names(count)
+        if known and len(known.names) == count:
             classes = replace(classes, stuff=known.stuff)
     return classes

@@ -1,12 +1,13 @@
 """What to convert: the options that change the result, with names resolved to places."""
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Self, TypedDict, Unpack
 
 from converter.catalog import Checkpoint, Task, find
+from converter.class_names import join_names, split_names
 from converter.configs import Dtype
 from converter.errors import UsageError
 from converter.files import user_path
@@ -25,6 +26,7 @@ class JobOptions(TypedDict, total=False):
     """
 
     delta: str | None
+    state_key: str | None
     backbone: str | None
     weights: WeightsKind | Literal["auto"]
     backbone_layout: str | None
@@ -32,6 +34,7 @@ class JobOptions(TypedDict, total=False):
     task: Task | None
     image_size: int | tuple[int, int] | None
     labels: str | Path | None
+    stuff: str | Sequence[str] | None
     dtype: Dtype
     max_shard_size: int | str | None
     recorded: str | Path | None
@@ -51,15 +54,18 @@ class Job:
     Attributes:
         checkpoint: the catalogue's entry, if one was named.
         delta: EoMT's weights, which may also be absolute.
+        state_key: which of several copies of weights in that file; None for those without a key.
         backbone: None if none was given.
         task: None if neither an option nor the catalogue gives it.
         image_size: (height, width) in pixels; None as for ``task``.
+        stuff: names of the classes that are stuff; None if they are not given.
         max_shard_size: bytes of tensors in one file; None for one file.
         recorded: the file of recorded outputs, if there is one.
     """
 
     checkpoint: Checkpoint | None
     delta: LocalSource | HubSource
+    state_key: str | None = None
     backbone: LocalSource | HubSource | None = None
     weights: WeightsKind | Literal["auto"] = "auto"
     backbone_layout: str | None = None
@@ -67,6 +73,7 @@ class Job:
     task: Task | None = None
     image_size: tuple[int, int] | None = None
     labels: Path | None = None
+    stuff: tuple[str, ...] | None = None
     dtype: Dtype = "float32"
     max_shard_size: int | None = None
     recorded: Path | None = None
@@ -127,9 +134,18 @@ class Job:
             option = f"--{field.name.replace('_', '-')}"
             if isinstance(field.default, bool):
                 words.append(option if value else option.replace("--", "--no-", 1))
+            elif field.name == "stuff":
+                words += [option, join_names(value)]
             else:
                 words += [option, _shown(value)]
         return shlex.join(words)
+
+
+def _stuff(names: str | Sequence[str]) -> tuple[str, ...]:
+    found = tuple(split_names(names) if isinstance(names, str) else names)
+    if not found:
+        raise UsageError("--stuff names no classes.", "Leave it out, or give NAME,NAME.")
+    return found
 
 
 # how to read the options whose values differ from those of a job
@@ -139,6 +155,7 @@ _READ: Mapping[str, Callable[[Any], Any]] = {
     "backbone_config": user_path,
     "image_size": lambda size: (size, size) if isinstance(size, int) else size,
     "labels": user_path,
+    "stuff": _stuff,
     "max_shard_size": lambda size: parse_size(str(size)),
     "recorded": lambda path: find_recorded(user_path(path)),
     "image": user_path,

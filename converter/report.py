@@ -35,13 +35,14 @@ def summary(conversion: Conversion, place: str) -> list[str]:
             for source in conversion.sources.values()
             if source.moved_to
         ),
+        *_notes(conversion),
         *(f"weights   {sign.finding}: {sign.speaks_for}" for sign in conversion.inputs.evidence),
         *_pair(conversion.pair),
         *_tensors(conversion.plan),
         f"output    {place} ({size_text(sum(size for size, _ in conversion.files.values()))})",
         *verdict(conversion.verdict),
     ]
-    height, width = conversion.job.image_size or (0, 0)
+    height, width = conversion.inputs.image_size or (0, 0)
     if conversion.job.dtype == "float16":
         lines.append(
             "note      float16 overflows at 65504, so activations may overflow that do not in "
@@ -53,6 +54,11 @@ def summary(conversion: Conversion, place: str) -> list[str]:
             "in reference_model only"
         )
     return lines
+
+
+def _notes(conversion: Conversion) -> list[str]:
+    lines = [f"note      {note}" for note in conversion.notes()]
+    return lines + [f"warning   {warning}" for warning in conversion.warnings()]
 
 
 def _source(source: Fetched) -> str:
@@ -72,7 +78,12 @@ def _pair(pair: Iterable[PairCheck]) -> list[str]:
     return lines + ([f"pair      not checked: {', '.join(left)}"] if left else [])
 
 
-def warnings(pair: Iterable[PairCheck]) -> list[str]:
+def warnings(conversion: Conversion) -> list[str]:
+    """Warnings about a conversion, one line each."""
+    return [*flagged(conversion.pair), *(f"Warning: {each}" for each in conversion.warnings())]
+
+
+def flagged(pair: Iterable[PairCheck]) -> list[str]:
     """Warnings about a pair, one line each."""
     return [f"Warning: {check.finding}" for check in pair if check.status == "flagged"]
 
@@ -277,11 +288,13 @@ def released(found: Release) -> str:
     return f"Published: {', '.join(names)}." if names else ""
 
 
-def plan_table(plan: Plan) -> list[str]:
-    """The plan, a line per tensor."""
+def plan_table(conversion: Conversion) -> list[str]:
+    """The plan, a line per tensor, and how the files were read."""
+    plan = conversion.plan
     rows = [(row.name, shape_text(row.shape), row.dtype, row.recipe) for row in plan.rows]
     dropped = [(str(entry.operand), "", "", f"dropped: {entry.reason}") for entry in plan.dropped]
-    return [*aligned(rows), *(f"{name}  {reason}" for name, _, _, reason in dropped)]
+    lines = [f"{name}  {reason}" for name, _, _, reason in dropped]
+    return [*aligned(rows), *lines, *_notes(conversion)]
 
 
 def catalogue_table() -> list[str]:
@@ -307,7 +320,7 @@ def inspection(found: Inspection) -> list[str]:
         f"weights     {found.weights or 'unknown: delta or absolute'}",
     ]
     lines += [f"  {sign.finding} ({sign.speaks_for})" for sign in found.evidence]
-    return lines
+    return lines + [f"note        {note}" for note in found.notes]
 
 
 def aligned(rows: Iterable[Sequence[str]], *, numbers: bool = False) -> list[str]:

@@ -26,6 +26,7 @@ from converter.errors import (
     UnreadableFileError,
     UsageError,
 )
+from converter.history import read_history
 
 TINY = FIXTURES / "tiny_panoptic_64"
 BACKBONE, DELTA = str(TINY / "backbone"), str(TINY / "delta")
@@ -172,6 +173,75 @@ def test_labels_name_the_classes(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["id2label"] == {str(i): name for i, name in enumerate("abcdefg")}
     assert config["stuff_classes"] == [4, 5, 6]  # which names alone do not tell
+
+
+def categories(folder: Path, *, isthing: bool) -> Path:
+    """COCO's form: ids with gaps, of which the last three are stuff if that is said at all."""
+    entries = [
+        {"id": i * i + 1, "name": name} | ({"isthing": int(i < 4)} if isthing else {})
+        for i, name in enumerate("abcdefg")
+    ]
+    labels = folder / "labels.json"
+    labels.write_text(json.dumps({"categories": entries}))
+    return labels
+
+
+def test_category_ids_with_gaps_are_mapped_in_order_and_kept(tmp_path: Path) -> None:
+    labels = categories(tmp_path, isthing=True)
+    conversion = converter.convert("tiny_panoptic_64", tmp_path / "out", labels=labels)
+
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    history = read_history(tmp_path / "out")
+    assert history is not None
+    assert history.category_ids == [1, 2, 5, 10, 17, 26, 37]
+    assert config["id2label"] == {str(i): name for i, name in enumerate("abcdefg")}
+    assert config["stuff_classes"] == [4, 5, 6]
+    assert (conversion.verdict.verdict, conversion.warnings()) == ("passed", [])
+
+
+OWN: dict[str, Any] = {"delta": DELTA, "backbone": BACKBONE, "image_size": 64, "verify": False}
+
+
+def test_a_panoptic_model_whose_labels_do_not_say_what_is_stuff_is_warned_of(
+    tmp_path: Path, command: Callable[..., Result]
+) -> None:
+    labels = categories(tmp_path, isthing=False)
+    result = command(
+        *("--delta", DELTA, "--backbone", BACKBONE, "--image-size", 64, "--task", "panoptic"),
+        *("--labels", labels, "--output", tmp_path / "out", "--no-verify"),
+    )
+
+    assert result.exit_code == 0
+    assert "Warning: Nothing says which classes are stuff" in result.stderr
+    assert "warning   Nothing says which classes are stuff" in result.stdout
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["stuff_classes"] == []
+
+
+def test_stuff_says_what_labels_do_not(tmp_path: Path) -> None:
+    labels = categories(tmp_path, isthing=False)
+    conversion = converter.convert(
+        output=tmp_path / "out", task="panoptic", labels=labels, stuff="e,f,g", **OWN
+    )
+
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["stuff_classes"] == [4, 5, 6]
+    assert conversion.warnings() == []
+    assert (
+        "--stuff e,f,g" in json.loads((tmp_path / "out" / "conversion.json").read_text())["command"]
+    )
+
+
+def test_other_tasks_are_not_warned_of_and_have_no_stuff(tmp_path: Path) -> None:
+    labels = categories(tmp_path, isthing=False)
+    plan: dict[str, Any] = {
+        "output": tmp_path / "out",
+        "task": "instance",
+        "labels": labels,
+        "dry_run": True,
+    }
+
+    assert converter.convert(**plan, **OWN).warnings() == []
+    with pytest.raises(UsageError, match="--stuff is for panoptic models"):
+        converter.convert(**plan, stuff="e", **OWN)
 
 
 def test_a_wrong_number_of_labels_is_refused(tmp_path: Path) -> None:

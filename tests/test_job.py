@@ -63,6 +63,7 @@ def test_empty_text_is_refused_as_of_a_shell_variable_that_is_not_set(option: st
 def test_the_command_has_each_option_that_changes_the_result(tmp_path: Path) -> None:
     options: JobOptions = {
         "delta": "owner/delta@v1",
+        "state_key": "ema",
         "backbone": "owner/backbone@main",
         "weights": "delta",
         "backbone_layout": "meta",
@@ -70,6 +71,7 @@ def test_the_command_has_each_option_that_changes_the_result(tmp_path: Path) -> 
         "task": "semantic",
         "image_size": (32, 64),
         "labels": tmp_path / "names.txt",
+        "stuff": ["sky", "trees, bushes"],
         "dtype": "bfloat16",
         "max_shard_size": 5000,
         "recorded": TINY.recorded,
@@ -87,6 +89,7 @@ def test_the_command_has_each_option_that_changes_the_result(tmp_path: Path) -> 
     assert shlex.split(job.command()) == [
         "eomt-convert",
         *("--delta", "owner/delta@v1"),
+        *("--state-key", "ema"),
         *("--backbone", "owner/backbone"),
         *("--weights", "delta"),
         *("--backbone-layout", "meta"),
@@ -94,6 +97,7 @@ def test_the_command_has_each_option_that_changes_the_result(tmp_path: Path) -> 
         *("--task", "semantic"),
         *("--image-size", "32x64"),
         *("--labels", "names.txt"),
+        *("--stuff", 'sky,"trees, bushes"'),
         *("--dtype", "bfloat16"),
         *("--max-shard-size", "5000"),
         *("--recorded", "tiny_panoptic_64"),
@@ -118,6 +122,11 @@ def test_options_that_equal_the_catalogues_are_not_in_the_command() -> None:
     assert job.command() == "eomt-convert --checkpoint tiny_panoptic_64"
 
 
+@pytest.mark.parametrize("names", ['sky, "trees, bushes"', ["sky", "trees, bushes"]])
+def test_stuff_is_a_list_or_a_text_with_commas(names: str | list[str]) -> None:
+    assert Job.of("tiny_panoptic_64", stuff=names).stuff == ("sky", "trees, bushes")
+
+
 def test_a_switch_may_be_a_number() -> None:
     options: Any = {"verify": 0, "check_backbone": 1, "allow_mismatch": 0}
 
@@ -135,6 +144,7 @@ def test_a_switch_may_be_a_number() -> None:
         ({"checkpoint": "tiny_panoptic_64", "delta": "nowhere"}, "'nowhere'"),
         ({"checkpoint": "tiny_panoptic_64", "max_shard_size": "much"}, "'much'"),
         ({"checkpoint": "tiny_panoptic_64", "max_shard_size": 0}, "'0' is"),
+        ({"checkpoint": "tiny_panoptic_64", "stuff": " , "}, "--stuff names no classes"),
     ],
 )
 def test_incomplete_or_invalid_options_are_refused(options: dict[str, Any], said: str) -> None:

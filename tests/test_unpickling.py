@@ -247,6 +247,11 @@ def test_keys_that_are_not_text_are_dropped() -> None:
     assert read_pickle(pickle.dumps(items)) == {"a": 1}
 
 
+def test_keys_that_are_numbers_of_classes_are_kept_where_they_are_asked_for() -> None:
+    items = {"a": 1, 2: 3, -1: 4, True: 5, 65536: 6, 65535: 7}
+    assert read_pickle(pickle.dumps(items), numbered=True) == {"a": 1, 2: 3, 65535: 7}
+
+
 def test_a_key_that_cannot_be_hashed_is_dropped() -> None:
     assert read_pickle(b"}(]K\1}K\2" + text("a") + b"K\3u.") == {"a": 3}
 

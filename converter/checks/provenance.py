@@ -14,11 +14,12 @@ from converter.hub.downloads import resolve
 from converter.hub.sources import Fetched, fetch
 from converter.places import HubSource, parse_source
 from converter.weights.inspection import WeightsKind, decide, signs_of_a_delta
-from converter.weights.layouts import EOMT_TRANSFORMERS, recognise
+from converter.weights.layouts import EOMT_LIGHTLY, EOMT_TRANSFORMERS, recognise
 from converter.weights.merge import CHUNK, Files, compute, read_operand, round_to
 from converter.weights.plan import Plan, Row, Source, make_plan
+from converter.weights.states import rename_to_layout
 from converter.weights.tensorfiles import ShardedTensorFile, TensorFile, damage, open_tensors
-from reference_model.config import Dinov3Config
+from reference_model.config import EomtDinov3Config
 
 if TYPE_CHECKING:
     from converter.weights.tensorfiles import Array
@@ -118,7 +119,7 @@ class Given:
 def open_sources(
     given: Given,
     history: History | None,
-    config: Dinov3Config,
+    config: EomtDinov3Config,
     dtype: str,
     access: Access,
     stack: ExitStack,
@@ -131,8 +132,8 @@ def open_sources(
     Args:
         given: the sources that the user named.
         history: the model's conversion.json, if there is one.
-        config: the backbone's configuration in the model's config.json; used only if the backbone
-            has no config.json of its own.
+        config: the model's config.json; of the backbone, it is used only if the backbone has no
+            config.json of its own.
         dtype: dtype of the model, as safetensors names it.
         access: how the Hub is reached for the given sources.
         stack: closes the files.
@@ -147,8 +148,10 @@ def open_sources(
         eomt = _fetch(given.delta, "delta", history, access)
         file = open_tensors(eomt.weights)
         stack.enter_context(file)
+        rename_to_layout(file, history.state_key if history else None)
         if _kind(file, given, history) == "absolute":
-            plan = make_plan(file.tensors, None, config, dtype=dtype)
+            blocks = config.num_blocks
+            plan = make_plan(file.tensors, None, config, dtype=dtype, num_blocks=blocks)
             return Provenance({"weights": file}, plan)
         backbone = _fetch(given.backbone, "backbone", history, access)
         base = open_tensors(backbone.weights)
@@ -196,6 +199,6 @@ def _kind(
 ) -> WeightsKind:
     if history and not given.delta:
         return history.weights
-    if recognise(file.tensors) is EOMT_TRANSFORMERS:
+    if recognise(file.tensors) in (EOMT_TRANSFORMERS, EOMT_LIGHTLY):
         return "absolute"
     return decide(signs_of_a_delta(file)) or "delta"

@@ -61,6 +61,11 @@ class ImageSize(click.ParamType[tuple[int, int]]):
     "--output", type=click.Path(path_type=Path), help="Folder to write. [default: ./NAME]"
 )
 @click.option("--delta", metavar=SOURCE, help="Delta weights to use instead of the catalogue's.")
+@click.option(
+    "--state-key",
+    metavar="KEY",
+    help="Which copy of the weights in --delta to convert, such as ema.",
+)
 @click.option("--backbone", metavar=SOURCE, help="Backbone to use instead of the catalogue's.")
 @click.option(
     "--weights",
@@ -94,6 +99,7 @@ class ImageSize(click.ParamType[tuple[int, int]]):
     type=click.Path(path_type=Path),
     help="Class names: one a line, a JSON list, or JSON categories with isthing.",
 )
+@click.option("--stuff", metavar="NAME,NAME", help="The classes that have no instances: sky,grass.")
 @dtype_option
 @shard_size_option
 @click.option(
@@ -173,14 +179,15 @@ def main(
         access = Access.of(token, cache_dir, offline)
         if dry_run:
             conversion = plan_job(job, access)
-            session.show(texts.plan_table(conversion.plan), conversion.to_dict())
+            session.say(*texts.warnings(conversion))
+            session.show(texts.plan_table(conversion), conversion.to_dict())
             return
         if push_to:
             check_login([push_to], access.online)
             push["license_file"] = check_licence(job, push["license_file"], access)
         with progress_bar(session.shows_progress) as progress:
             conversion = run_job(job, destination, access, progress)
-        session.say(*texts.warnings(conversion.pair))
+        session.say(*texts.warnings(conversion))
         place = str(output or f"./{destination.place.name}")
         content = conversion.to_dict()
         if not push_to:

@@ -102,7 +102,7 @@ def make_delta_command(
                 local_files_only=offline,
                 progress=progress,
             )
-        session.say(*report.warnings(done.pair))
+        session.say(*report.flagged(done.pair))
         lines, content = report.delta(done, output), done.to_dict()
         if not push_to:
             session.show(lines, content)

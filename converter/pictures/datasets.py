@@ -373,7 +373,7 @@ class Ade20kSemantic:
         """
         self._files = files
         classes = class_names.of_dataset("ade20k_semantic")
-        self.names, self.stuff = classes.names, classes.stuff
+        self.names, self.stuff = classes.names, classes.stuff or ()
         for root in ("ADEChallengeData2016", "."):
             self._root = PurePosixPath(root)
             self._stems = [

@@ -35,6 +35,9 @@ MAX_DESCRIPTION = 4 << 20
 
 _FETCH_AGAIN = "It may be damaged or cut off: fetch or copy it again."
 
+# entries of a torch file that describe a model of LightlyTrain
+SETTINGS = ("model_class_path", "model_init_args")
+
 # safetensors' names of the element types, with the size of an element in bytes
 ITEM_SIZES = {
     "F64": 8,
@@ -106,11 +109,16 @@ class Header:
         format: ``safetensors`` or ``torch``.
         tensors: by name, in the file's own order.
         records: of a torch file, by name.
+        nested: tensors of other state dicts of a torch file, such as averaged weights, by the key
+            of the dict and the name in it: ``ema.norm.weight``.
+        settings: what LightlyTrain stores beside the weights of a torch file, unchecked.
     """
 
     format: str
     tensors: Mapping[str, TensorInfo]
     records: Mapping[str, Record] = field(default_factory=dict)
+    nested: Mapping[str, TensorInfo] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_header(file: BinaryIO, size: int, path: Path) -> Header:
@@ -244,7 +252,7 @@ _ZIP64 = 2**32 - 1  # in place of a size that is in the extra field
 
 
 def _read_torch_header(file: BinaryIO, path: Path) -> Header:
-    """Reads where torch.save put each tensor of a state dict, or of one under ``state_dict``."""
+    """Reads where torch.save put each tensor of a state dict, and of state dicts within a dict."""
     broken = partial(_invalid, path, "torch")
     records = zip_records(file, broken)
     roots = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
@@ -261,7 +269,7 @@ def _read_torch_header(file: BinaryIO, path: Path) -> Header:
         raise broken(f"its pickle has {pickle.length:,} bytes, the limit is {MAX_DESCRIPTION:,}")
     file.seek(pickle.begin)
     try:
-        content = read_pickle(file.read(pickle.length))
+        content = read_pickle(file.read(pickle.length), numbered=True)
     except UnsafePickleError as error:
         raise UnreadableFileError(
             f"{path} asks to run code when it is loaded: it names {error}. None of it was run.",
@@ -270,27 +278,60 @@ def _read_torch_header(file: BinaryIO, path: Path) -> Header:
     except ValueError as error:
         raise broken(f"its pickle is malformed ({error})") from error
 
+    content = _named(content)
+    states = _nested_states(content)
+    settings = {name: content[name] for name in SETTINGS if name in content} if states else {}
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+        content = _named(content["state_dict"])
+    elif states and not any(isinstance(value, PickledTensor) for value in content.values()):
+        content, states = states, {}
     if not isinstance(content, dict) or not content:
         raise UnreadableFileError(
             f"{path} holds no state dict, neither at its top level nor under 'state_dict'.",
             "Save model.state_dict(), not the model.",
         )
-    tensors = {}
-    for name, value in content.items():
-        if not is_name(name):
-            raise broken(f"{shortened(name)} is not a valid name of a tensor")
-        if isinstance(value, Inert):
-            raise UnreadableFileError(
-                f"{name} in {path} is not a plain tensor: loading it needs {value.name}, which is "
-                "not supported.",
-                "Save the weights as plain tensors: {k: v.detach() for k, v in ...items()}.",
-            )
-        if not isinstance(value, PickledTensor):
-            raise broken(f"the entry {name!r} of its state dict is not a tensor")
-        tensors[name] = _torch_tensor(name, value, records, root, broken)
-    return Header("torch", tensors, records)
+
+    def read(state: Mapping[Any, Any]) -> dict[str, TensorInfo]:
+        tensors = {}
+        for name, value in state.items():
+            if not is_name(name):
+                raise broken(f"{shortened(name)} is not a valid name of a tensor")
+            if isinstance(value, Inert):
+                raise UnreadableFileError(
+                    f"{name} in {path} is not a plain tensor: loading it needs {value.name}, which "
+                    "is not supported.",
+                    "Save the weights as plain tensors: {k: v.detach() for k, v in ...items()}.",
+                )
+            if not isinstance(value, PickledTensor):
+                raise broken(f"the entry {name!r} of its state dict is not a tensor")
+            tensors[name] = _torch_tensor(name, value, records, root, broken)
+        return tensors
+
+    return Header("torch", read(content), records, read(states), settings)
+
+
+def _named(content: Any) -> Any:
+    """A dict without the items whose keys are numbers."""
+    if not isinstance(content, dict):
+        return content
+    return {name: value for name, value in content.items() if isinstance(name, str)}
+
+
+def _nested_states(content: Any) -> dict[str, PickledTensor]:
+    """The tensors of dicts that hold nothing else, by ``key.name``, without ``state_dict``."""
+    if not isinstance(content, dict):
+        return {}
+    states = {
+        key: _named(value)
+        for key, value in content.items()
+        if isinstance(value, dict) and key != "state_dict" and is_name(key)
+    }
+    return {
+        f"{key}.{name}": value
+        for key, state in states.items()
+        if all(isinstance(each, PickledTensor) for each in state.values())
+        for name, value in state.items()
+    }
 
 
 def _torch_tensor(

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from converter.errors import PlanError
 from converter.weights.layouts import EOMT_TUE, plain_name, recognise
+from converter.weights.states import rename_to_layout
 from converter.weights.tensorfiles import ShardedTensorFile, TensorFile
 
 WeightsKind = Literal["delta", "absolute"]
@@ -37,6 +39,7 @@ class Inspection:
         title: the layout in words.
         weights: whether the weights are a delta or absolute; None if that cannot be decided.
         evidence: the signs that decide this.
+        notes: sentences on names that differ from the layout's, and on copies of the weights.
         tensors: dtype and shape of every tensor, by name.
         parameters: number of elements of all tensors.
         wrong_checksums: records of a torch file whose CRC-32 differs from the zip directory's.
@@ -47,6 +50,7 @@ class Inspection:
     title: str
     weights: WeightsKind | None
     evidence: tuple[Sign, ...]
+    notes: tuple[str, ...]
     tensors: dict[str, tuple[str, tuple[int, ...]]]
     parameters: int
     wrong_checksums: tuple[str, ...]
@@ -58,6 +62,7 @@ class Inspection:
             "layout": self.layout,
             "weights": self.weights,
             "evidence": [sign.to_dict() for sign in self.evidence],
+            "notes": list(self.notes),
             "parameters": self.parameters,
             "wrong_checksums": list(self.wrong_checksums),
             "tensors": {
@@ -70,9 +75,17 @@ class Inspection:
 def inspect(file: TensorFile | ShardedTensorFile) -> Inspection:
     """Inspects a file's header, the small tensors that distinguish a delta, and the checksums.
 
+    The file's tensors get the names of the layout; the inspection has those in the file.
+
     Raises:
         UnreadableFileError: one of these tensors cannot be read.
     """
+    tensors = {**file.tensors, **file.nested}
+    try:
+        choice = rename_to_layout(file, None)
+        notes = tuple(choice.notes()) if choice else ()
+    except PlanError as error:
+        notes = (error.message,)
     layout = recognise(file.tensors)
     evidence = signs_of_a_delta(file) if layout is EOMT_TUE else ()
     kind: WeightsKind | None = decide(evidence)
@@ -84,8 +97,9 @@ def inspect(file: TensorFile | ShardedTensorFile) -> Inspection:
         title=layout.title if layout else "not a supported layout",
         weights=kind,
         evidence=evidence,
-        tensors={name: (info.dtype, info.shape) for name, info in file.tensors.items()},
-        parameters=sum(info.size for info in file.tensors.values()),
+        notes=notes,
+        tensors={name: (info.dtype, info.shape) for name, info in tensors.items()},
+        parameters=sum(info.size for info in tensors.values()),
         wrong_checksums=file.wrong_checksums(),
     )
 

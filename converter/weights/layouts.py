@@ -288,6 +288,26 @@ EOMT_TUE = Layout(
 )
 
 
+# github.com/lightly-ai/lightly-train: _task_models/dinov3_eomt_*/task_model.py and scale_block.py;
+# the backbone is Meta's
+EOMT_LIGHTLY = Layout(
+    name="eomt-lightly",
+    title="EoMT weights in LightlyTrain's layout",
+    kind="eomt",
+    signature=("queries.weight", "class_head.weight", "backbone.storage_tokens"),
+    table={
+        **{f"backbone.{name}": target for name, target in DINOV3_META.table.items()},
+        "queries.weight": "query.weight",
+        **{
+            name.removeprefix("network."): target
+            for name, target in EOMT_TUE.table.items()
+            if name.startswith(("network.class_head.", "network.mask_head.", "network.upscale."))
+        },
+        "criterion.empty_weight": "criterion.empty_weight",
+    },
+)
+
+
 @dataclass(frozen=True)
 class ModelTensor:
     """A tensor of the model, described by the fields of its configuration.
@@ -381,7 +401,14 @@ EOMT_TRANSFORMERS = Layout(
     table={name: name for name in MODEL} | {"attn_mask_probs": _MASK_SCHEDULE},
 )
 
-LAYOUTS = (DINOV3_TRANSFORMERS, DINOV3_META, DINOV3_TIMM, EOMT_TUE, EOMT_TRANSFORMERS)
+LAYOUTS = (
+    DINOV3_TRANSFORMERS,
+    DINOV3_META,
+    DINOV3_TIMM,
+    EOMT_TUE,
+    EOMT_LIGHTLY,
+    EOMT_TRANSFORMERS,
+)
 
 BACKBONE_LAYOUTS = {
     layout.name.removeprefix("dinov3-"): layout for layout in LAYOUTS if layout.kind == "backbone"

@@ -7,8 +7,8 @@ the model needs has exactly one row.
 
 import math
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from converter.configs import NO_OBJECT_WEIGHT
@@ -21,6 +21,7 @@ from converter.weights.backbones import (
 )
 from converter.weights.headers import ITEM_SIZES, TensorInfo
 from converter.weights.layouts import (
+    EOMT_LIGHTLY,
     EOMT_TRANSFORMERS,
     Kind,
     Layout,
@@ -140,6 +141,14 @@ class Plan:
     dropped: tuple[DroppedTensor, ...]
     config: EomtDinov3Config
 
+    def without(self, source: Source, unused: Iterable[str]) -> "Plan":
+        """The same plan for a file that also has tensors of other copies of the weights."""
+        dropped = (
+            DroppedTensor(Operand(source, Part(name)), "not of the copy that is converted")
+            for name in unused
+        )
+        return replace(self, dropped=(*self.dropped, *dropped))
+
     def counts(self) -> dict[str, int]:
         """How many tensors are added, copied, filled, renamed and dropped."""
         operations = Counter(row.operation for row in self.rows)
@@ -177,6 +186,7 @@ def make_plan(
     *,
     backbone_layout: Layout | None = None,
     dtype: str = "F32",
+    num_blocks: int | None = None,
 ) -> Plan:
     """Plans a conversion.
 
@@ -187,6 +197,7 @@ def make_plan(
             for the published backbones.
         backbone_layout: the backbone's layout; by default it is recognised by the tensor names.
         dtype: element type of the model, as safetensors names it.
+        num_blocks: how many layers process queries, if no tensor shows it.
 
     Raises:
         PlanError: a tensor is missing, unexpected or has a wrong shape, or a file has a wrong or
@@ -201,10 +212,15 @@ def make_plan(
             f"The {head.source} is {EOMT_TRANSFORMERS.title}: it is converted already.",
             "Convert it again with --weights absolute, or check it with eomt-convert verify.",
         )
+    if base and head.translation.layout is EOMT_LIGHTLY:
+        raise PlanError(
+            f"The {head.source} is {EOMT_LIGHTLY.title}, which are absolute.",
+            "Leave out --weights delta.",
+        )
     if config is None:
         config = config_from_shapes(base.translation if base else head.translation)
     cause = _likeliest_cause(base, head, config)
-    model = _model_config(config, head, cause)
+    model = _model_config(config, head, num_blocks, cause)
 
     rows, problems = [], []
     needed = model_shapes(model)
@@ -295,17 +311,19 @@ def _row(name: str, shape: tuple[int, ...], dtype: str, sources: list[_Weights])
     return Row(name, shape, dtype, "add" if len(operands) == 2 else "copy", operands)
 
 
-def _model_config(backbone: Dinov3Config, head: _Weights, cause: str) -> EomtDinov3Config:
+def _model_config(
+    backbone: Dinov3Config, head: _Weights, num_blocks: int | None, cause: str
+) -> EomtDinov3Config:
     """The model's configuration: the backbone's with the sizes of EoMT's weights."""
     weights = head.translation
     # the tensor itself is replaced by zeros, but its length is the number of blocks
     blocks = next(
         (
-            info.shape
+            info.shape[0]
             for name, info in weights.tensors.items()
             if name.endswith("attn_mask_probs") and len(info.shape) == 1
         ),
-        None,
+        num_blocks,
     )
     queries, classes = weights.shape("query.weight"), weights.shape("class_predictor.weight")
     if blocks is None:
@@ -322,7 +340,7 @@ def _model_config(backbone: Dinov3Config, head: _Weights, cause: str) -> EomtDin
                 **asdict(backbone),
                 "image_size": backbone.patch_size,  # no tensor depends on it
                 "num_queries": queries[0],
-                "num_blocks": blocks[0],
+                "num_blocks": blocks,
                 "num_labels": classes[0] - 1,
             }
         )

@@ -12,12 +12,13 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shortened
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from converter.errors import UnreadableFileError
 from converter.files import SHARD_NAME, FileDigest, is_within, open_regular, readable
 from converter.places import WEIGHT_SUFFIXES
-from converter.weights.headers import MAX_DESCRIPTION, parse_json_object, read_header
+from converter.weights.headers import MAX_DESCRIPTION, TensorInfo, parse_json_object, read_header
 from converter.weights.unpickling import is_name
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class TensorFile(AbstractContextManager["TensorFile"]):
         path: the file.
         format: ``safetensors`` or ``torch``.
         tensors: by name, in the file's own order.
+        nested, settings: of a torch file, as in `headers.Header`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -119,6 +121,7 @@ class TensorFile(AbstractContextManager["TensorFile"]):
                 raise
             closing.pop_all()
         self.format, self.tensors, self._records = header.format, header.tensors, header.records
+        self.nested, self.settings = header.nested, header.settings
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
@@ -170,6 +173,15 @@ class TensorFile(AbstractContextManager["TensorFile"]):
             array = array.reshape([info.shape[axis] for axis in info.axes])
             array = np.ascontiguousarray(array.transpose(np.argsort(info.axes)))
         return array.reshape(info.shape) if whole else array
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Gives tensors other names, and leaves out all the others.
+
+        Args:
+            names: names in the file, by the new names.
+        """
+        stored = {**self.nested, **self.tensors}
+        self.tensors, self.nested = {new: stored[name] for new, name in names.items()}, {}
 
     def sha256(self, name: str | None = None) -> str:
         """Digest of the whole file, or of the bytes of one tensor, in hexadecimal."""
@@ -229,7 +241,11 @@ class ShardedTensorFile(AbstractContextManager["ShardedTensorFile"]):
         path: the index.
         format: ``safetensors``.
         tensors: those of all shards, by name, in the index's order.
+        nested, settings: empty.
     """
+
+    nested: Mapping[str, TensorInfo] = MappingProxyType({})
+    settings: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, path: Path) -> None:
         """Opens an index and its shards, and reads their headers.
@@ -264,6 +280,14 @@ class ShardedTensorFile(AbstractContextManager["ShardedTensorFile"]):
     ) -> "Array":
         """Reads a tensor, or a range of its elements, like `TensorFile.read`."""
         return self._shard_of[name].read(name, start, stop, out)
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Gives tensors other names, like `TensorFile.rename`."""
+        shard_of = {new: self._shard_of[name] for new, name in names.items()}
+        for shard in self._shards.values():
+            shard.rename({new: name for new, name in names.items() if shard_of[new] is shard})
+        self._shard_of = shard_of
+        self.tensors = {new: shard.tensors[new] for new, shard in shard_of.items()}
 
     def sha256(self, name: str) -> str:
         """Digest of the bytes of one tensor, in hexadecimal."""

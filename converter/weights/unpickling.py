@@ -78,6 +78,9 @@ _MAX_BYTES = 2**63 - 1
 
 _MAX_NAME = 500
 
+# 16 bits hold the number of a class in every dataset's pictures
+_MOST_CLASSES = 1 << 16
+
 
 class UnsafePickleError(ValueError):
     """Raised for a pickle that names something that can run code; the message is that name."""
@@ -138,19 +141,23 @@ def is_name(value: Any) -> bool:
     return type(value) is str and len(value) <= _MAX_NAME and value.isprintable()
 
 
-def read_pickle(data: bytes, allowed: Container[str] | None = None) -> Any:
+def read_pickle(
+    data: bytes, allowed: Container[str] | None = None, *, numbered: bool = False
+) -> Any:
     """Reads one pickle into dicts, lists, tuples, plain values, `PickledTensor` and `Inert`.
 
     Args:
         data: the pickle.
         allowed: all that it may name; by default all but what is known to be able to run code.
+        numbered: whether to keep items of dicts whose keys are numbers of classes; items with other
+            keys than text are dropped.
 
     Raises:
         UnsafePickleError: it names something that runs code, or that is not allowed.
         ValueError: it is not a valid pickle.
     """
     try:
-        return _Machine(allowed).run(data)
+        return _Machine(allowed, numbered).run(data)
     except ValueError:
         raise
     # pickletools warns about an unknown escape in a text, which is an error if warnings are errors
@@ -211,8 +218,9 @@ def _storage(identifier: Any) -> Storage | Inert:
 class _Machine:
     """The stack machine: its stack, the stacks that marks put aside, and its memo."""
 
-    def __init__(self, allowed: Container[str] | None) -> None:
+    def __init__(self, allowed: Container[str] | None, numbered: bool) -> None:
         self.allowed = allowed
+        self.numbered = numbered
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -266,10 +274,14 @@ class _Machine:
             self.stack[-1].extend(items)
 
     def set_items(self, items: list[Any]) -> None:
-        """Sets the items whose keys are text; others are not needed, and may be slow to hash."""
+        """Sets the items that are needed; other keys may be slow to hash, or chosen to collide."""
         if not isinstance(self.stack[-1], Inert):
             pairs = zip(items[::2], items[1::2], strict=True)
-            self.stack[-1].update({key: value for key, value in pairs if type(key) is str})
+            self.stack[-1].update({key: value for key, value in pairs if self.is_key(key)})
+
+    def is_key(self, value: Any) -> bool:
+        number = self.numbered and type(value) is int and 0 <= value < _MOST_CLASSES
+        return type(value) is str or number
 
     def set_item(self, _: Any) -> None:
         value, key = self.stack.pop(), self.stack.pop()
