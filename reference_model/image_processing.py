@@ -334,7 +334,9 @@ class EomtImageProcessor:
         if outputs.patch_offsets:
             offsets = [(int(n), int(start), int(end)) for n, start, end in outputs.patch_offsets]
         _check_targets(target_sizes, 1 + max(picture for picture, _, _ in offsets))
-        placements = self._placements(target_sizes, size)
+        # windows may have been asked for in the call that made the inputs
+        processor = replace(self, do_split_image=True) if outputs.patch_offsets else self
+        placements = processor._placements(target_sizes, size)
         windows: list[list[Window]] = [[] for _ in placements]
         for index, (picture, start, _) in enumerate(offsets):
             down = placements[picture].scaled_size[0] > placements[picture].input_size[0]
