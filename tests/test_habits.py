@@ -494,6 +494,7 @@ def test_windows_asked_for_in_one_call_are_put_together() -> None:
     (ours,) = processor.post_process_semantic_segmentation(outputs, [(32, 80)])
     sliding = replace(processor, do_split_image=True)
     assert torch.equal(ours, sliding.post_process_semantic_segmentation(outputs, [(32, 80)])[0])
-    theirs: Any = EomtImageProcessorPil(size={"shortest_edge": 32, "longest_edge": None})
+    size: Any = {"shortest_edge": 32, "longest_edge": None}
+    theirs: Any = EomtImageProcessorPil(size=size)
     (expected,) = theirs.post_process_semantic_segmentation(outputs, [(32, 80)])
     assert same_but_for_edges(ours, expected)
