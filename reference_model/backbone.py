@@ -70,10 +70,10 @@ class Embeddings(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: EomtDinov3Config) -> None:
+    def __init__(self, config: EomtDinov3Config, attn_implementation: str = "sdpa") -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, attn_implementation)
         self.layer_scale1 = LayerScale(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = GatedMlp(config) if config.use_gated_mlp else Mlp(config)
@@ -93,29 +93,52 @@ class Layer(nn.Module):
         output: Tensor = x + self.drop_path(self.layer_scale2(self.mlp(self.norm2(x))))
         return output
 
+    def attention_weights(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None
+    ) -> Tensor:
+        """The layer's attention weights for the same arguments: (batch, heads, tokens, tokens)."""
+        query, key, _ = self.attention.query_key_value(self.norm1(x), rope)
+        return self.attention.weights(query, key, mask)
+
 
 class Attention(nn.Module):
-    def __init__(self, config: EomtDinov3Config) -> None:
+    def __init__(self, config: EomtDinov3Config, attn_implementation: str = "sdpa") -> None:
         super().__init__()
         size = config.hidden_size
         self.head_size = config.head_size
         self.dropout = config.attention_dropout
+        self.attn_implementation = attn_implementation
         self.q_proj = nn.Linear(size, size, bias=config.query_bias)
         self.k_proj = nn.Linear(size, size, bias=config.key_bias)
         self.v_proj = nn.Linear(size, size, bias=config.value_bias)
         self.o_proj = nn.Linear(size, size, bias=config.proj_bias)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        query, key, value = self.query_key_value(x, rope)
+        if self.attn_implementation == "eager":
+            x = F.dropout(self.weights(query, key, mask), self.dropout, self.training) @ value
+        else:
+            dropout = self.dropout if self.training else 0.0
+            x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        output: Tensor = self.o_proj(x.transpose(1, 2).flatten(2))  # (batch, tokens, hidden)
+        return output
+
+    def query_key_value(
+        self, x: Tensor, rope: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         # (batch, tokens, hidden) -> (batch, heads, tokens, head size)
         query, key, value = (
             projection(x).unflatten(-1, (-1, self.head_size)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query, key = rotate_patches(query, *rope), rotate_patches(key, *rope)
-        dropout = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-        output: Tensor = self.o_proj(x.transpose(1, 2).flatten(2))  # (batch, tokens, hidden)
-        return output
+        return rotate_patches(query, *rope), rotate_patches(key, *rope), value
+
+    def weights(self, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+        """(batch, heads, tokens, tokens): how much a token of the third axis takes of the last."""
+        scores = query @ key.mT / math.sqrt(self.head_size)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -math.inf)
+        return scores.softmax(dim=-1)
 
 
 class RotaryEmbedding(nn.Module):

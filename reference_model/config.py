@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from reference_model.allowed import ROPE_TYPE, check, is_int, refusal
-from reference_model.files import fetch_file, read_json_object, write_json_object
+from reference_model.files import fetch_file, json_text, read_json_object, write_json_object
 
 CONFIG_NAME = "config.json"
 ROPE_THETA = 100.0  # DINOv3's
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Dinov3Config:
     """Configuration of a DINOv3 backbone: the keys of DINOv3ViTConfig that define the network.
 
     The names are those of transformers. Invalid values raise ValueError with the key, the value
-    and what was expected.
+    and what was expected. No attribute can be set: the weights of a model depend on its config.
 
     Attributes:
         hidden_size: width of a token.
@@ -78,8 +78,18 @@ class Dinov3Config:
             if entry.type in ("float", "float | None") and is_int(value):  # JSON may have 1 for 1.0
                 self._set(entry.name, float(value))
 
+    def __setattr__(self, name: str, value: object) -> None:
+        """Sets a field while an instance is created; raises AttributeError afterwards."""
+        if name in vars(self) or name not in self.__dataclass_fields__:
+            kind = type(self).__name__
+            raise AttributeError(
+                f"{name} of a config cannot be set; to load one with another value: "
+                f"{kind}.from_pretrained(..., {name}=...), to copy one: dataclasses.replace"
+            )
+        self._set(name, value)
+
     def _set(self, name: str, value: object) -> None:
-        """Sets a field of this frozen class while an instance is created."""
+        """Replaces the value of a field while an instance is created."""
         object.__setattr__(self, name, value)
 
     @property
@@ -121,7 +131,7 @@ class Dinov3Config:
         return cls(**{key: value for key, value in values.items() if key in own})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class EomtDinov3Config(Dinov3Config):
     """Configuration of an EoMT-DINOv3 model: the keys of transformers' EomtDinov3Config.
 
@@ -137,7 +147,9 @@ class EomtDinov3Config(Dinov3Config):
             (github.com/tue-mps/eomt models/eomt.py).
         no_object_weight: no_object_coefficient in github.com/tue-mps/eomt
             training/mask_classification_panoptic.py.
-        id2label: class names by class id.
+        num_labels: number of classes, without "no object"; by default that of `id2label`.
+        id2label: class names by class id; by default unnamed ones, two unless `num_labels` says
+            how many.
         stuff_classes: ids of the classes without instances; None if they are unknown.
         extra: other keys of a config.json, kept unchanged.
     """
@@ -166,12 +178,24 @@ class EomtDinov3Config(Dinov3Config):
     train_num_points: int = 12544
     oversample_ratio: float = 3.0
     importance_sample_ratio: float = 0.75
-    id2label: Mapping[int, str] = field(default_factory=lambda: unnamed_labels(2))
+    # of these two, one follows from the other; __post_init__ replaces None
+    num_labels: int = None  # type: ignore[assignment]
+    id2label: Mapping[int, str] = None  # type: ignore[assignment]
     stuff_classes: tuple[int, ...] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.id2label is None:
+            count = 2 if self.num_labels is None else self.num_labels
+            check({"num_labels": count})
+            self._set("id2label", unnamed_labels(count))
+        check({"id2label": self.id2label})
+        if self.num_labels is None:
+            self._set("num_labels", len(self.id2label))
         super().__post_init__()
+        if self.num_labels != len(self.id2label):
+            expected = f"the {len(self.id2label)} of id2label"
+            raise refusal("num_labels", self.num_labels, expected)
         if self.num_upscale_blocks is None:
             self._set("num_upscale_blocks", max(1, self.patch_size.bit_length() - 1 - 2))
         if self.num_blocks > self.num_hidden_layers:
@@ -188,11 +212,6 @@ class EomtDinov3Config(Dinov3Config):
                 self._set(name, tuple(value))
 
     @property
-    def num_labels(self) -> int:
-        """Number of classes, without "no object"."""
-        return len(self.id2label)
-
-    @property
     def input_size(self) -> tuple[int, int]:
         """`image_size` as (height, width) in pixels."""
         size = self.image_size
@@ -203,32 +222,41 @@ class EomtDinov3Config(Dinov3Config):
         return {label: index for index, label in self.id2label.items()}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+    def from_dict(cls, values: Mapping[str, Any], **settings: Any) -> Self:
         """The configuration that a parsed config.json describes.
 
-        As for a backbone. `num_labels` is used if there is no `id2label`; other keys are kept in
-        `extra`.
+        As for a backbone. Other keys are kept in `extra`.
+
+        Args:
+            values: the parsed file.
+            settings: attributes that replace those of the file. Where they name other classes, or
+                another number of them, the file's `stuff_classes` do not apply. `label2id` is not
+                needed: it follows from `id2label`.
 
         Raises:
             ValueError: a value is invalid.
+            TypeError: there is no such attribute.
         """
-        num_labels = values.get("num_labels")
-        if num_labels is not None and values.get("id2label") is None:
-            check({"num_labels": num_labels})
-            values = {**values, "id2label": unnamed_labels(num_labels)}
-        known = {entry.name for entry in fields(cls)} - {"extra"}
-        # label2id says the same as id2label
-        known |= {"model_type", "rope_theta", "num_labels", "label2id"}
+        known = {entry.name for entry in fields(cls)} - {"extra"} | {"label2id"}
+        if unknown := sorted(settings.keys() - known):
+            raise TypeError(f"{cls.__name__} has no {', '.join(unknown)}")
+        if settings:
+            config = cls.from_dict(values)
+            values = config.to_dict()
+            named = settings.get("id2label", config.id2label)
+            count = settings.get("num_labels", config.num_labels)
+            if named != config.id2label or count != config.num_labels:
+                values = {k: v for k, v in values.items() if k not in ("id2label", "stuff_classes")}
+            values = {**values, **settings}
+        known |= {"model_type", "rope_theta"}
         extra = {key: value for key, value in values.items() if key not in known}
-        config = replace(super().from_dict(values), extra=extra)
-        if num_labels not in (None, config.num_labels):
-            raise refusal("num_labels", num_labels, f"the {config.num_labels} of id2label")
-        return config
+        return replace(super().from_dict(values), extra=extra)
 
     def to_dict(self) -> dict[str, Any]:
         """The content of config.json; `from_dict` turns it into an equal configuration."""
         values = asdict(self)
         extra = values.pop("extra")
+        del values["num_labels"]  # as in transformers: id2label says it
         if self.stuff_classes is None:
             del values["stuff_classes"]
         return {
@@ -238,9 +266,13 @@ class EomtDinov3Config(Dinov3Config):
             "model_type": self.model_type,
         }
 
+    def to_json_string(self) -> str:
+        """The text of config.json."""
+        return json_text(self.to_dict())
+
     @classmethod
-    def from_file(cls, path: str | Path) -> Self:
-        """The configuration in a config.json.
+    def from_file(cls, path: str | Path, **settings: Any) -> Self:
+        """The configuration in a config.json; settings as in `from_dict`.
 
         Raises:
             OSError: there is no such regular file.
@@ -248,7 +280,7 @@ class EomtDinov3Config(Dinov3Config):
                 file.
         """
         try:
-            return cls.from_dict(read_json_object(path))
+            return cls.from_dict(read_json_object(path), **settings)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -262,8 +294,11 @@ class EomtDinov3Config(Dinov3Config):
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         force_download: bool = False,
+        **settings: Any,
     ) -> Self:
-        """The configuration in a folder or a Hub repository; parameters as in huggingface_hub.
+        """The configuration in a folder or a Hub repository.
+
+        Parameters as in huggingface_hub, and settings as in `from_dict`.
 
         Raises:
             FileNotFoundError: the folder has no config.json.
@@ -278,7 +313,8 @@ class EomtDinov3Config(Dinov3Config):
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
                 force_download=force_download,
-            )
+            ),
+            **settings,
         )
 
     def save_pretrained(self, save_directory: str | Path) -> None:

@@ -108,13 +108,17 @@ def replacing(path: Path) -> Iterator[Path]:
         unfinished.replace(path)
 
 
+def json_text(content: Mapping[str, Any]) -> str:
+    """An object as indented JSON with sorted keys, as transformers writes it."""
+    return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
 def write_json_object(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file with sorted keys, as transformers does; its folder is made if need be.
+    """Writes a JSON file; its folder is made if need be.
 
     Raises:
         OSError: it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False)
     with replacing(path) as unfinished:
-        unfinished.write_text(text + "\n", encoding="utf-8")
+        unfinished.write_text(json_text(content), encoding="utf-8")

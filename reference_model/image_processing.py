@@ -20,7 +20,7 @@ from torch import Tensor
 
 from reference_model.allowed import MAX_IMAGE_SIDE, is_int, is_number, refusal
 from reference_model.config import EomtDinov3Config
-from reference_model.files import fetch_file, read_json_object, write_json_object
+from reference_model.files import fetch_file, json_text, read_json_object, write_json_object
 from reference_model.outputs import EomtDinov3ForUniversalSegmentationOutput
 from reference_model.pictures import Picture, flatten, read_picture
 from reference_model.post_processing import (
@@ -55,17 +55,17 @@ class BatchFeature(dict[str, Any]):
         return self
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class EomtImageProcessor:
     """EoMT's image processor, with the names, arguments and defaults of transformers'.
 
-    Invalid values raise ValueError.
+    Invalid values raise ValueError, also where an attribute is set later.
 
     Attributes:
         do_resize: whether pictures are resized: to fit into `size` or, with `do_split_image`, to
             cover it.
         size: of the network's input in pixels: `height` and `width`; or `shortest_edge` (height)
-            and `longest_edge` (width), where `shortest_edge` alone gives a square.
+            and `longest_edge` (width), where `shortest_edge` alone, or a number, gives a square.
         resample: PIL's number of an interpolation, done on 8 bits per channel; 2 is bilinear.
         do_rescale, rescale_factor: whether pixel values from 0 to 255 are multiplied by the factor.
         do_normalize, image_mean, image_std: whether the mean is subtracted and the rest divided
@@ -92,6 +92,9 @@ class EomtImageProcessor:
     stuff_classes: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
+        size: Any = self.size
+        if is_int(size):
+            object.__setattr__(self, "size", {"shortest_edge": size})
         self._check_size()
         known = [method.value for method in Image.Resampling]
         if not is_int(self.resample) or self.resample not in known:
@@ -115,6 +118,12 @@ class EomtImageProcessor:
         for name in ("image_mean", "image_std", "stuff_classes"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an attribute; once all are set, only to a value that fits the others."""
+        if name in vars(self) or name not in self.__dataclass_fields__:
+            value = getattr(replace(self, **{name: value}), name)
+        object.__setattr__(self, name, value)
 
     def _check_size(self) -> None:
         size: Any = self.size
@@ -176,17 +185,36 @@ class EomtImageProcessor:
             "force_download": force_download,
         }
         path = fetch_file(pretrained_model_name_or_path, PREPROCESSOR_CONFIG_NAME, **hub)
-        values = _read_settings(path) | settings
-        if "stuff_classes" not in values:
-            try:
-                config = EomtDinov3Config.from_pretrained(pretrained_model_name_or_path, **hub)
-                values["stuff_classes"] = config.stuff_classes
-            except (FileNotFoundError, EntryNotFoundError):
-                pass
         try:
-            return cls(**values)
+            processor = cls.from_dict(read_json_object(path), **settings)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
+        if processor.stuff_classes is None and "stuff_classes" not in settings:
+            try:
+                config = EomtDinov3Config.from_pretrained(pretrained_model_name_or_path, **hub)
+                processor.stuff_classes = config.stuff_classes
+            except (FileNotFoundError, EntryNotFoundError):
+                pass
+        return processor
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], **settings: Any) -> Self:
+        """The processor that a parsed preprocessor_config.json describes.
+
+        Args:
+            values: the parsed file; null means the default, and other keys are left out.
+            settings: attributes that replace those of the file.
+
+        Raises:
+            ValueError: a value cannot work, or the file belongs to another image processor.
+            TypeError: there is no such attribute.
+        """
+        kind = values.get("image_processor_type", IMAGE_PROCESSOR_TYPE)
+        if not str(kind).startswith(IMAGE_PROCESSOR_TYPE):  # it may end in Fast or Pil
+            raise ValueError(f"it is for {kind}; expected {IMAGE_PROCESSOR_TYPE}")
+        own = {entry.name for entry in fields(cls)}
+        known = {name: value for name, value in values.items() if name in own and value is not None}
+        return cls(**known | settings)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Writes preprocessor_config.json, which transformers reads too, into a folder."""
@@ -199,6 +227,10 @@ class EomtImageProcessor:
             del values["stuff_classes"]
         return values
 
+    def to_json_string(self) -> str:
+        """The text of preprocessor_config.json."""
+        return json_text(self.to_dict())
+
     def __call__(
         self,
         images: Picture | Sequence[Any],
@@ -207,6 +239,7 @@ class EomtImageProcessor:
         *,
         return_tensors: str = "pt",
         input_data_format: str | None = None,
+        do_convert_rgb: bool = True,
         **settings: Any,
     ) -> BatchFeature:
         """Turns pictures, and segmentation maps if they are given, into inputs of the model.
@@ -223,6 +256,7 @@ class EomtImageProcessor:
             return_tensors: always "pt".
             input_data_format: "channels_first" or "channels_last", where an array's shape is
                 ambiguous.
+            do_convert_rgb: always true.
             settings: attributes that replace the processor's for this call.
 
         Returns:
@@ -238,7 +272,10 @@ class EomtImageProcessor:
                 in size.
         """
         if return_tensors != "pt":
-            raise ValueError(f'return_tensors is {return_tensors!r}; only "pt" is supported')
+            expected = '"pt": a tensor becomes a NumPy array with .numpy()'
+            raise refusal("return_tensors", return_tensors, expected)
+        if do_convert_rgb is not True:
+            raise refusal("do_convert_rgb", do_convert_rgb, "true: models take pictures in RGB")
         processor = replace(self, **settings)
         pictures = [read_picture(image, input_data_format) for image in flatten(images, 3)]
         inputs, offsets = [], []
@@ -266,6 +303,8 @@ class EomtImageProcessor:
             features["mask_labels"] = [masks for masks, _ in labels]
             features["class_labels"] = [classes for _, classes in labels]
         return features
+
+    preprocess = __call__
 
     @torch.no_grad()
     def post_process_semantic_segmentation(
@@ -295,7 +334,9 @@ class EomtImageProcessor:
         if outputs.patch_offsets:
             offsets = [(int(n), int(start), int(end)) for n, start, end in outputs.patch_offsets]
         _check_targets(target_sizes, 1 + max(picture for picture, _, _ in offsets))
-        placements = self._placements(target_sizes, size)
+        # windows may have been asked for in the call that made the inputs
+        processor = replace(self, do_split_image=True) if outputs.patch_offsets else self
+        placements = processor._placements(target_sizes, size)
         windows: list[list[Window]] = [[] for _ in placements]
         for index, (picture, start, _) in enumerate(offsets):
             down = placements[picture].scaled_size[0] > placements[picture].input_size[0]
@@ -477,19 +518,6 @@ class EomtImageProcessor:
             mean, std = torch.tensor(self.image_mean), torch.tensor(self.image_std)
             values = (values - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
         return values
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    """The processor's attributes in a preprocessor_config.json; null means the default."""
-    try:
-        content = read_json_object(path)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    kind = content.get("image_processor_type", IMAGE_PROCESSOR_TYPE)
-    if not str(kind).startswith(IMAGE_PROCESSOR_TYPE):  # it may end in Fast or Pil
-        raise ValueError(f"{path} is for {kind}; expected {IMAGE_PROCESSOR_TYPE}")
-    known = {entry.name for entry in fields(EomtImageProcessor)}
-    return {name: value for name, value in content.items() if name in known and value is not None}
 
 
 def _check_targets(target_sizes: Sequence[tuple[int, int]], pictures: int) -> None:

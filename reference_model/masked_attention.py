@@ -59,8 +59,8 @@ class MaskedAttentionModel(EomtDinov3PreTrainedModel):
     attn_mask_probs: Tensor
     _read_probabilities: "_ReadProbabilities | None" = None
 
-    def __init__(self, config: EomtDinov3Config) -> None:
-        super().__init__(config)
+    def __init__(self, config: EomtDinov3Config, attn_implementation: str = "sdpa") -> None:
+        super().__init__(config, attn_implementation)
         self.register_buffer("attn_mask_probs", torch.ones(config.num_blocks))
         self.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]  # torch's own
             type(self)._refresh_mask_schedule

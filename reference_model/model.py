@@ -5,6 +5,7 @@ github.com/tue-mps/eomt models/eomt.py and models/scale_block.py.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -20,6 +21,11 @@ from reference_model.outputs import EomtDinov3ForUniversalSegmentationOutput, Pr
 class EomtDinov3ForUniversalSegmentation(MaskedAttentionModel):
     """EoMT-DINOv3. A model that is built from a config has random weights.
 
+    Args:
+        config: the sizes of the model.
+        attn_implementation: "sdpa", torch's fused attention, or "eager", which computes the
+            attention weights, for `output_attentions`.
+
     Attributes:
         attn_mask_probs: (num_blocks,) buffer: for each of the last layers, the probability that a
             query's attention stays within its predicted mask; 0 switches masking off. 1 in a new
@@ -28,13 +34,15 @@ class EomtDinov3ForUniversalSegmentation(MaskedAttentionModel):
             `numpy()` or torch.distributed, which torch does not count as changes.
     """
 
-    def __init__(self, config: EomtDinov3Config) -> None:
-        super().__init__(config)
+    def __init__(self, config: EomtDinov3Config, attn_implementation: str = "sdpa") -> None:
+        super().__init__(config, attn_implementation)
         size = config.hidden_size
         self.embeddings = Embeddings(config)
         self.rope_embeddings = RotaryEmbedding(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Layer(config, attn_implementation) for _ in range(config.num_hidden_layers)
+        )
         self.layernorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         # an Embedding that draws its values itself imports half of torch on the meta device
         queries = torch.empty(config.num_queries, size)
@@ -54,7 +62,9 @@ class EomtDinov3ForUniversalSegmentation(MaskedAttentionModel):
         output_hidden_states: bool = False,
         output_block_logits: bool = False,
         block_mask_logits: Sequence[Tensor] | None = None,
-    ) -> EomtDinov3ForUniversalSegmentationOutput:
+        output_attentions: bool = False,
+        return_dict: bool = True,
+    ) -> EomtDinov3ForUniversalSegmentationOutput | tuple[Any, ...]:
         """Masks and classes of every query, and the loss where labels are given.
 
         As in transformers, the loss is over the predictions that the pass needs: in training mode
@@ -70,11 +80,14 @@ class EomtDinov3ForUniversalSegmentation(MaskedAttentionModel):
             output_block_logits: also return the predictions before each of the last layers.
             block_mask_logits: for each of the last `num_blocks` layers, mask logits (batch,
                 queries, H', W') that take the place of its own prediction where masking is on.
+            output_attentions: also return every layer's attention weights, which are computed once
+                more; only with `attn_implementation="eager"`.
+            return_dict: whether to return an output with names, or its `to_tuple()`.
 
         Raises:
             ValueError: height or width is not a multiple of the patch size; only one kind of
                 labels is given, or they do not fit each other, the batch or the classes; mask
-                logits are not given for every block.
+                logits are not given for every block; attention weights are not computed.
             ImportError: there are labels, but no SciPy.
         """
         if (mask_labels is None) != (class_labels is None):
@@ -84,12 +97,21 @@ class EomtDinov3ForUniversalSegmentation(MaskedAttentionModel):
                 f"block_mask_logits has {len(block_mask_logits)} tensors; expected "
                 f"{self.config.num_blocks}, one for each block"
             )
+        if output_attentions and self.attn_implementation != "eager":
+            raise ValueError(
+                "output_attentions needs a model with attention weights: "
+                'from_pretrained(..., attn_implementation="eager")'
+            )
         grid = patch_grid(pixel_values, self.config.patch_size)
         x = self.dropout(self.embeddings(pixel_values))  # (batch, prefix + patches, hidden)
         rope = self.rope_embeddings(grid, x.dtype, x.device)
         hidden_states = [x] if output_hidden_states else []
-        layers, first_block = list(self.layers), len(self.layers) - self.config.num_blocks
+        attentions: list[Tensor] = []
+        layers: list[Any] = list(self.layers)
+        first_block = len(layers) - self.config.num_blocks
         for layer in layers[:first_block]:
+            if output_attentions:
+                attentions.append(layer.attention_weights(x, rope))
             x = layer(x, rope)
             if output_hidden_states:
                 hidden_states.append(x)
@@ -112,6 +134,8 @@ class EomtDinov3ForUniversalSegmentation(MaskedAttentionModel):
                 )
                 prefix = self.config.num_prefix_tokens
                 mask = attention_mask(mask_logits, grid, prefix, keep_probabilities[block])
+            if output_attentions:
+                attentions.append(layer.attention_weights(x, rope, mask))
             x = layer(x, rope, mask)
             if output_hidden_states:
                 hidden_states.append(x)
@@ -125,7 +149,7 @@ class EomtDinov3ForUniversalSegmentation(MaskedAttentionModel):
                 losses = self.criterion(masks, classes, mask_labels, class_labels)
                 suffix = f"_{block}" if block < self.config.num_blocks else ""
                 loss_dict |= {f"{name}{suffix}": loss for name, loss in losses.items()}
-        return EomtDinov3ForUniversalSegmentationOutput(
+        output = EomtDinov3ForUniversalSegmentationOutput(
             *final,
             last_hidden_state=x,
             patch_offsets=patch_offsets,
@@ -133,7 +157,9 @@ class EomtDinov3ForUniversalSegmentation(MaskedAttentionModel):
             block_logits=tuple(predictions.values()) if output_block_logits else None,
             loss=torch.stack(list(loss_dict.values())).sum() if loss_dict else None,
             loss_dict=loss_dict or None,
+            attentions=tuple(attentions) if output_attentions else None,
         )
+        return output if return_dict else output.to_tuple()
 
     def predict(self, x: Tensor, grid: tuple[int, int]) -> Prediction:
         """Reads masks and classes from normalised tokens (batch, tokens, hidden)."""

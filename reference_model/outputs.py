@@ -1,7 +1,7 @@
 """The model's outputs."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,9 +20,25 @@ class Prediction(NamedTuple):
     class_queries_logits: Tensor
 
 
+# as in transformers, whose outputs do not have the last two
+TUPLE_ORDER = (
+    "loss",
+    "class_queries_logits",
+    "masks_queries_logits",
+    "last_hidden_state",
+    "hidden_states",
+    "attentions",
+    "patch_offsets",
+    "block_logits",
+    "loss_dict",
+)
+
+
 @dataclass
 class EomtDinov3ForUniversalSegmentationOutput:
     """Outputs of the segmentation model, in the model's dtype.
+
+    `outputs[name]` and `outputs[position]` work too; positions are those of `to_tuple`.
 
     Attributes:
         masks_queries_logits: as in Prediction.
@@ -40,6 +56,8 @@ class EomtDinov3ForUniversalSegmentationOutput:
         loss_dict: the weighted losses of every prediction: `loss_mask`, `loss_dice` and
             `loss_cross_entropy` of the final one, `loss_mask_0` and so on of those before the last
             `num_blocks` layers.
+        attentions: on request, every layer's attention weights, (batch, heads, tokens, tokens),
+            without dropout.
     """
 
     masks_queries_logits: Tensor
@@ -50,6 +68,23 @@ class EomtDinov3ForUniversalSegmentationOutput:
     block_logits: tuple[Prediction, ...] | None = None
     loss: Tensor | None = None
     loss_dict: dict[str, Tensor] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The outputs that are not None, in transformers' order."""
+        return tuple(self._present().values())
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        return self._present()[key] if isinstance(key, str) else self.to_tuple()[key]
+
+    def __iter__(self) -> NoReturn:
+        raise TypeError(
+            "outputs are not iterable: to_tuple() has their values (transformers' give names)"
+        )
+
+    def _present(self) -> dict[str, Any]:
+        values = {name: getattr(self, name) for name in TUPLE_ORDER}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 torch.export.register_dataclass(

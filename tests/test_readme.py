@@ -76,7 +76,7 @@ def test_programs_print_what_is_shown(folder: Path, program: str, output: str) -
 
 
 def test_there_are_programs_to_try() -> None:
-    assert len(SHOWN) == 2
+    assert len(SHOWN) == 3
 
 
 @over_lfs
