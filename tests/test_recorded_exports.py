@@ -51,9 +51,10 @@ def rounded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     folder = tmp_path_factory.mktemp("rounded")
 
     def convert(dtype: Any) -> Path:
-        if not (folder / dtype).exists():
-            converter.convert(NAME, folder / dtype, dtype=dtype, verify=False)
-        return folder / dtype
+        place = folder / str(dtype)
+        if not place.exists():
+            converter.convert(NAME, place, dtype=dtype, verify=False)
+        return place
 
     return convert
 
@@ -323,6 +324,9 @@ def test_an_export_is_checked_and_recorded_on_the_gpu_with_the_given_number(
     assert content["provenance"]["device"] == device
 
 
+# the folder for its profile is removed with the session
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_session_without_the_gpu_that_was_asked_for_is_an_error(
     exported: Callable[..., Path], gpu: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,7 +107,9 @@ def record(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Recording:
-    """Writes a folder with an input and what a model computes from it in float32.
+    """Writes a folder with an input and what a model computes from it.
+
+    That is in float32 or, for an exported model, in the type in which the file computes.
 
     The same model, input, machine and number of threads give the same bytes. The whole input goes
     through the model as one batch, as it does when a model is compared with the recording.
@@ -127,7 +129,7 @@ def record(
             makes a smaller recording, without segments.
         force: replace an existing recording: the files that its recorded.json names, and nothing
             else.
-        device: where the model runs, such as ``cuda``.
+        device: where the model runs, such as ``cuda``; for an ONNX file, by onnxruntime.
         threads: number of torch's CPU threads; by default torch's choice.
         token: for the Hub, as everywhere in huggingface_hub; by default HF_TOKEN or the login.
         cache_dir: where downloads are kept; by default the Hub's cache.

@@ -137,8 +137,8 @@ def verify(
         made_from: for an exported model, the one that was exported: a folder or a repository. By
             default its tensors are known from conversion.json.
         providers: for an ONNX file, onnxruntime's execution providers, best first, such as
-            ``tensorrt`` or ``CUDAExecutionProvider``, also as text with commas; by default the
-            CPU's.
+            ``tensorrt`` or ``CUDAExecutionProvider``, also as text with commas; ``cuda:1`` for the
+            GPU with this number. By default the CPU's.
         input_name: for an ONNX file, the name of its input, if it is not recognised.
         output_names: for an ONNX file, the names of its outputs for masks and classes, likewise.
         save_inputs: a .npz file to write with the model's normalised inputs, ``pixel_values``, for
