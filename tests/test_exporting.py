@@ -514,7 +514,7 @@ def test_float16_is_held_against_the_recording_as_closely_as_it_allows(
     verdict = converter.verify(folder, made_from=converted("tiny_panoptic_64"))
 
     assert (verdict.verdict, verdict.basis) == ("passed", "original"), verdict.reason
-    assert "as closely as weights in float16 allow" in verdict.compared_with
+    assert "computed in float16, as closely as 16 bits allow" in verdict.compared_with
     assert level(verdict, "structure").figures["dtypes"] == ["F16"]
     assert level(verdict, "arithmetic").status == "passed"
     session = onnxruntime.InferenceSession(folder / "model.onnx")

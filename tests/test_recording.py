@@ -307,6 +307,7 @@ def test_recorded_json_says_from_what_and_how_it_was_made(model: Path, tmp_path:
         "repo": None,
         "checkpoint": "tiny_panoptic_64",
         "dtypes": ["F32"],
+        "rounded_to": None,
         "verified": {
             "structure": "passed",
             "arithmetic": "passed",

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
+from converter.configs import coarsest
+
 # Largest allowed difference in float32. Two correct computations of a model whose logits reach 60
 # differ by up to 1.1e-4, because kernels and the order of summation differ
 # (benchmarks/tolerances.py).
@@ -71,6 +73,12 @@ COMPUTED = {
     "bfloat16": Tolerance(relative=0.06, equal_pixels=0.9, best_class=0.9, mask_iou=0.94),
     "float16": Tolerance(relative=0.01, equal_pixels=0.98, best_class=0.95, mask_iou=0.985),
 }
+
+
+def computed_tolerance(*types: str) -> Tolerance:
+    """How far two outputs of the same weights may be apart that were computed in these types."""
+    coarse = coarsest(types)
+    return COMPUTED[coarse] if coarse else FLOAT32
 
 
 @dataclass(frozen=True)

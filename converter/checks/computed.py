@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from converter.checks.comparison import COMPUTED, FLOAT32, Tolerance, compare
+from converter.checks.comparison import Tolerance, compare, computed_tolerance
 from converter.checks.computation import Computation
 from converter.checks.diagnosis.overflow import find_overflow
 from converter.checks.numbers import (
@@ -78,7 +78,7 @@ def check_computed(
     Raises:
         EomtConvertError: the model cannot be compiled.
     """
-    tolerance = COMPUTED.get(computation.dtype, FLOAT32)
+    tolerance = computed_tolerance(computation.dtype, recorded.origin.computed_in)
     inputs = normalisation(recorded.pixels)
     computed = computation.applied_to(model)
     with compiler_errors():

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from converter.catalog import find_named
+from converter.checks.comparison import ROUNDED
 from converter.checks.diagnosis.exports import blame
 from converter.checks.diagnosis.stages import Network, Skeleton
 from converter.checks.exported_numbers import Judged, Runs, check_numbers, recorded_tolerance
@@ -40,7 +41,6 @@ from converter.configs import (
     IMAGE_STD,
     PREPROCESSOR,
     Dtype,
-    coarsest,
     read_model_config,
 )
 from converter.errors import MissingKernelError, UsageError
@@ -49,8 +49,8 @@ from converter.history import HISTORY, History, PastExport, read_export, read_hi
 from converter.hub.access import Access
 from converter.models import fetch_model, repository_of, task_of, torch_device
 from converter.runtimes.exported import FILES, ExportedFile, Port, StoredTensor
-from converter.runtimes.network import ExportedNetwork, read_exported
-from converter.runtimes.providers import parse_providers
+from converter.runtimes.network import ExportedNetwork, exported_files, read_exported
+from converter.runtimes.providers import parse_providers, without_gpu
 from converter.weights.merge import BUFFERS, round_to, sha256_of
 from converter.weights.tensorfiles import find_weights, open_tensors
 from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
@@ -498,19 +498,25 @@ def _with_basis(judged: Judged, model: ExportedModel) -> Level:
         rests_on = {"basis": "reference", "recorded_by": SAME_WEIGHTS, "known_recording": False}
     else:
         digests = {name: tensor.sha256 for name, tensor in model.tensors.items()}
-        configs = {name: sha256(model.folder / name) for name in CONFIGS} if model.folder else {}
-        rests_on = target.recorded.origin.figures({**digests, **configs})
+        files = exported_files(model.file)
+        if model.folder:
+            files |= {name: model.folder / name for name in CONFIGS}
+        digests |= {name: sha256(path) for name, path in files.items()}
+        rests_on = target.recorded.origin.figures(digests)
     figures = {**level.figures, **rests_on}
-    rounded_to = coarsest([model.dtype, *judged.rounded.values()])
-    if rounded_to and not target.recorded.origin.rounded:
-        figures["rounded_to"] = rounded_to
+    if model.dtype != "float32":
+        figures["computed_in"] = model.dtype
+    for dtype, tolerance in ROUNDED.items():
+        if target.tolerance == tolerance:
+            figures["rounded_to"] = dtype
     level = replace(level, figures=figures)
     if not asked:
         return level
     nodes = figures["providers"]["nodes"]
     ran = ", ".join(f"{name} {count}" for name, count in nodes.items())
-    if level.status == "passed" and not nodes.get(asked[0]):
-        reason = f"{asked[0]} was asked for, but ran none of the nodes: {ran}."
+    first = without_gpu(asked[0])
+    if level.status == "passed" and not nodes.get(first):
+        reason = f"{first} was asked for, but ran none of the nodes: {ran}."
         return replace(level, status="not checked", reason=reason)
     return replace(level, reason=f"{level.reason} Nodes by provider: {ran}.".strip())
 

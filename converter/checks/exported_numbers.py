@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from converter.checks.comparison import COMPUTED, FLOAT32, ROUNDED, Tolerance
+from converter.checks.comparison import ROUNDED, Tolerance, computed_tolerance
 from converter.checks.diagnosis.by_value import is_coarse
 from converter.checks.diagnosis.stages import Network
 from converter.checks.numbers import Numbers, judge_as_reference, judge_outputs
@@ -125,7 +125,7 @@ class Judged:
     @property
     def tolerance(self) -> Tolerance:
         """How far its outputs may be from those of the reference model with the same weights."""
-        return FLOAT32 if self.dtype == "float32" else COMPUTED[self.dtype]
+        return computed_tolerance(self.dtype)
 
 
 def check_numbers(
@@ -200,9 +200,10 @@ def _remark(judged: Judged, recorded: Recorded | None) -> str:
 
 def recorded_tolerance(judged: Judged, recorded: Recorded) -> Tolerance:
     """How far the outputs of a file may be from recorded ones."""
-    rounded_to = coarsest(judged.rounded.values())
-    if judged.dtype != "float32" or rounded_to is None or recorded.origin.rounded:
-        return judged.tolerance
+    rounded_to, origin = coarsest(judged.rounded.values()), recorded.origin
+    types = judged.dtype, origin.computed_in
+    if coarsest(types) or rounded_to is None or origin.rounded_to:
+        return computed_tolerance(*types)
     return ROUNDED[rounded_to]
 
 

@@ -553,6 +553,8 @@ def _figures(level: Level) -> list[tuple[str, str]]:
         "tolerance": ("tolerance", "{:g}".format),
         "relative_tolerance": ("or, as a share of the range", "{:g}".format),
         "rounded_to": ("weights rounded to", str),
+        "computed_in": ("computed in", str),
+        "recorded_in": ("recording computed in", str),
         "rounding_excess": ("largest error, relative to rounding", "{:.2f} times".format),
         "best_class": ("same best class", _share),
         "mask_iou": ("mask IoU", "{:.4f}".format),

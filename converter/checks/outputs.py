@@ -40,16 +40,17 @@ def verify_outputs(
         prepare_place(page)
     path, recording = user_path(outputs), read_recorded(find_recorded(user_path(recorded)))
 
-    from converter.checks.comparison import FLOAT32
+    from converter.checks.comparison import computed_tolerance
     from converter.checks.diagnosis.outputs import explain
     from converter.checks.numbers import judge_outputs
     from converter.checks.outputs_file import read_outputs
 
     stored = read_outputs(path, recording)
-    judged = judge_outputs(stored.tensors, recording, FLOAT32)
+    tolerance = computed_tolerance(recording.origin.computed_in)
+    judged = judge_outputs(stored.tensors, recording, tolerance)
     numbers, difference, remarks = judged.level, None, [judged.level.reason]
     if numbers.status == "failed":
-        explanation, difference = explain(judged, recording, FLOAT32)
+        explanation, difference = explain(judged, recording, tolerance)
         remarks.append(explanation)
     if stored.others:
         names = ", ".join(stored.others[:4]) + (", ..." if len(stored.others) > 4 else "")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from converter.catalog import CATALOG, Checkpoint, Task
 from converter.checks.pixels import open_picture
 from converter.checks.verdict import BASES, Basis
-from converter.configs import CONFIGS
+from converter.configs import CONFIGS, DTYPES, Dtype, coarsest
 from converter.errors import UnreadableFileError
 from converter.files import (
     PICTURE_LIMIT,
@@ -22,7 +22,8 @@ from converter.files import (
     readable,
 )
 from converter.places import RECORDED, find_recorded
-from converter.weights.tensorfiles import TensorFile
+from converter.runtimes.exported import FILES
+from converter.weights.tensorfiles import TensorFile, is_model_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,27 +67,29 @@ class Origin:
     """Who computed recorded outputs, according to the recorded.json beside them.
 
     Attributes:
-        recorded_by: the original implementation, our reference model, or unknown.
+        recorded_by: the original implementation, our reference model, an exported file, or unknown.
         known: whether it is a recording that comes with the package.
         basis: basis of the verdict on the recorded model at that time; None if it had none, or if
             it is unknown.
-        model: SHA-256 of the recorded model's tensors and configuration files, by name; empty if
-            unknown.
-        rounded: whether the recorded model's weights were already rounded to 16 bits, so that no
-            tolerance for rounding is needed.
+        model: SHA-256 of the recorded model's tensors and configuration files and, if it was
+            exported, of the exported file, by name; empty if unknown.
+        rounded_to: what the recorded model's weights had been rounded to, if they had: the same
+            weights need no tolerance for rounding.
+        computed_in: the type in which the outputs were computed, as torch names it.
     """
 
-    recorded_by: Literal["original", "reference", "unknown"] = "unknown"
+    recorded_by: Literal["original", "reference", "export", "unknown"] = "unknown"
     known: bool = False
     basis: Basis | None = None
     model: Mapping[str, str] = field(default_factory=dict)
-    rounded: bool = False
+    rounded_to: Dtype | None = None
+    computed_in: Dtype = "float32"
 
     def figures(self, model: Mapping[str, str] | None) -> dict[str, Any]:
         """The basis of a verdict on a model that was compared with these outputs.
 
         Args:
-            model: SHA-256 of the model's tensors and configuration files, by name; None if only its
+            model: SHA-256 of what decides its outputs, by name, as in `Origin`; None if only its
                 outputs are known.
         """
         basis: Basis = "reference"
@@ -94,7 +97,14 @@ class Origin:
             basis = "original"
         elif self.basis and self.model == model:
             basis = self.basis
-        return {"basis": basis, "recorded_by": self.recorded_by, "known_recording": self.known}
+        figures: dict[str, Any] = {
+            "basis": basis,
+            "recorded_by": self.recorded_by,
+            "known_recording": self.known,
+        }
+        if self.computed_in != "float32":
+            figures["recorded_in"] = self.computed_in
+        return figures
 
 
 @dataclass(frozen=True)
@@ -383,25 +393,55 @@ def _read_origin(file: Path, sha256: str) -> Origin:
             f"{path} does not belong to the {file.name} beside it: the SHA-256 does not match.",
             "Keep the two files of a recording together.",
         )
-    model = _member(content, "model")
-    implementation = str(_member(content, "provenance").get("implementation"))
+    model, provenance = _member(content, "model"), _member(content, "provenance")
+    implementation = str(provenance.get("implementation"))
     files = model.get("files")
     digests = {
-        entry["name"]: entry["sha256"]
+        str(entry["name"]): entry["sha256"]
         for entry in (files if isinstance(files, list) else [])
         if isinstance(entry, dict) and entry.keys() >= {"name", "sha256"}
-        if entry["name"] in CONFIGS
     }
+    # eomt-convert 0.1 named the reference model for exports too
+    exported = bool(digests.keys() & set(FILES.values())) and not any(map(is_model_file, digests))
+    if not exported:
+        digests = {name: digests[name] for name in CONFIGS if name in digests}
+    rounded_to, computed_in = _types(model, _member(provenance, "recorded_by"), exported=exported)
     basis = model.get("basis")
-    dtypes = model.get("dtypes")
+    known = digests.keys() >= set(CONFIGS)
     return Origin(
-        "original"
-        if implementation == ORIGINAL
-        else ("reference" if "reference model" in implementation else "unknown"),
+        _recorded_by(implementation, exported=exported),
         basis=next((known for known in BASES if known == basis), None),
-        model={**_member(model, "tensors"), **digests} if len(digests) == len(CONFIGS) else {},
-        rounded=isinstance(dtypes, list) and ("BF16" in dtypes or "F16" in dtypes),
+        model={**_member(model, "tensors"), **digests} if known else {},
+        rounded_to=rounded_to,
+        computed_in=computed_in,
     )
+
+
+def _recorded_by(
+    implementation: str, *, exported: bool
+) -> Literal["original", "reference", "export", "unknown"]:
+    if implementation == ORIGINAL:
+        return "original"
+    if exported:
+        return "export"
+    return "reference" if "reference model" in implementation else "unknown"
+
+
+def _types(
+    model: Mapping[str, Any], recorded_by: Mapping[str, Any], *, exported: bool
+) -> tuple[Dtype | None, Dtype]:
+    """What weights had been rounded to, and what was computed in, by a recorded.json.
+
+    Without the key for it, as in 0.1, the type in which the weights were stored counts.
+    """
+    dtypes = model.get("dtypes")
+    listed = dtypes if isinstance(dtypes, list) else []
+    stored = coarsest(name for name, short in DTYPES.items() if short in listed)
+    rounded_to = coarsest([str(model["rounded_to"])]) if "rounded_to" in model else stored
+    if not exported:
+        return rounded_to, "float32"
+    computed_in = coarsest([str(recorded_by["dtype"])]) if "dtype" in recorded_by else stored
+    return rounded_to, computed_in or "float32"
 
 
 def _member(content: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from converter.checks.pixels import open_picture, read_normalisation
 from converter.checks.recorded import IMAGES, PROVENANCE_FILE
 from converter.checks.verdict import LEVELS, NUMBERED, Verdict
 from converter.checks.verification import verify
-from converter.configs import CONFIGS, PREPROCESSOR
+from converter.configs import CONFIGS, DTYPES, PREPROCESSOR, coarsest
 from converter.errors import (
     EomtConvertError,
     OutputsDifferError,
@@ -27,8 +28,14 @@ from converter.models import (
     torch_device,
 )
 from converter.places import RECORDED
-from converter.runtimes.exported import EXTERNAL_DATA, FILES
-from converter.runtimes.network import ExportedNetwork, find_exported, open_exported
+from converter.runtimes.network import (
+    ExportedNetwork,
+    check_device,
+    exported_files,
+    find_exported,
+    open_exported,
+)
+from converter.runtimes.providers import providers_of
 from converter.staging import check_place, staged
 from converter.version import TOOL, __version__
 from converter.weights.tensorfiles import is_model_file
@@ -38,6 +45,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from converter.checks.exported import ExportedModel
     from converter.checks.pipeline import Prepared
     from converter.models import Network
     from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor
@@ -99,7 +107,9 @@ def record(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Recording:
-    """Writes a folder with an input and what a model computes from it in float32.
+    """Writes a folder with an input and what a model computes from it.
+
+    That is in float32 or, for an exported model, in the type in which the file computes.
 
     The same model, input, machine and number of threads give the same bytes. The whole input goes
     through the model as one batch, as it does when a model is compared with the recording.
@@ -119,7 +129,7 @@ def record(
             makes a smaller recording, without segments.
         force: replace an existing recording: the files that its recorded.json names, and nothing
             else.
-        device: where the model runs, such as ``cuda``.
+        device: where the model runs, such as ``cuda``; for an ONNX file, by onnxruntime.
         threads: number of torch's CPU threads; by default torch's choice.
         token: for the Hub, as everywhere in huggingface_hub; by default HF_TOKEN or the login.
         cache_dir: where downloads are kept; by default the Hub's cache.
@@ -143,10 +153,14 @@ def record(
     check_place(place, force=force, made=made_files)
     access = Access.of(token, cache_dir, local_files_only)
     folder, repo_id = fetch_model(model, access), repository_of(model)
+    exported = _read_exported(folder, device)
+    # what runs an exported file on the GPU is not torch
+    torch_runs_on = "cpu" if exported else device
     verdict = verify(
         folder,
         level=NUMBERED.index("peers") + 1,
-        device=device,
+        device=torch_runs_on,
+        providers=providers_of(device) if exported else (),
         threads=threads,
         token=token,
         cache_dir=cache_dir,
@@ -163,7 +177,7 @@ def record(
     files = [user_path(image) for image in images]
     pictures = [open_picture(file) for file in files]
     task = task_of(model, folder)
-    with torch_device(device, threads), full_float32():
+    with torch_device(torch_runs_on, threads), full_float32():
         network = _load(folder, device)
         if random:
             pixels = _random_pixels(network, random, seed, image_size)
@@ -178,11 +192,13 @@ def record(
         else:
             tensors |= _segment(processor, task, tensors, inputs)
         description = {
-            "model": _describe(folder, repo_id, verdict),
+            "model": _describe(folder, repo_id, verdict, exported),
             "task": task,
             "stuff_classes": list(_load_processor(folder).stuff_classes or ()),
-            "input": {"random": random, "seed": seed} if random else {"images": _digests(files)},
-            "provenance": _provenance(device),
+            "input": {"random": random, "seed": seed}
+            if random
+            else {"images": _digests((path.name, path) for path in files)},
+            "provenance": _provenance(device, exported),
         }
     return _write(place, tensors, pictures, description, verdict, force=force)
 
@@ -201,6 +217,22 @@ def made_files(folder: Path) -> Mapping[str, str | None]:
     pictures = re.compile(rf"{IMAGES}/\d+\.png")
     ours = {n: digest for n, digest in digests.items() if n == RECORDED or pictures.fullmatch(n)}
     return {**ours, PROVENANCE_FILE: None}
+
+
+def _read_exported(folder: Path, device: str) -> "ExportedModel | None":
+    """The exported model in a folder; None if the model there is not exported.
+
+    Raises:
+        UsageError: it cannot run on this device.
+    """
+    path = find_exported(folder)
+    if path is None:
+        return None
+    from converter.checks.exported import read_exported_model
+
+    exported = read_exported_model(path)
+    check_device(exported.file, device)
+    return exported
 
 
 def _load(folder: Path, device: str) -> "Network":
@@ -337,21 +369,20 @@ def _rope(model: "EomtDinov3ForUniversalSegmentation", inputs: "Tensor") -> "dic
 # the folder -------------------------------------------------------------------------------------
 
 
-def _provenance(device: str) -> dict[str, Any]:
-    """Versions, device and settings that the last bits of the outputs depend on."""
+def _provenance(device: str, exported: "ExportedModel | None") -> dict[str, Any]:
+    """Versions, device and settings that the last bits of the outputs depend on.
+
+    Args:
+        device: as torch names it.
+        exported: the exported model, if the outputs are those of one.
+    """
     import numpy as np
     import PIL
     import torch
     from torch.backends import cuda
 
-    kernels = {
-        "flash": cuda.flash_sdp_enabled(),
-        "efficient": cuda.mem_efficient_sdp_enabled(),
-        "math": cuda.math_sdp_enabled(),
-        "cudnn": cuda.cudnn_sdp_enabled(),
-    }
-    on_gpu = torch.device(device).type == "cuda"
-    return {
+    on_gpu = device.startswith("cuda") and torch.cuda.is_available()
+    found: dict[str, Any] = {
         "implementation": f"{TOOL} {__version__}, reference model",
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -360,35 +391,72 @@ def _provenance(device: str) -> dict[str, Any]:
         "device": device,
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
+    if exported:
+        runtime = {"onnx": "onnxruntime", "torch": "torch"}[exported.file.format]
+        version: str = import_module(runtime).__version__
+        dtype = exported.dtype
+        found["implementation"] = f"{TOOL} {__version__}, {runtime} {version}"
+        found["dtype"] = dtype
+        found["recorded_by"] = {"runtime": runtime, "version": version, "dtype": dtype}
+        if exported.file.format == "onnx":
+            return found  # torch's settings do not matter
+    kernels = {
+        "flash": cuda.flash_sdp_enabled(),
+        "efficient": cuda.mem_efficient_sdp_enabled(),
+        "math": cuda.math_sdp_enabled(),
+        "cudnn": cuda.cudnn_sdp_enabled(),
+    }
+    return {
+        **found,
         "threads": torch.get_num_threads(),
         "attention": "torch.nn.functional.scaled_dot_product_attention",
         "attention_kernels": [name for name, enabled in kernels.items() if enabled],
     }
 
 
-def _describe(folder: Path, repo_id: str | None, verdict: Verdict) -> dict[str, Any]:
+def _describe(
+    folder: Path, repo_id: str | None, verdict: Verdict, exported: "ExportedModel | None"
+) -> dict[str, Any]:
     """Which model was recorded, and the result of its verification."""
     history = read_history(folder)
-    configs = [folder / name for name in CONFIGS]
-    names = {*FILES.values(), EXTERNAL_DATA}
-    weights = sorted(
-        path for path in folder.iterdir() if is_model_file(path.name) or path.name in names
-    )
+    dtypes = verdict.levels[0].figures["dtypes"]
+    types = [name for name, short in DTYPES.items() if short in dtypes]
+    files = {name: folder / name for name in CONFIGS}
+    if exported:
+        types += _rounded_to(exported)
+        files |= exported_files(exported.file)
+    else:
+        weights = sorted(path.name for path in folder.iterdir() if is_model_file(path.name))
+        files |= {name: folder / name for name in weights}
     return {
         "repo": repo_id,
         "checkpoint": history.checkpoint.name if history and history.checkpoint else None,
-        "dtypes": verdict.levels[0].figures["dtypes"],
+        "dtypes": dtypes,
+        "rounded_to": coarsest(types),
         "verified": {level.level: level.status for level in verdict.levels[: len(_CHECKED)]},
         "verdict": verdict.verdict,
         "basis": verdict.basis,
         "tensors": verdict.levels[0].figures["digests"],
-        "files": _digests([*configs, *weights]),
+        "files": _digests(files.items()),
     }
 
 
-def _digests(files: Iterable[Path]) -> list[dict[str, str]]:
+def _rounded_to(exported: "ExportedModel") -> list[str]:
+    """The 16-bit types that tensors in an exported file had been rounded to, of any type now."""
+    import numpy as np
+    import torch
+
+    from converter.checks.diagnosis.by_value import is_coarse
+
+    values = (tensor.read().astype(np.float32) for tensor in exported.tensors.values())
+    found = (is_coarse(torch.from_numpy(np.ascontiguousarray(each))) for each in values)
+    return [dtype for dtype in found if dtype]
+
+
+def _digests(files: Iterable[tuple[str, Path]]) -> list[dict[str, str]]:
     """Names and SHA-256 of files."""
-    return [{"name": path.name, "sha256": sha256(path)} for path in files]
+    return [{"name": name, "sha256": sha256(path)} for name, path in files]
 
 
 def _write(

@@ -4,6 +4,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from converter.configs import Dtype
+
 LEVELS = ("structure", "arithmetic", "numbers", "pictures", "peers", "published")
 
 # The levels that `--level` counts, from 1. Pictures have no number: they are checked if a level
@@ -21,6 +23,13 @@ SAME_WEIGHTS = "the reference model with the same weights"
 
 # who computed what a delta's sum with its backbone was compared with
 ROUND_TRIP = "the model that the delta was made of"
+
+# who computed outputs, in words; all others are of unknown origin
+_SOURCES = {
+    "reference": "the reference model",
+    "export": "an exported file",
+    SAME_WEIGHTS: SAME_WEIGHTS,
+}
 
 
 def is_asked(name: str, last: int) -> bool:
@@ -66,6 +75,8 @@ _KEPT = (
     "relative_tolerance",
     "rounded_to",
     "unrounded",
+    "computed_in",
+    "recorded_in",
     "pictures",
     "task",
     "least_equal_pixels",
@@ -249,14 +260,20 @@ class Verdict:
     def _computed(self) -> str:
         """How it was computed, besides in float32, and what that cannot show; likewise."""
         numbers = self._figures_of("numbers")
-        dtype, mode = (numbers.get(key) for key in ("computed_in", "compiled"))
-        compiled = f"; then compiled ({mode})" if mode else ""
-        if dtype is None:
-            return compiled
-        return (
-            f"{compiled}{' and' if mode else '; then'} computed in {dtype}, as closely as 16 bits "
-            "allow: faults of the computation smaller than its rounding do not show"
+        dtype, recorded_in, mode = (
+            numbers.get(key) for key in ("computed_in", "recorded_in", "compiled")
         )
+        steps = [f"compiled ({mode})"] if mode else []
+        if dtype or recorded_in:
+            recording = f", the recording in {recorded_in}" if recorded_in else ""
+            # the weights of what is not exported were compared before, if the recording allows it
+            faults = "faults" if recording or self.of_export else "faults of the computation"
+            steps.append(
+                f"computed in {dtype or 'float32'}{recording}, as closely as 16 bits allow: "
+                f"{faults} smaller than its rounding do not show"
+            )
+        then = "then " if (dtype or mode) and not self.of_export else ""
+        return f"; {then}{' and '.join(steps)}" if steps else ""
 
     @property
     def _recorded_by(self) -> str:
@@ -264,23 +281,27 @@ class Verdict:
         if numbers.get("recorded_by") == "original":
             stated = "" if numbers.get("known_recording") else ", as recorded.json states"
             return f"outputs recorded from the original implementation{stated}"
+        theirs = f"outputs of {_SOURCES.get(numbers.get('recorded_by', ''), 'unknown origin')}"
         if self.basis == "original":
             return (
-                "outputs of the reference model, recorded from exactly these files after they had "
-                "passed a comparison with the original's, as recorded.json states"
+                f"{theirs}, recorded from exactly these files after they had passed a comparison "
+                "with the original's, as recorded.json states"
             )
         if numbers.get("recorded_by") == SAME_WEIGHTS:
+            if "against" in self._figures_of("arithmetic"):  # the weights are the model's
+                return (
+                    f"{theirs}, for random pixels: it computes what the model computes, but this "
+                    "does not show that the model is right"
+                )
             return (
-                f"outputs of {SAME_WEIGHTS}, for random pixels: it computes what the model "
-                "computes, but this does not show that the model is right"
+                f"{theirs}, for random pixels: the file computes what the reference model computes "
+                "with the weights in the file, but this does not show that they are right"
             )
         if numbers.get("recorded_by") == ROUND_TRIP:
             return (
                 f"{ROUND_TRIP}: adding the delta to the backbone gives that model again, but this "
                 "does not show that the model is right"
             )
-        reference = numbers.get("recorded_by") == "reference"
-        theirs = f"outputs of {'the reference model' if reference else 'unknown origin'}"
         if self.of_outputs:
             return f"{theirs}: this does not show that those were right"
         return (
@@ -364,6 +385,9 @@ def read_record(content: Mapping[str, Any], known_recordings: Collection[str]) -
             raise ValueError(f"the figures of {entry['level']} are not text or numbers")
         if figures.get("rounded_to", _ROUNDED[0]) not in _ROUNDED:
             raise ValueError(f"rounded_to is unknown, expected one of {', '.join(_ROUNDED)}")
+        for key in ("computed_in", "recorded_in"):
+            if figures.get(key, "float32") not in get_args(Dtype):
+                raise ValueError(f"{key} is unknown, expected one of {', '.join(get_args(Dtype))}")
         if figures.get("unrounded", True) is not True or (
             "unrounded" in figures and "rounded_to" not in figures
         ):
@@ -373,7 +397,9 @@ def read_record(content: Mapping[str, Any], known_recordings: Collection[str]) -
             figures |= {"known_recording": known, "basis": "original" if known else "reference"}
             figures["recorded_by"] = "original" if known else "unknown"
         share = figures.get("relative_tolerance", 0)
-        if entry["level"] == "numbers" and (isinstance(share, str) or share > _OF_FLOAT32):
+        large = isinstance(share, str) or share > _OF_FLOAT32
+        explained = figures.keys() & {"computed_in", "recorded_in"}
+        if entry["level"] == "numbers" and large and not explained:
             figures.setdefault("rounded_to", "16 bits")  # 0.1 did not store the dtype
         if figures.get("basis", "original") not in BASES:
             raise ValueError(f"unknown basis {figures['basis']!r}")

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Literal
 
 from converter.catalog import find_named
@@ -46,6 +47,7 @@ from converter.hub.access import Access
 from converter.hub.sources import fetch_config
 from converter.models import Compile, build_model, fetch_model, repository_of, torch_device
 from converter.places import parse_source
+from converter.runtimes.exported import FILES
 from converter.runtimes.network import find_exported
 from converter.weights.tensorfiles import find_weights, open_tensors
 
@@ -135,8 +137,8 @@ def verify(
         made_from: for an exported model, the one that was exported: a folder or a repository. By
             default its tensors are known from conversion.json.
         providers: for an ONNX file, onnxruntime's execution providers, best first, such as
-            ``tensorrt`` or ``CUDAExecutionProvider``, also as text with commas; by default the
-            CPU's.
+            ``tensorrt`` or ``CUDAExecutionProvider``, also as text with commas; ``cuda:1`` for the
+            GPU with this number. By default the CPU's.
         input_name: for an ONNX file, the name of its input, if it is not recognised.
         output_names: for an ONNX file, the names of its outputs for masks and classes, likewise.
         save_inputs: a .npz file to write with the model's normalised inputs, ``pixel_values``, for
@@ -188,6 +190,8 @@ def verify(
             save_inputs=inputs,
             access=access,
         )
+        if exported != user_path(model):  # a folder was named
+            findings = _with_unchecked(findings, exported.parent, exported)
         if page:
             folder = exported.absolute().parent
             has_config = (folder / "config.json").is_file()
@@ -248,7 +252,7 @@ def verify(
             else None,
             run_backbone=backbone is not None,
         )
-        findings = check(folder, evidence, options)
+        findings = _with_unchecked(check(folder, evidence, options), folder)
     if page:
         title = str(model) if repository_of(model) else folder.absolute().name
         write_page([page], title, folder, findings)
@@ -270,6 +274,25 @@ def _exported(model: str | Path) -> Path | None:
     """The exported file that is meant; None for a converted model, or a repository."""
     place = user_path(model)
     return find_exported(place) if place.exists() or place.suffix else None
+
+
+def _with_unchecked(findings: Findings, folder: Path, checked: Path | None = None) -> Findings:
+    """Adds a remark on exported files in a folder that were not checked.
+
+    Args:
+        findings: on what was checked.
+        folder: the folder that was named.
+        checked: the exported file that was checked, if one was.
+    """
+    others = (path for path in map(folder.joinpath, FILES.values()) if path != checked)
+    remarks = [
+        f"{path.name} in this folder was not checked: eomt-convert verify {quote(str(path))} does."
+        for path in others
+        if path.exists()
+    ]
+    structure, *levels = findings.verdict.levels
+    structure = replace(structure, reason=" ".join(filter(None, [structure.reason, *remarks])))
+    return replace(findings, verdict=replace(findings.verdict, levels=(structure, *levels)))
 
 
 def check(folder: Path, evidence: Evidence, options: Options | None = None) -> Findings:
@@ -386,7 +409,7 @@ def _check_numbers(
     recorded: Recorded,
     arithmetic: Level,
 ) -> _Judged:
-    from converter.checks.comparison import FLOAT32, ROUNDED
+    from converter.checks.comparison import FLOAT32, ROUNDED, computed_tolerance
     from converter.checks.diagnosis.stages import Network, Skeleton, cut
     from converter.checks.numbers import bare_backbone, check_numbers
     from converter.checks.rounding import (
@@ -399,12 +422,13 @@ def _check_numbers(
     if evidence.run_backbone and isinstance(evidence.sources, Provenance):
         backbone = bare_backbone(evidence.sources).to(model.device)
     normalisation = found.normalisation
-    numbers = check_numbers(model, normalisation, recorded, FLOAT32, backbone)
-    judged = _Judged(numbers, model, found.weights, FLOAT32)
+    tolerance = computed_tolerance(recorded.origin.computed_in)
+    numbers = check_numbers(model, normalisation, recorded, tolerance, backbone)
+    judged = _Judged(numbers, model, found.weights, tolerance)
     rounded = found.rounded_to
     if rounded and not numbers.comparable:
         judged = replace(judged, tolerance=ROUNDED[rounded])
-    elif rounded and numbers.level.status == "failed" and not recorded.origin.rounded:
+    elif rounded and numbers.level.status == "failed" and not recorded.origin.rounded_to:
         if sums := sums_before_rounding(found, evidence, arithmetic):
             exact = build_model(found.config, sums).to(model.device)
             of_sums = check_numbers(exact, normalisation, recorded, FLOAT32, backbone)
@@ -440,7 +464,7 @@ def _compute(
         judged.numbers,
         found.normalisation,
         recorded,
-        rounded=bool(found.rounded) and not recorded.origin.rounded,
+        rounded=bool(found.rounded) and not recorded.origin.rounded_to,
     )
     return replace(judged, computed=computed)
 

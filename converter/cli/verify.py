@@ -107,7 +107,7 @@ class OutputNames(click.ParamType[tuple[str, str]]):
     metavar="NAME[,NAME]",
     default="",
     help="For ONNX: execution providers of onnxruntime, best first, by its names or cpu, cuda, "
-    "tensorrt, openvino, coreml. [default: cpu]",
+    "cuda:1 (the GPU with this number), tensorrt, openvino, coreml. [default: cpu]",
 )
 @click.option("--input-name", metavar="NAME", help="For ONNX: the input, if not recognised.")
 @click.option(

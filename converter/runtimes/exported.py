@@ -96,6 +96,9 @@ class ExportedSession(Protocol):
             EomtConvertError: the runtime fails.
         """
 
+    def providers(self) -> tuple[str, ...]:
+        """The execution providers that could be loaded, best first, by onnxruntime's names."""
+
     def nodes_by_provider(self) -> dict[str, int]:
         """How many nodes each execution provider ran so far, by onnxruntime's names."""
 
@@ -130,16 +133,14 @@ class ExportedFile(Protocol):
     def problems(self) -> list[str]:
         """What breaks the rules of its format, in sentences."""
 
-    def open(
-        self, providers: Sequence[str] = (), layers: int = 0, *, gpu: int = 0
-    ) -> ExportedSession:
+    def open(self, providers: Sequence[str] = (), layers: int = 0) -> ExportedSession:
         """Makes it ready to run.
 
         Args:
-            providers: onnxruntime's execution providers, best first; by default the CPU's.
+            providers: onnxruntime's execution providers, best first, with the number of the GPU
+                where one was given; by default the CPU's.
             layers: number of the network's layers, to compute every layer's output too, where the
                 file shows them; 0 for the file's own outputs.
-            gpu: the number of the GPU, for providers that run on one.
 
         Raises:
             UsageError: a provider is not available.

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converter.errors import UsageError
-from converter.runtimes.exported import FILES, ExportedFile, ExportedSession
+from converter.errors import EomtConvertError, UsageError
+from converter.runtimes.exported import EXTERNAL_DATA, FILES, ExportedFile, ExportedSession
+from converter.runtimes.providers import providers_of, without_gpu
 from converter.weights.tensorfiles import USUAL_NAMES
 
 if TYPE_CHECKING:
@@ -129,6 +130,34 @@ def run_in_batches(
     }
 
 
+def exported_files(file: ExportedFile) -> dict[str, Path]:
+    """The files that an exported file consists of: itself, and those that hold its tensors.
+
+    Their names are those that eomt-convert gives them, whatever they are called. Further files with
+    tensors are numbered, in the order in which the file uses them.
+    """
+    found = {FILES[file.format]: file.path}
+    if file.format == "onnx":
+        from converter.runtimes.onnx_file import ExternalTensor
+
+        tensors = file.tensors.values()
+        paths = [each.path for each in tensors if isinstance(each, ExternalTensor)]
+        for number, path in enumerate(dict.fromkeys(paths)):
+            found[f"{EXTERNAL_DATA}.{number}" if number else EXTERNAL_DATA] = path
+    return found
+
+
+def check_device(file: ExportedFile, device: str) -> None:
+    """Checks that an exported file can run on a device.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and file.format == "torch"):
+        raise UsageError(f"{file.path.name} cannot run on {device!r}.", "Leave out --device.")
+
+
 def open_exported(
     path: Path, folder: Path, device: str, dtype: str = "auto", *, layers: bool = False
 ) -> ExportedNetwork:
@@ -144,6 +173,7 @@ def open_exported(
     Raises:
         UsageError: it cannot run on this device or in this dtype.
         UnreadableFileError: it cannot be read.
+        EomtConvertError: onnxruntime cannot load what runs it on the GPU.
     """
     from reference_model import EomtDinov3Config
 
@@ -153,12 +183,15 @@ def open_exported(
             "Leave out --dtype. To compute in another type, export the model with --dtype.",
         )
     file = read_exported(path)
-    kind, _, number = device.partition(":")
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and file.format == "torch"):
-        raise UsageError(f"{path.name} cannot run on {device!r}.", "Leave out --device.")
+    check_device(file, device)
     config = EomtDinov3Config.from_pretrained(folder)
-    providers = ("CUDAExecutionProvider", "CPUExecutionProvider") if kind == "cuda" else ()
-    session = file.open(
-        providers, config.num_hidden_layers if layers else 0, gpu=int(number or "0")
-    )
+    providers = providers_of(device)
+    session = file.open(providers, config.num_hidden_layers if layers else 0)
+    if providers and without_gpu(providers[0]) not in session.providers():
+        raise EomtConvertError(
+            f"onnxruntime has {without_gpu(providers[0])}, but cannot load it for {device!r}: "
+            f"{path.name} would run on the CPU.",
+            "Install the versions of CUDA and cuDNN that this onnxruntime needs, or leave out "
+            "--device.",
+        )
     return ExportedNetwork(file, session, config)

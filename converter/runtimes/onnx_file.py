@@ -179,9 +179,7 @@ class OnnxFile:
         )
         return model
 
-    def open(
-        self, providers: Sequence[str] = (), layers: int = 0, *, gpu: int = 0
-    ) -> "OnnxSession":
+    def open(self, providers: Sequence[str] = (), layers: int = 0) -> "OnnxSession":
         """Makes it ready to run; see `ExportedFile.open`.
 
         Raises:
@@ -200,7 +198,7 @@ class OnnxFile:
             known = {output.name for output in model.graph.output}
             added = dict.fromkeys(value for value in points.values() if value not in known)
             model.graph.output.extend(onnx.ValueInfoProto(name=value) for value in added)
-        options = with_gpu(providers or [CPU], gpu)
+        options = with_gpu(providers or [CPU])
         return OnnxSession.of(
             self, model.SerializeToString(), names, points, options, profiled=bool(providers)
         )
@@ -312,6 +310,10 @@ class OnnxSession:
             name: values.astype(np.float32, copy=False)
             for name, values in in_network_order(layers | own).items()
         }
+
+    def providers(self) -> tuple[str, ...]:
+        """The execution providers that onnxruntime could load, best first."""
+        return tuple(self._session.get_providers())
 
     def nodes_by_provider(self) -> dict[str, int]:
         """How many nodes each provider ran in the first run."""

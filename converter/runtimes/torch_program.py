@@ -112,9 +112,7 @@ class TorchProgram:
         """Nothing: what breaks the rules of the format is refused when it is read."""
         return []
 
-    def open(
-        self, providers: Sequence[str] = (), layers: int = 0, *, gpu: int = 0
-    ) -> "TorchSession":
+    def open(self, providers: Sequence[str] = (), layers: int = 0) -> "TorchSession":
         """Makes it ready to run on the CPU; see `ExportedFile.open`.
 
         Raises:
@@ -190,6 +188,10 @@ class TorchSession:
         layers = {name: values[value] for name, value in self._points.items()}
         own = {name: values[value] for name, value in self._own.items()}
         return in_network_order(layers | own)
+
+    def providers(self) -> tuple[str, ...]:
+        """None: torch has no providers."""
+        return ()
 
     def nodes_by_provider(self) -> dict[str, int]:
         """Nothing: torch has no providers."""
