@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from small_models import small_model
 
 import converter
-from converter.checks.comparison import FLOAT32
+from converter.checks.comparison import FLOAT32, ROUNDED
 from converter.errors import MissingKernelError, OutputError, UnreadableFileError, UsageError
 from converter.pictures.evaluation import evaluate
 from converter.runtimes.onnx_file import OnnxFile
@@ -700,6 +700,18 @@ def test_weights_that_were_rounded_to_bfloat16_are_recognised_in_a_file_alone(
 
     assert verdict.verdict == "passed", verdict.reason
     assert "as closely as weights in bfloat16 allow" in verdict.compared_with
+
+
+def test_weights_in_bfloat16_are_allowed_their_rounding_also_in_float16(tmp_path: Path) -> None:
+    converter.convert("tiny_panoptic_64", tmp_path / "model", dtype="bfloat16")
+    done = converter.export(
+        tmp_path / "model", tmp_path / "export", format="torch", dtype="float16"
+    )
+
+    figures = level(done.verdict, "numbers").figures
+    assert done.verdict.verdict == "passed", done.verdict.reason
+    assert figures["relative_tolerance"] == ROUNDED["bfloat16"].relative
+    assert figures["rounded_to"] == "bfloat16"
 
 
 def test_one_rounded_tensor_does_not_widen_the_tolerance_of_all(export: Path) -> None:
