@@ -40,6 +40,10 @@ class MissingKernelError(EomtConvertError):
     """The runtime lacks a kernel for an operator in the type of an exported file."""
 
 
+class RunError(EomtConvertError):
+    """An exported file fails while it runs, and not for want of memory."""
+
+
 class OutputError(EomtConvertError):
     """The output cannot be written to the given path."""
 

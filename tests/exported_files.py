@@ -87,6 +87,15 @@ def change_with_height(graph: onnx.GraphProto, right: int) -> None:
     )
 
 
+def bake_shape(graph: onnx.GraphProto, name: str, shape: list[int]) -> None:
+    """Puts a constant in the place of a shape that the graph computes."""
+    graph.initializer.append(numpy_helper.from_array(np.array(shape), "baked"))
+    nodes = [node for node in graph.node if node.op_type == "Reshape" and name in node.input]
+    assert nodes
+    for node in nodes:
+        node.input[1] = "baked"
+
+
 def use_a_copy(graph: onnx.GraphProto, name: str) -> None:
     """Lets a changed copy of a tensor take its place; the tensor stays in the file, unused."""
     values = numpy_helper.to_array(initialiser(graph, name))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
@@ -77,6 +78,32 @@ def change_json(
         entries[entry] = json.dumps(content).encode()
 
     return change(source, target, edit_entry)
+
+
+def limit(program: Any, axis: int, least: int, most: int | None) -> None:
+    """Limits an axis of the input; height and width in patches."""
+    size = program["graph_module"]["graph"]["tensor_values"]["pixel_values"]["sizes"][axis]
+    symbol = size["as_expr"]["expr_str"].split("'")[1]
+    program["range_constraints"][symbol] = {"min_val": least, "max_val": most}
+
+
+def make_square(program: Any) -> None:
+    """Makes the input's width the same multiple of the patch size as its height."""
+    sizes = program["graph_module"]["graph"]["tensor_values"]["pixel_values"]["sizes"]
+    sizes[3] = sizes[2]
+
+
+def use_a_copy(entries: dict[str, bytes], name: str) -> None:
+    """Lets a changed copy of a float32 tensor take its place; it stays in the file, unused."""
+    weights, program = json.loads(entries[WEIGHTS]), json.loads(entries[PROGRAM])
+    payload = weights["config"][name]
+    values = np.frombuffer(entries[f"data/weights/{payload['path_name']}"], np.float32)
+    entries["data/weights/weight_9999"] = (values * np.float32(1 + 1e-6)).tobytes()
+    weights["config"]["copy"] = payload | {"path_name": "weight_9999"}
+    for spec in program["graph_module"]["signature"]["input_specs"]:
+        if spec.get("parameter", {}).get("parameter_name") == name:
+            spec["parameter"]["parameter_name"] = "copy"
+    entries[WEIGHTS], entries[PROGRAM] = (json.dumps(each).encode() for each in (weights, program))
 
 
 def saved(content: object) -> bytes:

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import program_files
 import pytest
 import torch
 from click.testing import Result
 from conftest import FIXTURES, NAMES
 from exported_files import (
+    bake_shape,
     change,
     change_with_height,
     normalise_again,
@@ -200,6 +202,85 @@ def test_a_tensor_that_no_output_is_computed_from_does_not_count(export: Path) -
     assert level(verdict, "arithmetic").figures["different"] == [WEIGHT]
 
 
+def test_a_tensor_that_no_output_of_a_program_is_computed_from_does_not_count(
+    exported: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "export"
+    shutil.copytree(exported("tiny_instance_64_gated", format="torch"), folder)
+    program = folder / "model.pt2"
+    program_files.change(program, program, lambda e: program_files.use_a_copy(e, WEIGHT))
+    verdict = converter.verify(folder, level=2)
+
+    assert level(verdict, "arithmetic").figures["different"] == [WEIGHT]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "pixels"),
+    [
+        ("embeddings/Concat", [2, 64, 16], "1x3x64x64"),
+        ("layers.0.attention/Concat", [-1, 21, 4, 16], "2x3x32x64"),
+    ],
+    ids=["batch", "size"],
+)
+def test_a_file_that_fails_on_inputs_that_it_says_it_takes_fails(
+    export: Path, converted: Callable[[str], Path], name: str, shape: list[int], pixels: str
+) -> None:
+    (export / "conversion.json").unlink()
+    change(export / "model.onnx", lambda graph: bake_shape(graph, name, shape))
+    verdict = converter.verify(export, made_from=converted("tiny_panoptic_64"))
+
+    assert verdict.verdict == "failed"
+    assert level(verdict, "structure").status == "passed"
+    assert level(verdict, "arithmetic").status == "passed"
+    numbers = level(verdict, "numbers")
+    assert numbers.status == "failed"
+    assert (
+        f"The file fails on pixels of {pixels}, although its input says that it takes any size: "
+        "onnxruntime fails to run"
+    ) in numbers.reason
+
+
+def limit_batch(program: Any) -> None:
+    program_files.limit(program, 0, 2, None)
+
+
+def limit_sides(program: Any) -> None:
+    for axis in (2, 3):
+        program_files.limit(program, axis, 5, 6)
+
+
+@pytest.mark.parametrize(
+    ("edit", "untried", "inputs"),
+    [
+        (limit_batch, "1x3x64x64 were not tried: the batch size is 1", (2, 64, 64, 3, 32, 64)),
+        (limit_sides, "1x3x64x64 were not tried: the height is 64", (1, 80, 80, 2, 96, 96)),
+        (
+            program_files.make_square,
+            "2x3x32x64 were not tried: the width is 64, expected 32",
+            (1, 64, 64, 2, 32, 32),
+        ),
+    ],
+)
+def test_a_right_file_that_does_not_take_the_usual_inputs_passes(
+    exported: Callable[..., Path],
+    converted: Callable[[str], Path],
+    tmp_path: Path,
+    edit: Callable[[Any], None],
+    untried: str,
+    inputs: tuple[int, ...],
+) -> None:
+    name = "tiny_instance_64_gated"
+    source = exported(name, format="torch") / "model.pt2"
+    path = program_files.change_json(source, tmp_path / "network.pt2", edit)
+    verdict = converter.verify(path, made_from=converted(name), level=3)
+
+    numbers = level(verdict, "numbers")
+    assert (verdict.verdict, numbers.status) == ("passed", "passed"), verdict.reason
+    assert untried in numbers.reason
+    found = [(batch, *size) for batch, _, *size in numbers.figures["inputs"][-2:]]
+    assert found == [inputs[:3], inputs[3:]]
+
+
 def test_another_configuration_beside_a_file_than_the_models_fails(
     export: Path, converted: Callable[[str], Path]
 ) -> None:
@@ -329,6 +410,21 @@ def test_the_named_models_own_recording_is_what_a_file_is_held_against(
 
     assert (verdict.verdict, verdict.basis) == ("passed", "original"), verdict.reason
     assert level(verdict, "pictures").status == "passed"
+
+
+def test_a_file_that_nothing_can_be_compared_with_is_not_opened(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = tmp_path / "alone" / "network.onnx"
+    alone.parent.mkdir()
+    shutil.copy(export / "model.onnx", alone)
+    opened: list[OnnxFile] = []
+    monkeypatch.setattr(OnnxFile, "open", lambda file, *_: opened.append(file))
+    verdict = converter.verify(alone)
+
+    assert level(verdict, "numbers").status == "not checked"
+    assert level(verdict, "numbers").figures["providers"]["nodes"] == {}
+    assert opened == []
 
 
 def test_a_provider_that_is_not_there_is_named(export: Path) -> None:

@@ -25,6 +25,7 @@ import converter
 from converter.errors import (
     EomtConvertError,
     MissingKernelError,
+    RunError,
     UnreadableFileError,
     UsageError,
 )
@@ -34,11 +35,11 @@ from converter.runtimes.onnx_file import read_onnx
 from converter.runtimes.providers import parse_providers
 from reference_model import EomtDinov3ForUniversalSegmentation
 
-INPUT = ("pixel_values", [None, 3, None, None])
-MASKS = ("masks_queries_logits", [None, 2, None, None])
-CLASSES = ("class_queries_logits", [None, 2, 5])
+Named = tuple[str, list[int | str | None]]
 
-Named = tuple[str, list[int | None]]
+INPUT: Named = ("pixel_values", [None, 3, None, None])
+MASKS: Named = ("masks_queries_logits", [None, 2, None, None])
+CLASSES: Named = ("class_queries_logits", [None, 2, 5])
 
 
 def small_file(
@@ -149,6 +150,16 @@ def test_custom_operators_are_refused(tmp_path: Path) -> None:
     node = helper.make_node("Attention", ["pixel_values"], ["x"], "custom", domain="com.stranger")
     with pytest.raises(UnreadableFileError, match=r"Attention \(custom\) of com\.stranger"):
         read_onnx(small_file(tmp_path / "model.onnx", nodes=[node]))
+
+
+def test_a_graph_optimised_for_one_kind_of_machine_is_told_from_a_custom_operator(
+    tmp_path: Path,
+) -> None:
+    inputs, domain = ["pixel_values", "weight"], "com.microsoft.nchwc"
+    node = helper.make_node("Conv", inputs, ["x"], "patches", domain=domain)
+    with pytest.raises(UnreadableFileError, match="was optimised by onnxruntime") as caught:
+        read_onnx(small_file(tmp_path / "model.onnx", nodes=[node]))
+    assert "ORT_ENABLE_EXTENDED" in caught.value.remedy
 
 
 def doubling(depth: int) -> list[onnx.FunctionProto]:
@@ -413,6 +424,16 @@ def test_onnx_checks_the_file(exported: Callable[..., Path], tmp_path: Path) -> 
     assert "Softmacks" in problem
 
 
+def test_onnxs_message_is_shown_to_its_end(exported: Callable[..., Path], tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    shutil.copy(exported("tiny_panoptic_64") / "model.onnx", path)
+    change(path, lambda graph: graph.node[5].input.__setitem__(0, "nowhere"))
+    (problem,) = read_onnx(path).problems()
+
+    assert "input 'nowhere' of node: name: " in problem
+    assert problem.endswith("is not output of any previous nodes.")
+
+
 # running ------------------------------------------------------------------------------------------
 
 
@@ -516,8 +537,31 @@ def test_layers_of_another_number_are_not_guessed(exported: Callable[..., Path])
 
 def test_a_size_that_a_file_does_not_take_is_refused(tmp_path: Path) -> None:
     path = small_file(tmp_path / "model.onnx", inputs=[("pixel_values", [1, 3, 64, 64])])
-    with pytest.raises(UsageError, match="takes inputs of 1 x 3 x 64 x 64, found 1 x 3 x 32 x 64"):
+    with pytest.raises(UsageError, match="the height is 32, expected 64"):
         read_onnx(path).open().run(np.zeros((1, 3, 32, 64), np.float32))
+
+
+def test_axes_of_one_name_have_one_size(tmp_path: Path) -> None:
+    square: Named = ("pixel_values", ["batch", 3, "side", "side"])
+    session = read_onnx(small_file(tmp_path / "model.onnx", inputs=[square])).open()
+    session.run(np.zeros((1, 3, 32, 32), np.float32))
+    with pytest.raises(UsageError, match="the width is 64, expected 32, as for another axis"):
+        session.run(np.zeros((1, 3, 32, 64), np.float32))
+
+
+def test_a_run_that_fails_is_the_files_fault_and_leaves_no_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    baked = numpy_helper.from_array(np.array([2, 3, 64, 64]), "baked")
+    node = helper.make_node("Reshape", ["pixel_values", "baked"], ["x"])
+    path = small_file(tmp_path / "model.onnx", nodes=[node], weights=[baked], reads="x")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    session = read_onnx(path).open(["CPUExecutionProvider"])
+    with pytest.raises(RunError, match=r"onnxruntime fails to run .*Reshape"):
+        session.run(np.zeros((1, 3, 64, 64), np.float32))
+
+    assert list((tmp_path / "temporary").iterdir()) == []
 
 
 def test_what_onnxruntime_cannot_load_or_run_is_one_error(

@@ -23,17 +23,22 @@ from program_files import (
     change,
     change_json,
     export_logits,
+    limit,
+    make_square,
     read_entries,
     saved,
+    use_a_copy,
     write_entries,
 )
 from small_models import small_model
 
 from converter.checks.diagnosis.stages import named_outputs
-from converter.errors import EomtConvertError, UnreadableFileError, UsageError
+from converter.errors import EomtConvertError, RunError, UnreadableFileError, UsageError
 from converter.exporting.torch_writing import write_torch
 from converter.exporting.tracing import trace
+from converter.runtimes.pt2_archive import open_archive
 from converter.runtimes.torch_program import read_program
+from converter.weights.merge import BUFFERS
 from reference_model import EomtDinov3ForUniversalSegmentation
 
 Model = EomtDinov3ForUniversalSegmentation
@@ -89,6 +94,14 @@ class Attack:
 
     def __reduce__(self) -> Any:
         return os.mkdir, (self.name,)
+
+
+class TypedAttack(Attack):
+    """The same, as the tensor of a subclass."""
+
+    def __reduce__(self) -> Any:
+        tensor = os.mkdir, torch.Tensor, (self.name,), None
+        return torch._tensor._rebuild_from_type_v2, tensor
 
 
 def code(name: str) -> str:
@@ -210,6 +223,10 @@ IN_ENTRIES: dict[str, tuple[Callable[[dict[str, bytes]], object], str]] = {
         lambda e: e.update({SAMPLE_INPUTS: saved(Attack("example_inputs"))}),
         r"data/sample_inputs/model\.pt in .* it names (posix|nt)\.mkdir",
     ),
+    "typed_inputs": (
+        lambda e: e.update({SAMPLE_INPUTS: saved(TypedAttack("typed_inputs"))}),
+        r"data/sample_inputs/model\.pt in .* it names (posix|nt)\.mkdir",
+    ),
     "old_format": (old_format, r"is no program of torch\.export, or has its format from before"),
 }
 IN_PROGRAM: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
@@ -316,6 +333,25 @@ def test_example_inputs_that_are_no_tensors_are_refused(
 
     with pytest.raises(UnreadableFileError, match=r"data/sample_inputs/model\.pt in"):
         read_program(path)
+
+
+def test_example_inputs_that_dim_dynamic_has_marked_are_known(tmp_path: Path) -> None:
+    axes = {"pixel_values": {0: torch.export.Dim.DYNAMIC}}
+    program = torch.export.export(Scaled(), (torch.zeros(2, 3, 4, 4),), dynamic_shapes=axes)
+    torch.export.save(program, tmp_path / "model.pt2")
+    entry = read_entries(tmp_path / "model.pt2")[SAMPLE_INPUTS]
+
+    assert b"_rebuild_from_type_v2" in entry
+    open_archive(tmp_path / "model.pt2")
+
+
+def test_refused_example_inputs_can_be_left_out(ours: Path, tmp_path: Path) -> None:
+    content = torch_file(b"ctorch.hub\nload\n.", {})
+    path = change(ours, tmp_path / "model.pt2", lambda e: e.update({SAMPLE_INPUTS: content}))
+
+    with pytest.raises(UnreadableFileError) as caught:
+        read_program(path)
+    assert "program.example_inputs = None" in caught.value.remedy
 
 
 @pytest.mark.parametrize(
@@ -484,6 +520,18 @@ def test_a_program_without_masks_is_refused(tmp_path: Path) -> None:
         read_program(path)
 
 
+class ThreeOutputs(torch.nn.Module):
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return pixels * 2, pixels.flatten(2) * 2, pixels.flatten(2) * 3
+
+
+def test_outputs_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt2"
+    torch.export.save(torch.export.export(ThreeOutputs(), (torch.zeros(1, 3, 2, 2),)), path)
+    with pytest.raises(UnreadableFileError, match=r"for classes.* found mul \(1 x 3 x 2 x 2\), "):
+        read_program(path)
+
+
 def test_a_program_of_another_version_is_refused(ours: Path, tmp_path: Path) -> None:
     path = change_json(
         ours, tmp_path / "model.pt2", lambda p: p["schema_version"].update({"major": 9})
@@ -534,13 +582,25 @@ def test_inputs_and_outputs_of_an_export_are_recognised(ours: Path) -> None:
 
 def test_tensors_have_the_models_names_and_values(ours: Path) -> None:
     stored = read_program(ours).tensors
-    expected = {name: t for name, t in small().state_dict().items() if t.numel() > 1}
+    weights = small().state_dict().items()
+    expected = {name: t for name, t in weights if t.numel() > 1 and name not in BUFFERS}
 
     assert stored.keys() == expected.keys()
     for name, tensor in expected.items():
         assert stored[name].shape == tuple(tensor.shape)
         assert stored[name].dtype == "float32"
         assert np.array_equal(stored[name].read(), tensor.numpy())
+
+
+def test_a_tensor_that_no_output_is_computed_from_does_not_count(
+    ours: Path, tmp_path: Path
+) -> None:
+    weight = "layers.1.mlp.up_proj.weight"
+    path = change(ours, tmp_path / "model.pt2", lambda entries: use_a_copy(entries, weight))
+    tensors = read_program(path).tensors
+
+    assert "copy" in tensors
+    assert weight not in tensors
 
 
 def test_tensors_are_read_when_they_are_asked_for(ours: Path, tmp_path: Path) -> None:
@@ -656,7 +716,7 @@ def test_no_layers_are_shown_where_the_structure_is_another(strangers: Path) -> 
     [
         ((2, 3, 40, 64), "the height is 40, expected a multiple of 16, from 32 on"),
         ((2, 3, 64, 16), "the width is 16, expected a multiple of 16, from 32 on"),
-        ((2, 1, 64, 64), "the channels is 1, expected 3"),
+        ((2, 1, 64, 64), "the number of channels is 1, expected 3"),
     ],
 )
 def test_sizes_that_an_export_does_not_take_are_refused(
@@ -678,10 +738,8 @@ def test_a_program_of_one_size_takes_no_other(tmp_path: Path) -> None:
 
 def test_a_range_and_equal_sizes_are_kept(ours: Path, tmp_path: Path) -> None:
     def edit(program: Any) -> None:
-        sizes = graph_of(program)["tensor_values"]["pixel_values"]["sizes"]
-        sizes[3] = sizes[2]
-        symbol = sizes[2]["as_expr"]["expr_str"].split("'")[1]
-        program["range_constraints"][symbol]["max_val"] = 4
+        make_square(program)
+        limit(program, 2, 2, 4)
 
     session = read_program(change_json(ours, tmp_path / "model.pt2", edit)).open()
     session.run(pixels(64, 64))
@@ -715,8 +773,9 @@ def test_a_program_that_takes_more_memory_than_there_is_is_refused(
         node["inputs"][0]["arg"] = {"as_int": -(2**55)}
 
     path = change_json(ours, tmp_path / "model.pt2", edit_last(enlarge, "arange.start"))
-    with pytest.raises(EomtConvertError, match="more memory than this machine has"):
+    with pytest.raises(EomtConvertError, match="more memory than this machine has") as caught:
         read_program(path).open().run(pixels())
+    assert not isinstance(caught.value, RunError)  # which would be the file's fault
 
 
 def test_more_pieces_than_there_are_names_for_are_refused(ours: Path, tmp_path: Path) -> None:
@@ -753,7 +812,7 @@ def test_an_operator_that_fails_is_an_error(ours: Path, tmp_path: Path) -> None:
         node["inputs"][1]["arg"] = {"as_int": 7}
 
     path = change_json(ours, tmp_path / "model.pt2", edit_last(misplace, "cat.default"))
-    with pytest.raises(EomtConvertError, match=r"torch fails to run .*model\.pt2: Dimension out"):
+    with pytest.raises(RunError, match=r"torch fails to run .*model\.pt2: Dimension out"):
         read_program(path).open().run(pixels())
 
 

@@ -43,7 +43,7 @@ from converter.configs import (
     Dtype,
     read_model_config,
 )
-from converter.errors import MissingKernelError, UsageError
+from converter.errors import MissingKernelError, RunError, UsageError
 from converter.files import read_json_object, sha256
 from converter.history import HISTORY, History, PastExport, read_export, read_history
 from converter.hub.access import Access
@@ -530,12 +530,16 @@ def _check_pictures(
     if not judged.runs.accept(recorded.pixels.shape):
         return Level("pictures", "not checked", "The file takes inputs of another size.")
     network = ExportedNetwork(model.file, judged.runs.plain, model.config)
-    return check_pictures(
-        network,
-        model.folder,
-        task,
-        recorded,
-        recorded_tolerance(judged, recorded),
-        size_is_meant=model.export is not None,
-        same_weights=judged.network.build() if judged.network else None,
-    )
+    try:
+        return check_pictures(
+            network,
+            model.folder,
+            task,
+            recorded,
+            recorded_tolerance(judged, recorded),
+            size_is_meant=model.export is not None,
+            same_weights=judged.network.build() if judged.network else None,
+        )
+    except RunError as error:
+        reason = f"The file fails on the recorded pictures: {error.message}"
+        return Level("pictures", "failed", reason)

@@ -1,10 +1,10 @@
 """Runs an exported file, and compares its outputs with a recording or the reference model's."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +18,20 @@ from converter.checks.pixels import Normalisation
 from converter.checks.recorded import Origin, Recorded
 from converter.checks.verdict import Level
 from converter.configs import coarsest
-from converter.runtimes.exported import ExportedFile, ExportedSession
+from converter.errors import RunError
+from converter.runtimes.exported import ExportedFile, ExportedSession, Port
 from converter.runtimes.network import run_in_batches
 from converter.runtimes.providers import CPU
 from reference_model import EomtDinov3Config
 
 # seed of the random pixels that are compared where nothing was recorded
 _SEED = 0
+
+# largest input that is tried, in values: a file from outside may ask for any size
+_LARGEST = 2**28
+
+# why no size near a usual one is tried, if the file would take the usual one
+_UNUSABLE = "it is too large to try, or not a multiple of the patch size"
 
 
 @dataclass(frozen=True)
@@ -58,11 +65,17 @@ class Runs:
         return self.file.open(named, layers)
 
     def accept(self, shape: Sequence[int]) -> bool:
-        """Whether the file takes inputs of this (batch, channels, height, width); any batch."""
-        return all(
-            fixed in (None, size)
-            for fixed, size in zip(self.file.input.shape[1:], shape[1:], strict=True)
-        )
+        """Whether the file takes inputs of this (batch, channels, height, width).
+
+        A batch may be repeated to fill one that the file takes.
+        """
+        batch = self.file.input.axes[0].nearest(shape[0])
+        filled = (batch or 0, *shape[1:])
+        return math.prod(filled) <= _LARGEST and not self.file.input.problem_with(filled)
+
+    def nodes_by_provider(self) -> dict[str, int]:
+        """How many nodes each execution provider ran; empty if `plain` was not opened."""
+        return self.plain.nodes_by_provider() if "plain" in vars(self) else {}
 
     def outputs(self, inputs: Tensor, *, layers: bool = False) -> dict[str, Tensor]:
         """The file's outputs, by the names of recorded tensors, in the network's order.
@@ -73,9 +86,10 @@ class Runs:
                 another session, which is closed before the first is opened: each holds the weights.
 
         Raises:
-            EomtConvertError: the runtime fails; or as in `plain`.
+            RunError: the runtime fails.
+            EomtConvertError: it has not enough memory; or as in `plain`.
         """
-        batch = self.file.input.shape[0]
+        batch = self.file.input.axes[0]
         found = (
             run_in_batches(self._open(self.layers), inputs, batch) if layers and self.layers else {}
         )
@@ -152,18 +166,22 @@ def check_numbers(
         MissingKernelError, UsageError, UnreadableFileError: as in `Runs.plain`.
     """
     rounded = _rounded(network.weights if network else _constants(runs.file))
-    unjudged = Level("numbers", "not checked", _nothing_to_compare(runs, recorded))
+    shapes, untried = _shapes(runs.file.input, network.config) if network else ([], [])
+    reason = " ".join(untried) or _nothing_to_compare(runs, recorded)
+    unjudged = Level("numbers", "not checked", reason)
     judged = Judged(unjudged, runs, network, normalisation, dtype, rounded)
     found: list[Judged] = []
-    for target in _targets(judged, recorded):
+    for target in _targets(judged, recorded, shapes):
         found.append(judge(judged, target))
         if found[-1].level.status == "failed":
             break
     failed = bool(found) and found[-1].level.status == "failed"
     chosen = (found or [judged])[-1 if failed else 0]
     inputs = [list(each.target.recorded.pixels.shape) for each in found if each.target]
-    figures = {**chosen.level.figures, "inputs": inputs, "providers": _providers(runs)}
-    reason = " ".join(filter(None, (chosen.level.reason, _remark(chosen, recorded))))
+    providers = {"asked": list(runs.providers), "nodes": runs.nodes_by_provider()}
+    figures = {**chosen.level.figures, "inputs": inputs, "providers": providers}
+    remarks = [_remark(chosen, recorded), *([] if failed or not found else untried)]
+    reason = " ".join(filter(None, (chosen.level.reason, *remarks)))
     return replace(chosen, level=replace(chosen.level, reason=reason, figures=figures))
 
 
@@ -186,9 +204,9 @@ def _rounded(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def _remark(judged: Judged, recorded: Recorded | None) -> str:
     """What the outputs were compared with, where that is not the recording alone; a sentence."""
     target, network = judged.target, judged.network
-    if target is None:
+    if target is None or judged.numbers is None:
         return ""
-    shape = "x".join(map(str, target.recorded.pixels.shape))
+    shape = _shown(target.recorded.pixels.shape)
     if target.computed and judged.level.status == "failed":
         return f"This is beside the reference model with the same weights, for pixels of {shape}."
     if recorded and target.computed:
@@ -208,10 +226,17 @@ def recorded_tolerance(judged: Judged, recorded: Recorded) -> Tolerance:
     return max(computed, ROUNDED[rounded_to], key=lambda tolerance: tolerance.relative)
 
 
-def _targets(judged: Judged, recorded: Recorded | None) -> Iterator[Target]:
+def _targets(
+    judged: Judged, recorded: Recorded | None, shapes: Sequence[tuple[int, ...]]
+) -> Iterator[Target]:
     """What the outputs are compared with: the recording, then the reference model.
 
     A recording shows one batch and one size, and a graph may have these baked in.
+
+    Args:
+        judged: the file.
+        recorded: the recording, if there is one.
+        shapes: of the pixels for the reference model.
     """
     network = judged.network
     if recorded and judged.runs.accept(recorded.pixels.shape):
@@ -219,23 +244,55 @@ def _targets(judged: Judged, recorded: Recorded | None) -> Iterator[Target]:
     if network:
         # in random pixels there is nothing for classes and masks to agree on
         tolerance = replace(judged.tolerance, best_class=0.0, mask_iou=0.0)
-        for shape in _shapes(judged.runs.file, network.config):
+        for shape in shapes:
             yield Target(computed_by(network, random_pixels(shape)), tolerance, computed=True)
 
 
-def _shapes(file: ExportedFile, config: EomtDinov3Config) -> Iterable[tuple[int, ...]]:
-    """Inputs of two batch sizes and two image sizes, as far as the file takes them."""
-    patch, (height, width) = config.patch_size, config.input_size
+def _shapes(port: Port, config: EomtDinov3Config) -> tuple[list[tuple[int, ...]], list[str]]:
+    """Inputs of two batch sizes and two image sizes, as far as a file takes them.
+
+    Args:
+        port: the file's input.
+        config: the model's.
+
+    Returns:
+        Their shapes; and sentences that name the usual ones that the file does not take.
+    """
+    patch, channels = config.patch_size, config.num_channels
+    first = _fixed(port, (1, channels, *config.input_size))
+    near = _nearest(port, first, patch)
+    batch, _, height, width = near or first
     # a program of torch.export takes two patches or more
-    other = max(height // 2 // patch, 2) * patch, (width // 2 // patch + 2) * patch
-    usual = (
-        (batch, config.num_channels, *size) for batch, size in ((1, (height, width)), (2, other))
-    )
-    shapes = (
-        tuple(fixed or each for fixed, each in zip(file.input.shape, sizes, strict=True))
-        for sizes in usual
-    )
-    return dict.fromkeys(shapes)  # once, if all sizes are fixed
+    smaller = max(height // 2 // patch, 2) * patch, (width // 2 // patch + 2) * patch
+    larger = height + 2 * patch, width + patch
+    second, third = (_fixed(port, (batch + 1, channels, *size)) for size in (smaller, larger))
+    others = [_nearest(port, each, patch) for each in (second, third)]
+    of_another_size = (each for each in others if each and each[2:] != (height, width))
+    other = next(of_another_size, others[0])
+    untried = [
+        f"Pixels of {_shown(wanted)} were not tried: {problem}."
+        for wanted, found in ((first, near), (second, other))
+        if (problem := port.problem_with(wanted) or ("" if found else _UNUSABLE))
+    ]
+    return list(dict.fromkeys(filter(None, (near, other)))), untried
+
+
+def _fixed(port: Port, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape with the sizes that an input has fixed; channels are the model's."""
+    sizes = tuple(fixed or size for fixed, size in zip(port.shape, shape, strict=True))
+    return sizes[0], shape[1], *sizes[2:]
+
+
+def _nearest(port: Port, shape: tuple[int, ...], patch: int) -> tuple[int, ...] | None:
+    """The nearest shape to try that an input takes; None if there is none."""
+    found = port.nearest(shape, patch)
+    if found is None or found[1] != shape[1] or math.prod(found) > _LARGEST:
+        return None
+    return found
+
+
+def _shown(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def random_pixels(shape: tuple[int, ...]) -> Tensor:
@@ -275,13 +332,28 @@ def judge(judged: Judged, target: Target) -> Judged:
         judged: the file; what was found of it before is replaced.
         target: what to compare its outputs with.
     """
-    recorded, network = target.recorded, judged.network
+    recorded = target.recorded
     judged = replace(judged, target=target)
     channels = recorded.pixels.shape[1]
     if channels != len(judged.normalisation.mean):
         reason = f"The model cannot run on the recorded input: it has {channels} channels."
         return replace(judged, level=Level("numbers", "failed", reason))
     inputs = judged.normalisation(recorded.pixels)
+    try:
+        numbers = _compare(judged, target, inputs)
+    except RunError as error:
+        port = judged.runs.file.input
+        takes = port.shape_text if any(port.shape[2:]) else "any size"
+        reason = (
+            f"The file fails on pixels of {_shown(recorded.pixels.shape)}, although its input says "
+            f"that it takes {takes}: {error.message}"
+        )
+        return replace(judged, level=Level("numbers", "failed", reason), numbers=None)
+    return replace(judged, level=numbers.level, numbers=numbers)
+
+
+def _compare(judged: Judged, target: Target, inputs: Tensor) -> Numbers:
+    recorded, network = target.recorded, judged.network
     layers = not target.computed and "last_hidden_state" in recorded.tensors
     outputs = judged.runs.outputs(inputs, layers=layers)
     numbers = judge_outputs(outputs, recorded, target.tolerance)
@@ -290,8 +362,4 @@ def judge(judged: Judged, target: Target) -> Judged:
         numbers = judge_outputs(outputs, recorded, target.tolerance)
     if network and numbers.level.status == "failed" and judged.dtype == "float32":
         numbers = judge_as_reference(outputs, recorded, target.tolerance, network.build(), inputs)
-    return replace(judged, level=numbers.level, numbers=numbers)
-
-
-def _providers(runs: Runs) -> dict[str, Any]:
-    return {"asked": list(runs.providers), "nodes": runs.plain.nodes_by_provider()}
+    return numbers

@@ -1,11 +1,15 @@
 """What an exported file of the model has, whichever format it is in."""
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from converter.errors import EomtConvertError, RunError, UsageError
 from converter.history import Format
+from converter.outside import first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +34,12 @@ _AXES = {
 }
 _HIDDEN_STATES = ("batch", "queries_and_tokens", "features")
 
+# what the sizes of an input are called in messages
+_SIZES = ("batch size", "number of channels", "height", "width")
+
+# how torch and onnxruntime say that they lack memory
+_OUT_OF_MEMORY = re.compile(r"out of memory|allocate|bad_alloc", re.IGNORECASE)
+
 
 def axis_names(name: str) -> tuple[str, ...]:
     """Names of the axes of an export's input or output.
@@ -41,26 +51,116 @@ def axis_names(name: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
+class Axis:
+    """What sizes an axis of an input or output may have.
+
+    Attributes:
+        name: empty if it has none.
+        size: the only one; None if it may have several.
+        factor: it must be a multiple of this.
+        symbol: axes with the same symbol have the same multiple; empty if it has none.
+        least, most: limits of the multiple; None for no limit.
+    """
+
+    name: str = ""
+    size: int | None = None
+    factor: int = 1
+    symbol: str = ""
+    least: int | None = None
+    most: int | None = None
+
+    def problem(self, size: int) -> str:
+        """What is wrong with a size; empty if nothing is."""
+        if self.size is not None:
+            return "" if size == self.size else f"expected {self.size}"
+        least = self.factor * (self.least or 1)
+        if size % self.factor or size < least:
+            several = f"a multiple of {self.factor}" if self.factor > 1 else "a number"
+            return f"expected {several}, from {least} on"
+        if self.most is not None and size > self.factor * self.most:
+            return f"expected {self.factor * self.most} at most"
+        return ""
+
+    def nearest(self, size: int, step: int = 1) -> int | None:
+        """The size that it may have that is nearest to another.
+
+        Args:
+            size: the other.
+            step: the size must be a multiple of this, too.
+
+        Returns:
+            The size, below the other if possible; None if it may have no multiple of the step.
+        """
+        if self.size is not None:
+            return None if self.size % step else self.size
+        unit = math.lcm(self.factor, step)
+        least = -(-self.factor * (self.least or 1) // unit)  # rounded up
+        multiple = max(size // unit, least)
+        if self.most is not None:
+            multiple = min(multiple, self.factor * self.most // unit)
+        return unit * multiple if multiple >= least else None
+
+
+@dataclass(frozen=True)
 class Port:
     """An input or output of an exported file.
 
     Attributes:
         name: its name in the file.
         dtype: as numpy names it, such as ``float32``.
-        shape: of each axis the size, or None if the file takes any.
-        axes: a name for each axis; empty for those without one.
+        axes: what sizes it may have.
     """
 
     name: str
     dtype: str
-    shape: tuple[int | None, ...]
-    axes: tuple[str, ...]
+    axes: tuple[Axis, ...]
+
+    @property
+    def shape(self) -> tuple[int | None, ...]:
+        """Of each axis the size, or None if it may have several."""
+        return tuple(axis.size for axis in self.axes)
 
     @property
     def dynamic_axes(self) -> dict[str, str]:
-        """Names of the axes that may have any size, by their number."""
-        axes = enumerate(zip(self.axes, self.shape, strict=False))
-        return {str(axis): name for axis, (name, size) in axes if size is None}
+        """Names of the axes that may have several sizes, by their number."""
+        axes = enumerate(self.axes)
+        return {str(number): axis.name for number, axis in axes if axis.size is None}
+
+    def problem_with(self, shape: Sequence[int]) -> str:
+        """Why an input does not take a shape, as part of a sentence; empty if it takes it.
+
+        Args:
+            shape: (batch, channels, height, width).
+        """
+        multiples: dict[str, int] = {}
+        for name, axis, size in zip(_SIZES, self.axes, shape, strict=True):
+            problem = axis.problem(size)
+            if not problem and axis.symbol:
+                multiple = multiples.setdefault(axis.symbol, size // axis.factor)
+                if multiple != size // axis.factor:
+                    problem = f"expected {multiple * axis.factor}, as for another axis"
+            if problem:
+                return f"the {name} is {size}, {problem}"
+        return ""
+
+    def nearest(self, shape: Sequence[int], patch: int) -> tuple[int, ...] | None:
+        """The shape that an input takes that is nearest to another; None if there is none.
+
+        Args:
+            shape: (batch, channels, height, width).
+            patch: height and width must be multiples of this.
+        """
+        multiples: dict[str, int] = {}
+        found: list[int] = []
+        for axis, size, step in zip(self.axes, shape, (1, 1, patch, patch), strict=True):
+            wanted = axis.factor * multiples.get(axis.symbol, size // axis.factor)
+            near = axis.nearest(wanted, step)
+            if near is None:
+                return None
+            if axis.symbol:
+                multiples.setdefault(axis.symbol, near // axis.factor)
+            found.append(near)
+        return None if self.problem_with(found) else tuple(found)
 
     @property
     def shape_text(self) -> str:
@@ -93,7 +193,9 @@ class ExportedSession(Protocol):
             pixel_values: (batch, channels, height, width), rescaled and normalised.
 
         Raises:
-            EomtConvertError: the runtime fails.
+            UsageError: the file does not take inputs of this size.
+            RunError: the runtime fails.
+            EomtConvertError: it has not enough memory.
         """
 
     def providers(self) -> tuple[str, ...]:
@@ -128,7 +230,7 @@ class ExportedFile(Protocol):
 
     @property
     def tensors(self) -> Mapping[str, StoredTensor]:
-        """Its constants of more than one value, by their names in the file."""
+        """The constants of more than one value that its outputs are computed from, by name."""
 
     def problems(self) -> list[str]:
         """What breaks the rules of its format, in sentences."""
@@ -146,3 +248,35 @@ class ExportedFile(Protocol):
             UsageError: a provider is not available.
             UnreadableFileError: the runtime refuses the file.
         """
+
+
+def check_input(file: ExportedFile, shape: Sequence[int]) -> None:
+    """Refuses a shape that a file does not take.
+
+    Args:
+        file: the exported file.
+        shape: (batch, channels, height, width).
+
+    Raises:
+        UsageError: the file does not take inputs of this size.
+    """
+    problem = file.input.problem_with(shape)
+    if problem:
+        raise UsageError(
+            f"{file.path} does not take inputs of this size: {problem}.",
+            "Export the model again, with the size that you need or without --image-size.",
+        )
+
+
+def run_error(file: ExportedFile, runtime: str, error: Exception) -> EomtConvertError:
+    """The error for what a runtime raises while it runs a file.
+
+    Args:
+        file: the exported file.
+        runtime: its name.
+        error: what it raises.
+    """
+    message = f"{runtime} fails to run {file.path}: {first_line(error)}."
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+        return EomtConvertError(message)
+    return RunError(message)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converter.errors import EomtConvertError, UsageError
-from converter.runtimes.exported import EXTERNAL_DATA, FILES, ExportedFile, ExportedSession
+from converter.runtimes.exported import EXTERNAL_DATA, FILES, Axis, ExportedFile, ExportedSession
 from converter.runtimes.providers import providers_of, without_gpu
 from converter.weights.tensorfiles import USUAL_NAMES
 
@@ -69,7 +69,7 @@ class ExportedNetwork:
         self.config = config
         self.device = torch.device("cpu")
         self.dtype = torch.float32
-        self._batch = file.input.shape[0]
+        self._batch = file.input.axes[0]
         self._session = session
 
     def __call__(
@@ -108,23 +108,24 @@ class ExportedNetwork:
 
 
 def run_in_batches(
-    session: ExportedSession, pixel_values: "Tensor", batch: int | None
+    session: ExportedSession, pixel_values: "Tensor", batch: Axis
 ) -> "dict[str, NDArray[np.float32]]":
-    """An exported file's outputs, also where it only takes batches of one size.
+    """An exported file's outputs, also where it does not take batches of any size.
 
     Args:
         session: the file, ready to run.
         pixel_values: (batch, channels, height, width), rescaled and normalised.
-        batch: the batch size that it takes; None for any. The last input is repeated to fill it.
+        batch: the batch sizes that it takes. The last input is repeated to fill a batch.
     """
     import numpy as np
 
     inputs = pixel_values.float().contiguous().numpy(force=True)
-    if batch is None or batch == len(inputs):
+    size = batch.nearest(len(inputs))
+    if size is None or size == len(inputs):
         return session.run(inputs)
-    filling = -len(inputs) % batch
+    filling = -len(inputs) % size
     padded = np.concatenate([inputs, *[inputs[-1:]] * filling])
-    parts = [session.run(padded[i : i + batch]) for i in range(0, len(padded), batch)]
+    parts = [session.run(padded[i : i + size]) for i in range(0, len(padded), size)]
     return {
         name: np.concatenate([part[name] for part in parts])[: len(inputs)] for name in parts[0]
     }

@@ -24,13 +24,13 @@ from converter.errors import (
     EomtConvertError,
     MissingKernelError,
     UnreadableFileError,
-    UsageError,
 )
 from converter.files import is_within, open_regular, read_bytes, readable, real_path
 from converter.history import Format
 from converter.outside import first_line, visible
-from converter.runtimes.exported import INPUT, OUTPUTS, Port, StoredTensor
+from converter.runtimes.exported import Axis, Port, StoredTensor, check_input, run_error
 from converter.runtimes.layers import LAYER_OUTPUT, GraphNode, Kind, in_network_order, layer_points
+from converter.runtimes.ports import find_input, find_outputs
 from converter.runtimes.providers import CPU, check_available, with_gpu
 
 try:
@@ -49,6 +49,10 @@ _LIMIT = 2**31
 
 # domains of operators that onnxruntime has built in
 _DOMAINS = ("", "ai.onnx", "com.microsoft")
+
+# domains of operators with the layouts of one kind of processor, which onnxruntime puts in at the
+# levels above ORT_ENABLE_EXTENDED (onnxruntime/core/graph/constants.h)
+_OPTIMISED = ("com.microsoft.nchwc", "com.ms.internal.nhwc")
 
 # Bytes of a tensor beside the file that is taken into the graph: onnx's and onnxruntime's shape
 # inference need the values of shapes, and have no way to read them from elsewhere.
@@ -155,7 +159,8 @@ class OnnxFile:
         try:
             checker.check_model(self._without_external(), full_check=ours)
         except Exception as error:  # several kinds, and those of shape inference
-            return [f"onnx's checker refuses it: {first_line(error)}."]
+            message = visible(" ".join(str(error).split()).rstrip("."))
+            return [f"onnx's checker refuses it: {message}."]
         return []
 
     def _without_external(self) -> Any:
@@ -268,9 +273,7 @@ class OnnxSession:
                 )
                 failing.pop_all()
         except onnxruntime_pybind11_state.NotImplemented as error:
-            raise MissingKernelError(
-                f"onnxruntime cannot run {file.path}: {first_line(error)}."
-            ) from error
+            raise _missing_kernel(file.path, error) from error
         except Exception as error:  # onnxruntime's kinds have no common base
             raise UnreadableFileError(
                 f"onnxruntime refuses {file.path}: {first_line(error)}."
@@ -281,27 +284,22 @@ class OnnxSession:
         """Computes the outputs; see `ExportedSession.run`.
 
         Raises:
-            UsageError: the file does not take inputs of this size.
-            EomtConvertError: onnxruntime fails.
+            MissingKernelError: a provider lacks an operator in the file's type.
         """
         port = self._file.input
-        fits = zip(port.shape, pixel_values.shape, strict=True)
-        if any(fixed not in (None, size) for fixed, size in fits):
-            raise UsageError(
-                f"{self._file.path} takes inputs of {port.shape_text}, found "
-                f"{' x '.join(map(str, pixel_values.shape))}."
-            )
+        check_input(self._file, pixel_values.shape)
         given = pixel_values.astype(port.dtype, copy=False)
         try:
             found = self._session.run(None, {port.name: given})
+        except onnxruntime_pybind11_state.NotImplemented as error:
+            raise _missing_kernel(self._file.path, error) from error
         except Exception as error:  # as above
-            raise EomtConvertError(
-                f"onnxruntime fails to run {self._file.path}: {first_line(error)}."
-            ) from error
-        if self._profiles:
-            with self._profiles:
-                self._nodes = _count_nodes(Path(self._session.end_profiling()))
-            self._profiles = None
+            raise run_error(self._file, "onnxruntime", error) from error
+        finally:
+            if self._profiles:
+                with self._profiles:
+                    self._nodes = _count_nodes(Path(self._session.end_profiling()))
+                self._profiles = None
         outputs = [each.name for each in self._session.get_outputs()]
         values = dict(zip(outputs, found, strict=True))
         layers = {name: values[value] for name, value in self._points.items()}
@@ -318,6 +316,10 @@ class OnnxSession:
     def nodes_by_provider(self) -> dict[str, int]:
         """How many nodes each provider ran in the first run."""
         return dict(self._nodes)
+
+
+def _missing_kernel(path: Path, error: Exception) -> MissingKernelError:
+    return MissingKernelError(f"onnxruntime cannot run {path}: {first_line(error)}.")
 
 
 def _count_nodes(profile: Path) -> dict[str, int]:
@@ -377,8 +379,13 @@ def read_onnx(
         with suppress(Exception):  # of several kinds; the outputs' ranks stay unknown
             inferred = shape_inference.infer_shapes(model)
             outputs = [_port(each) for each in inferred.graph.output]
-    taken = _find_input(path, inputs, input_name)
-    found = _find_outputs(path, outputs, output_names)
+    taken = find_input(path, inputs, input_name)
+    found = find_outputs(
+        path,
+        {port.name: port for port in outputs},
+        output_names,
+        remedy="--output-names MASKS,CLASSES says which they are.",
+    )
     return OnnxFile(path, opset, taken, found, tensors, external, model)
 
 
@@ -493,6 +500,13 @@ def _check_node(path: Path, node: _Node, *, custom: bool) -> None:
         custom: whether the file has no function of this name.
     """
     name = f"{visible(node.op_type)} ({visible(node.name)})"
+    if node.domain in _OPTIMISED:
+        raise UnreadableFileError(
+            f"{path} was optimised by onnxruntime for one kind of machine: it has {name} of "
+            f"{node.domain}.",
+            "Give the file that it was made of, or have onnxruntime save it at the level "
+            "ORT_ENABLE_EXTENDED.",
+        )
     if custom and node.domain not in _DOMAINS:
         raise UnreadableFileError(
             f"{path} has a custom operator: {name} of {visible(node.domain)}.",
@@ -634,67 +648,14 @@ def _port(value: Any) -> Port:
         dtype = helper.tensor_dtype_to_np_dtype(kind.elem_type).name
     except (KeyError, ValueError):
         dtype = "unknown"
-    shape = tuple(
-        axis.dim_value if axis.HasField("dim_value") and axis.dim_value > 0 else None
+    # axes with the same name have the same size
+    axes = (
+        Axis(size=axis.dim_value)
+        if axis.HasField("dim_value") and axis.dim_value > 0
+        else Axis(axis.dim_param, symbol=axis.dim_param)
         for axis in kind.shape.dim
     )
-    return Port(value.name, dtype, shape, tuple(axis.dim_param for axis in kind.shape.dim))
-
-
-def _find_input(path: Path, inputs: Sequence[Port], name: str | None) -> Port:
-    named = [port for port in inputs if port.name == (name or INPUT)]
-    if name and not named:
-        raise UsageError(f"{path} has no input {name!r}; it has {_listed(inputs)}.")
-    pictures = named or [port for port in inputs if len(port.shape) == 4]
-    if len(inputs) != 1 or len(pictures) != 1 or len(pictures[0].shape) != 4:
-        raise UnreadableFileError(
-            f"{path} is no export of this model: expected one input (batch, channels, height, "
-            f"width), found {_listed(inputs)}.",
-        )
-    if pictures[0].dtype not in ("float32", "float16"):
-        raise UnreadableFileError(
-            f"The input of {path} has the type {pictures[0].dtype}, expected float32 or float16."
-        )
-    return pictures[0]
-
-
-def _find_outputs(
-    path: Path, outputs: Sequence[Port], names: tuple[str, str] | None
-) -> dict[str, Port]:
-    """The outputs by the names of recorded tensors."""
-    by_name = {port.name: port for port in outputs}
-    if names:
-        for name in names:
-            if name not in by_name:
-                raise UsageError(f"{path} has no output {name!r}; it has {_listed(outputs)}.")
-        given = dict(zip(names, OUTPUTS.values(), strict=True))
-        for name, rank in zip(names, (4, 3), strict=True):
-            found_rank = len(by_name[name].shape)
-            if found_rank != rank:
-                raise UsageError(
-                    f"The output {name!r} of {path} has rank {found_rank}, expected {rank}: masks "
-                    "of rank 4 come first, then classes of rank 3."
-                )
-    else:
-        given = {**OUTPUTS, **{name: name for name in OUTPUTS.values()}}
-    found = {given[name]: port for name, port in by_name.items() if name in given}
-    found |= {n: port for n, port in by_name.items() if LAYER_OUTPUT.fullmatch(n)}
-    for recorded, rank in (("mask_logits", 4), ("class_logits", 3)):
-        others = [p for p in outputs if p not in found.values() and len(p.shape) == rank]
-        if recorded not in found and len(others) == 1:
-            found[recorded] = others[0]
-        if recorded not in found or len(found[recorded].shape) != rank:
-            raise UnreadableFileError(
-                f"{path} is no export of this model: expected outputs for masks, of rank 4, and "
-                f"for classes, of rank 3; found {_listed(outputs)}.",
-                "--output-names MASKS,CLASSES says which they are.",
-            )
-    return found
-
-
-def _listed(ports: Sequence[Port]) -> str:
-    shown = [f"{visible(port.name)} ({port.shape_text})" for port in ports[:10]]
-    return ", ".join(shown) or "none"
+    return Port(value.name, dtype, tuple(axes))
 
 
 def _graph_nodes(graph: _Graph) -> Iterator[GraphNode]:

@@ -28,6 +28,11 @@ _LIMIT = 2**24
 
 _AGAIN = "Export the model again, with torch.export.save of torch 2.8 or later."
 
+_WITHOUT_SAMPLES = (
+    "Save the program without its example inputs: set program.example_inputs = None before "
+    "torch.export.save."
+)
+
 # torch/export/pt2_archive/constants.py
 PROGRAM = "models/model.json"
 _WEIGHTS = "data/weights/model_weights_config.json"
@@ -54,6 +59,9 @@ _SAMPLE_ENTRY = re.compile(
 _SAMPLE_NAMES = {
     "collections.OrderedDict",
     "torch._utils._rebuild_tensor_v2",
+    # a tensor with attributes, as torch.export.Dim.DYNAMIC leaves some: torch's own safe unpickler,
+    # torch/_weights_only_unpickler.py, allows it too
+    *("torch._tensor._rebuild_from_type_v2", "torch.Tensor"),
     *(f"torch.{kind}Storage" for kind in ("Float", "Half", "BFloat16", "Double")),
     *(f"torch.{kind}Storage" for kind in ("Long", "Int", "Short", "Char", "Byte", "Bool")),
 }
@@ -222,8 +230,9 @@ def _check_sample_inputs(archive: Archive) -> None:
         return
     content = archive.read(_SAMPLE_INPUTS).tobytes()
 
-    def refused(reason: str) -> UnreadableFileError:
-        return archive.refused(_SAMPLE_INPUTS, f"is not a plain pickle of tensors: {reason}")
+    def refused(reason: str, remedy: str = "") -> UnreadableFileError:
+        reason = f"is not a plain pickle of tensors: {reason}"
+        return archive.refused(_SAMPLE_INPUTS, reason, remedy)
 
     records = zip_records(BytesIO(content), refused)
     root = next(iter(records), "").partition("/")[0] + "/"
@@ -236,7 +245,7 @@ def _check_sample_inputs(archive: Archive) -> None:
     try:
         read_pickle(content[pickle.begin : pickle.begin + pickle.length], _SAMPLE_NAMES)
     except UnsafePickleError as error:
-        raise refused(f"it names {error}") from error
+        raise refused(f"it names {error}", _WITHOUT_SAMPLES) from error
     except ValueError as error:
         raise refused(f"it is malformed ({error})") from error
 

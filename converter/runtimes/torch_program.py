@@ -6,20 +6,22 @@ the graph is read as JSON, and its nodes, all of them operators from a list, are
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from converter.errors import EomtConvertError, UnreadableFileError, UsageError
+from converter.errors import UnreadableFileError, UsageError
 from converter.history import Format
 from converter.outside import first_line, visible
-from converter.runtimes.exported import OUTPUTS, Port, axis_names
+from converter.runtimes.exported import Axis, Port, axis_names, check_input, run_error
 from converter.runtimes.layers import LAYER_OUTPUT, GraphNode, Kind, in_network_order, layer_points
 from converter.runtimes.operators import Node, UnknownOperatorError, parse_node
+from converter.runtimes.ports import find_input, find_outputs
 from converter.runtimes.program_text import check_texts
 from converter.runtimes.pt2_archive import (
     DTYPES,
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
 
 # the version of torch's description that is understood, torch/_export/serde/schema.py
 _SCHEMA = 8
-
-_AXES = ("batch size", "channels", "height", "width")
 
 # kinds of operators where layers are looked for
 _KINDS: Mapping[str, Kind] = {
@@ -54,41 +54,10 @@ _SIZE = re.compile(rf"(?:Mul\(Integer\((\d+)\), )?{_SYMBOL}\)?", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Axis:
-    """What sizes an axis of the input may have.
-
-    Attributes:
-        size: the only one; None if it may have several.
-        factor: it must be a multiple of this.
-        symbol: axes with the same symbol have the same multiple.
-        least, most: limits of the multiple; None for no limit.
-    """
-
-    size: int | None = None
-    factor: int = 1
-    symbol: str = ""
-    least: int | None = None
-    most: int | None = None
-
-    def problem(self, size: int) -> str:
-        """What is wrong with a size; empty if nothing is."""
-        if self.size is not None:
-            return "" if size == self.size else f"expected {self.size}"
-        least = self.factor * (self.least or 1)
-        if size % self.factor or size < least:
-            several = f"a multiple of {self.factor}" if self.factor > 1 else "a number"
-            return f"expected {several}, from {least} on"
-        if self.most is not None and size > self.factor * self.most:
-            return f"expected {self.factor * self.most} at most"
-        return ""
-
-
-@dataclass(frozen=True)
 class TorchProgram:
     """A program of this model. The attributes are those of `ExportedFile`, and these.
 
     Attributes:
-        axes: the sizes that the input may have.
         constants: the tensors that the graph uses, by the names of its values.
         nodes: of the graph, in order.
     """
@@ -97,7 +66,6 @@ class TorchProgram:
     input: Port
     outputs: Mapping[str, Port]
     tensors: Mapping[str, ProgramTensor]
-    axes: tuple[Axis, ...] = field(repr=False)
     constants: Mapping[str, ProgramTensor] = field(repr=False)
     nodes: tuple[Node, ...] = field(repr=False)
     format: Format = "torch"
@@ -171,20 +139,14 @@ class TorchSession:
         self._points = points
 
     def run(self, pixel_values: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-        """Computes the outputs; see `ExportedSession.run`.
-
-        Raises:
-            UsageError: the program does not take inputs of this size.
-            EomtConvertError: torch fails.
-        """
+        """Computes the outputs; see `ExportedSession.run`."""
         program = self._program
-        _check_size(program, pixel_values.shape)
+        check_input(program, pixel_values.shape)
         inputs = pixel_values.astype(program.input.dtype)  # a copy, which the graph may write to
         try:
             values = self._graph.run(inputs)
         except Exception as error:  # what torch raises depends on the operator
-            message = f"torch fails to run {program.path}: {first_line(error)}."
-            raise EomtConvertError(message) from error
+            raise run_error(program, "torch", error) from error
         layers = {name: values[value] for name, value in self._points.items()}
         own = {name: values[value] for name, value in self._own.items()}
         return in_network_order(layers | own)
@@ -196,22 +158,6 @@ class TorchSession:
     def nodes_by_provider(self) -> dict[str, int]:
         """Nothing: torch has no providers."""
         return {}
-
-
-def _check_size(program: TorchProgram, shape: tuple[int, ...]) -> None:
-    multiples: dict[str, int] = {}
-    for name, axis, size in zip(_AXES, program.axes, shape, strict=True):
-        problem = axis.problem(size)
-        if not problem and axis.symbol:
-            multiple = multiples.setdefault(axis.symbol, size // axis.factor)
-            if multiple != size // axis.factor:
-                problem = f"expected {multiple * axis.factor}, as for another axis"
-        if problem:
-            raise UsageError(
-                f"{program.path} does not take inputs of this size: the {name} is {size}, "
-                f"{problem}.",
-                "Export the model again, with the size that you need or without --image-size.",
-            )
 
 
 # reading -----------------------------------------------------------------------------------------
@@ -259,27 +205,35 @@ class _Reading:
         self.signature = program["graph_module"]["signature"]
 
     def program(self) -> TorchProgram:
-        pixels, constants = self._inputs()
+        pixels, stored = self._inputs()
         outputs = self._outputs()
-        nodes = self._nodes({*pixels, *constants})
-        known = {*pixels, *constants, *(name for node in nodes for name in node.outputs)}
+        nodes = self._nodes({*pixels, *stored})
+        known = {*pixels, *stored, *(name for node in nodes for name in node.outputs)}
         missing = [name for name in outputs if name not in known]
         if missing:
             raise ValueError(f"nothing computes {missing[0]}")
-        taken = self._find_input([self._port(name) for name in pixels])
+        path = self.archive.path
+        taken = find_input(path, [self._port(name) for name in pixels])
+        found = find_outputs(
+            path,
+            # torch makes names of Python of those with a dot
+            {n.replace("hidden_states_", "hidden_states."): self._port(n) for n in outputs},
+            remedy="Export the model again with these two outputs only.",
+        )
+        used = _used(nodes, [port.name for port in found.values()])
+        tensors = {name: self.tensors[name] for value, name in stored.items() if value in used}
         return TorchProgram(
             self.archive,
             taken,
-            self._find_outputs([self._port(name) for name in outputs]),
-            {name: each for name, each in self.tensors.items() if math.prod(each.shape) > 1},
-            tuple(map(self._axis, self.graph["tensor_values"][taken.name]["sizes"])),
-            constants,
+            found,
+            {name: tensor for name, tensor in tensors.items() if math.prod(tensor.shape) > 1},
+            {value: self.tensors[name] for value, name in stored.items()},
             nodes,
         )
 
-    def _inputs(self) -> tuple[list[str], dict[str, ProgramTensor]]:
-        """The names of inputs, and the tensors by the names of values."""
-        pixels, constants = [], {}
+    def _inputs(self) -> tuple[list[str], dict[str, str]]:
+        """The names of inputs, and those of tensors by the names of their values."""
+        pixels, stored = [], {}
         for spec in self.signature["input_specs"]:
             ((kind, content),) = spec.items()
             match kind:
@@ -289,12 +243,12 @@ class _Reading:
                     name = content[f"{kind}_name"]
                     if name not in self.tensors:
                         raise ValueError(f"the tensor {name} is missing")
-                    constants[content["arg"]["name"]] = self.tensors[name]
+                    stored[content["arg"]["name"]] = name
                 case "constant_input":  # the value is part of the graph
                     pass
                 case _:
                     raise ValueError(f"it has an input of the kind {visible(kind)}")
-        return pixels, constants
+        return pixels, stored
 
     def _outputs(self) -> list[str]:
         names = []
@@ -327,59 +281,33 @@ class _Reading:
 
     def _port(self, name: str) -> Port:
         meta = self.graph["tensor_values"][name]
-        shape = tuple(size.get("as_int") for size in meta["sizes"])
-        if any(size is not None and type(size) is not int for size in shape):
-            raise ValueError(f"{name} has an invalid shape")
-        return Port(name, DTYPES.get(meta["dtype"], "unknown"), shape, axis_names(name))
+        names = chain(axis_names(name), repeat(""))  # a stranger's output may have more axes
+        axes = map(self._axis, names, meta["sizes"])
+        return Port(name, DTYPES.get(meta["dtype"], "unknown"), tuple(axes))
 
-    def _axis(self, size: Mapping[str, Any]) -> Axis:
+    def _axis(self, name: str, size: Mapping[str, Any]) -> Axis:
         if "as_int" in size:
-            return Axis(size["as_int"])
+            if type(size["as_int"]) is not int:
+                raise ValueError(f"the size of {name} is invalid")
+            return Axis(name, size["as_int"])
         found = _SIZE.fullmatch(size["as_expr"]["expr_str"])
         if found is None:
-            return Axis()
+            return Axis(name)
         factor, symbol = found.groups()
         limits = self.ranges.get(symbol, {})
         least, most = (limits.get(key) for key in ("min_val", "max_val"))
         if any(limit is not None and type(limit) is not int for limit in (least, most)):
             raise ValueError(f"the range of {symbol} is invalid")
-        return Axis(None, max(int(factor or 1), 1), symbol, least, most)
-
-    def _find_input(self, inputs: Sequence[Port]) -> Port:
-        if len(inputs) != 1 or len(inputs[0].shape) != 4:
-            raise UnreadableFileError(
-                f"{self.archive.path} is no export of this model: expected one input (batch, "
-                f"channels, height, width), found {_listed(inputs)}."
-            )
-        if inputs[0].dtype not in ("float32", "float16"):
-            raise UnreadableFileError(
-                f"The input of {self.archive.path} has the type {inputs[0].dtype}, expected "
-                "float32 or float16."
-            )
-        return inputs[0]
-
-    def _find_outputs(self, outputs: Sequence[Port]) -> dict[str, Port]:
-        """The outputs by the names of recorded tensors.
-
-        Masks and classes have the names of our exports, or are the first of rank 4 and of rank 3.
-        """
-        by_name = {port.name.replace("hidden_states_", "hidden_states."): port for port in outputs}
-        found = {OUTPUTS[name]: port for name, port in by_name.items() if name in OUTPUTS}
-        found |= {n: port for n, port in by_name.items() if LAYER_OUTPUT.fullmatch(n)}
-        for recorded, rank in (("mask_logits", 4), ("class_logits", 3)):
-            others = [p for p in outputs if p not in found.values() and len(p.shape) == rank]
-            if recorded not in found and others:
-                found[recorded] = others[0]
-            if recorded not in found or len(found[recorded].shape) != rank:
-                raise UnreadableFileError(
-                    f"{self.archive.path} is no export of this model: expected outputs for masks, "
-                    f"of rank 4, and for classes, of rank 3; found {_listed(outputs)}."
-                )
-        if any(len(port.shape) != 3 for n, port in found.items() if n != "mask_logits"):
-            raise ValueError("the output of a layer does not have rank 3")
-        return found
+        return Axis(name, None, max(int(factor or 1), 1), symbol, least, most)
 
 
-def _listed(ports: Sequence[Port]) -> str:
-    shown = [f"{port.name} of rank {len(port.shape)}" for port in ports[:10]]
-    return ", ".join(shown) or "none"
+def _used(nodes: Sequence[Node], outputs: Iterable[str]) -> set[str]:
+    """Names of the values that outputs are computed from.
+
+    A node that writes to a tensor counts as used, as others may share the tensor's memory.
+    """
+    used = set(outputs)
+    for node in reversed(nodes):
+        if node.operator == "copy_.default" or used & {*node.outputs}:
+            used.update(node.inputs())
+    return used
