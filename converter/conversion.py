@@ -21,6 +21,7 @@ from converter.configs import (
     model_config,
     preprocessor_config,
 )
+from converter.delta_record import DELTA
 from converter.destination import Destination, keep_rejected, made_files
 from converter.errors import (
     EomtConvertError,
@@ -408,7 +409,7 @@ def _check_digests(inputs: Inputs, merged: Merged) -> tuple[PairCheck, ...]:
     Raises:
         UnreadableFileError: a file does not have the digest that the Hub lists.
     """
-    checks = []
+    checks = _check_record(inputs, merged) if inputs.record else []
     for role, names in merged.wrong_checksums.items():
         if names:
             finding = damage(inputs.files[role].path, names)
@@ -433,6 +434,32 @@ def _check_digests(inputs: Inputs, merged: Merged) -> tuple[PairCheck, ...]:
                 )
             checks.append(PairCheck("hub-digest", "passed", f"{file} has the Hub's {kind}."))
     return tuple(checks)
+
+
+def _check_record(inputs: Inputs, merged: Merged) -> list[PairCheck]:
+    """Compares the delta and the backbone with those that delta.json names.
+
+    Raises:
+        UnreadableFileError: the delta is another one.
+    """
+    record = inputs.record
+    if record is None:
+        return []
+    for name, (_, digest) in merged.inputs["delta"].items():
+        if record.files.get(name) != digest:
+            raise UnreadableFileError(
+                f"{name} of {inputs.fetched['delta'].title} is not the one that {DELTA} beside it "
+                "describes: its SHA-256 is another.",
+                f"Get both again, or remove {DELTA} and give --task, --image-size and --labels.",
+            )
+    digests = {name: file.sha256 for name, file in merged.inputs["backbone"].items()}
+    if digests.items() <= record.backbone.items():
+        return [PairCheck("delta-json", "passed", f"The backbone is the file that {DELTA} names.")]
+    finding = (
+        f"The backbone is another file than {DELTA} names: it may be the same one in another "
+        "layout."
+    )
+    return [PairCheck("delta-json", "flagged", finding)]
 
 
 def _refuse_mismatch(pair: tuple[PairCheck, ...], inputs: Inputs, *, allow_mismatch: bool) -> None:
@@ -481,8 +508,7 @@ def _write_configs(job: Job, inputs: Inputs, plan: Plan, classes: ClassNames, fo
     )
     write_json(folder / "config.json", values)
     own = inputs.own_preprocessor
-    told = job.task or job.image_size
-    if inputs.task is None or inputs.image_size is None or (own and not told):
+    if inputs.task is None or inputs.image_size is None:
         if own is None:
             raise UsageError(
                 "The weights have no preprocessor_config.json beside them: --task and --image-size "
@@ -492,6 +518,8 @@ def _write_configs(job: Job, inputs: Inputs, plan: Plan, classes: ClassNames, fo
     else:
         settings = inputs.settings
         statistics = {"mean": settings.mean, "std": settings.std} if settings else {}
+        if inputs.record:
+            statistics = inputs.record.statistics
         content = preprocessor_config(inputs.task, inputs.image_size, **statistics)
         write_json(folder / PREPROCESSOR, content)
 

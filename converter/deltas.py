@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, cast, get_args
 
 from converter.catalog import Task
 from converter.checks.pixels import Normalisation, read_normalisation
@@ -17,15 +17,21 @@ from converter.checks.verdict import Level, Verdict
 from converter.configs import (
     PREPROCESSOR,
     find_backbone_config,
+    read_backbone_config,
     read_config,
     read_model_config,
 )
 from converter.delta_record import DELTA, made_delta
-from converter.errors import MismatchError, OutputsDifferError, PlanError, UsageError
+from converter.errors import (
+    MismatchError,
+    OutputsDifferError,
+    PlanError,
+    UnreadableFileError,
+    UsageError,
+)
 from converter.files import (
     Digests,
     digests_to_dict,
-    read_json_object,
     real_path,
     user_path,
     write_json,
@@ -41,7 +47,13 @@ from converter.version import TOOL, __version__
 from converter.weights.delta_plan import delta_rows, plan_delta
 from converter.weights.headers import TensorInfo
 from converter.weights.inspection import decide, signs_of_a_delta
-from converter.weights.layouts import EOMT_TRANSFORMERS, EOMT_TUE, recognise, translate
+from converter.weights.layouts import (
+    EOMT_LIGHTLY,
+    EOMT_TRANSFORMERS,
+    EOMT_TUE,
+    recognise,
+    translate,
+)
 from converter.weights.merge import Merged, WeightsFormat, compute, merge
 from converter.weights.pairing import (
     PairCheck,
@@ -61,6 +73,17 @@ if TYPE_CHECKING:
 
 File = TensorFile | ShardedTensorFile
 
+# what Dinov3Config has for training only
+_FOR_TRAINING = (
+    "attention_dropout",
+    "drop_path_rate",
+    "initializer_range",
+    "layerscale_value",
+    "pos_embed_jitter",
+    "pos_embed_rescale",
+    "pos_embed_shift",
+)
+
 # room for delta.json, in bytes
 _SMALL_FILES = 1 << 20
 
@@ -78,6 +101,7 @@ class Delta:
         changes: how each tensor of the model differs from the backbone's and from its own sum, by
             canonical name.
         verdict: on what a conversion of the delta gives, beside the model.
+        notes: sentences on how the model's file was read.
         content: of its delta.json.
     """
 
@@ -89,6 +113,7 @@ class Delta:
     pair: tuple[PairCheck, ...]
     changes: Mapping[str, TensorChange]
     verdict: Verdict
+    notes: tuple[str, ...]
     content: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,9 +129,10 @@ class _Sources:
         model, backbone: the files on this machine.
         model_file, backbone_file: the same, open.
         config: the model's configuration.
-        own_config, own_preprocessor: the content of its config.json and preprocessor_config.json,
-            if it has them.
+        own_config: the content of its config.json, if it has one.
+        normalisation: of its preprocessor_config.json, if it has one.
         task: what the model segments, if known.
+        notes: sentences on how its file was read.
         model_plan: how each of its tensors is read.
         plan: how the delta is made.
         sums: how a conversion makes the model of the delta again.
@@ -118,8 +144,9 @@ class _Sources:
     backbone_file: File
     config: EomtDinov3Config
     own_config: Mapping[str, Any] | None
-    own_preprocessor: Mapping[str, Any] | None
+    normalisation: Normalisation | None
     task: Task | None
+    notes: tuple[str, ...]
     model_plan: Plan
     plan: Plan
     sums: Plan
@@ -131,6 +158,9 @@ def make_delta(
     output: str | Path,
     *,
     format: WeightsFormat = "torch",
+    state_key: str | None = None,
+    backbone_config: str | Path | None = None,
+    task: Task | None = None,
     verify: bool = True,
     allow_mismatch: bool = False,
     force: bool = False,
@@ -152,6 +182,9 @@ def make_delta(
         output: the folder to write.
         format: ``torch`` for pytorch_model.bin, which the original's loader reads; ``safetensors``
             for model.safetensors.
+        state_key: which copy of the weights in a file to use, as for `convert`.
+        backbone_config: the backbone's config.json, if it is not beside it.
+        task: panoptic, instance or semantic, if nothing in the model shows it.
         verify: whether to run the model that the delta gives, if it differs from the given one.
         allow_mismatch: whether to make the delta of a model that was not trained from the backbone.
         force: whether to replace an output that exists: the files that its delta.json lists.
@@ -178,9 +211,20 @@ def make_delta(
     check_place(place, force=force, made=made_delta)
     access = Access.of(token, cache_dir, local_files_only)
     with ExitStack() as stack:
-        sources = _open(model, backbone, access, stack)
-        if real_path(sources.model.weights.parent) == place:
-            raise UsageError(f"{place} has the model itself.", "Give another folder with --output.")
+        sources = _open(
+            model,
+            backbone,
+            access,
+            stack,
+            state_key=state_key,
+            backbone_config=backbone_config,
+            task=task,
+        )
+        for kind, source in (("model", sources.model), ("backbone", sources.backbone)):
+            if real_path(source.weights.parent) == place:
+                raise UsageError(
+                    f"{place} has the {kind} itself.", "Give another folder with --output."
+                )
         pair = check_fine_tune(sources.backbone_file, sources.model_file, sources.plan)
         pair += _check_backbone(sources)
         _refuse_mismatch(pair, allow_mismatch=allow_mismatch)
@@ -206,7 +250,9 @@ def make_delta(
         verdict = verdict_on_round_trip(changes, numbers)
         if verdict.verdict == "failed":
             raise OutputsDifferError(
-                f"The delta is wrong: {verdict.reason}", f"{place} was not written.", verdict
+                f"Adding the delta to the backbone gives another model: {verdict.reason}",
+                f"{place} was not written. Such a model is shared as a whole.",
+                verdict,
             )
         content = _content(sources, format, merged, pair, changes, verdict)
         write_json(stage.folder / DELTA, content)
@@ -221,11 +267,21 @@ def make_delta(
         pair,
         changes,
         verdict,
+        sources.notes,
         content,
     )
 
 
-def _open(model: str | Path, backbone: str | Path, access: Access, stack: ExitStack) -> _Sources:
+def _open(
+    model: str | Path,
+    backbone: str | Path,
+    access: Access,
+    stack: ExitStack,
+    *,
+    state_key: str | None,
+    backbone_config: str | Path | None,
+    task: Task | None,
+) -> _Sources:
     """Fetches and opens the model and the backbone, and plans the delta and its sums.
 
     Raises:
@@ -236,40 +292,89 @@ def _open(model: str | Path, backbone: str | Path, access: Access, stack: ExitSt
     file, base_file = open_tensors(eomt.weights), open_tensors(base.weights)
     stack.enter_context(file)
     stack.enter_context(base_file)
-    rename_to_layout(file, None)
+    state = rename_to_layout(file, state_key)
     layout = recognise(file.tensors)
+    if layout is EOMT_LIGHTLY:
+        raise UsageError(
+            f"The weights in {eomt.title} are in LightlyTrain's layout.",
+            "Convert them first, and make the delta of the converted model.",
+        )
+    if doubles := [name for name, info in file.tensors.items() if info.dtype == "F64"]:
+        raise UsageError(
+            f"{doubles[0]} in {eomt.title} is float64, which a delta in float32 cannot give again.",
+            "Save the model in float32.",
+        )
     if layout is EOMT_TUE and decide(signs_of_a_delta(file)) == "delta":
         raise UsageError(
             f"The weights in {eomt.title} are a delta already.",
             "Give the converted model, or absolute weights.",
         )
-    base_config = find_backbone_config(base.config)
+    base_config = (
+        read_backbone_config(user_path(backbone_config))
+        if backbone_config
+        else find_backbone_config(base.config)
+    )
     own = read_config(eomt.config) if layout is EOMT_TRANSFORMERS and eomt.config else None
     config: Dinov3Config | None = base_config
     if own and eomt.config:
         config = read_model_config(eomt.config)
     model_plan = make_plan(file.tensors, None, config)
-    config = config if isinstance(config, EomtDinov3Config) else model_plan.config
+    if isinstance(config, EomtDinov3Config):
+        _check_sizes(config, model_plan.config)
+    else:
+        config = model_plan.config
     rows = delta_rows(translate(file.tensors, layout or EOMT_TUE), config)
     tensors = {row.name: TensorInfo(row.dtype, row.shape, 0) for row in rows}
-    sums = make_plan(tensors, base_file.tensors, base_config or config)
+    sums = make_plan(tensors, base_file.tensors, base_config)  # as a conversion will
     _check_configs(config, sums.config)
+    _check_masks(file, config)
     plan = plan_delta(rows, sums)
-    task = task_of(str(model), eomt.weights.parent) if own else None
     preprocessor = eomt.weights.parent / PREPROCESSOR
+    has_it = own is not None and preprocessor.is_file()
+    if task is None and has_it:
+        task = cast("Task | None", task_of(str(model), eomt.weights.parent))
     return _Sources(
-        eomt,
-        base,
-        file,
-        base_file,
-        config,
-        own,
-        read_json_object(preprocessor) if own and preprocessor.is_file() else None,
-        task,  # type: ignore[arg-type]
-        model_plan,
-        plan,
-        sums,
+        model=eomt,
+        backbone=base,
+        model_file=file,
+        backbone_file=base_file,
+        config=config,
+        own_config=own,
+        normalisation=read_normalisation(preprocessor, config.num_channels) if has_it else None,
+        task=task,
+        notes=tuple(state.notes()) if state else (),
+        model_plan=model_plan,
+        plan=plan,
+        sums=sums,
     )
+
+
+def _check_sizes(own: EomtDinov3Config, found: EomtDinov3Config) -> None:
+    """Checks that the model's config.json has the sizes of its tensors.
+
+    Raises:
+        PlanError: it has another one.
+    """
+    for name in ("num_queries", "num_blocks", "num_labels"):
+        said, has = (getattr(config, name) for config in (own, found))
+        if said != has:
+            raise PlanError(f"{name} is {said} in the model's config.json, its tensors have {has}.")
+
+
+def _check_masks(model: File, config: EomtDinov3Config) -> None:
+    """Checks that masked attention is off in a model, as it is after a conversion.
+
+    Raises:
+        PlanError: it is on.
+    """
+    name = next(name for name in model.tensors if name.endswith("attn_mask_probs"))
+    probabilities = model.read(name)
+    if probabilities.any():
+        raise PlanError(
+            f"{name} in the model is {probabilities.tolist()}. A conversion "
+            "of the delta switches it off, so that it would give another model.",
+            "Train until it has faded out, or set it to zeros, check the model, and save it again.",
+        )
 
 
 def _check_configs(model: EomtDinov3Config, sums: EomtDinov3Config) -> None:
@@ -279,6 +384,8 @@ def _check_configs(model: EomtDinov3Config, sums: EomtDinov3Config) -> None:
         PlanError: the backbone's is another one, which no delta can hold.
     """
     for field in fields(Dinov3Config):
+        if field.name in _FOR_TRAINING:
+            continue
         ours, theirs = (getattr(config, field.name) for config in (model, sums))
         if ours != theirs:
             raise PlanError(
@@ -306,10 +413,12 @@ def _check_digest(backbone: File, past: PastSource | None) -> PairCheck:
         return PairCheck("digest", "not checked", "There is no conversion.json that names one.")
     if backbone.digests().items() <= past.files.items():
         return PairCheck("digest", "passed", "It is the file that conversion.json names.")
+    same_names = backbone.digests().keys() <= past.files.keys()
     return PairCheck(
         "digest",
-        "not checked",
-        "conversion.json names another file, which may be the same backbone in another layout.",
+        "flagged" if same_names else "not checked",
+        "The model's conversion.json names another file as its backbone; it may be the same one in "
+        "another layout.",
     )
 
 
@@ -331,28 +440,29 @@ def _write(sources: _Sources, folder: Path, format: WeightsFormat, progress: Pro
         done += count
         progress("Subtracting", done, total)
 
-    return merge(
-        sources.plan,
-        {"weights": sources.model_file, "backbone": sources.backbone_file},
-        folder,
-        format=format,
-        advance=advance,
-    )
+    try:
+        return merge(
+            sources.plan,
+            {"weights": sources.model_file, "backbone": sources.backbone_file},
+            folder,
+            format=format,
+            advance=advance,
+        )
+    except UnreadableFileError as error:
+        if "--allow-nonfinite" in error.remedy:  # which is for conversions
+            error.remedy = "The file may be damaged; a delta has finite numbers only."
+        raise
 
 
 def _check_numbers(sources: _Sources, files: Mapping[Any, File]) -> Level:
     """Runs the model and the one that the delta gives, and compares their outputs."""
     channels = sources.config.num_channels
-    normalisation = (
-        read_normalisation(sources.model.weights.parent / PREPROCESSOR, channels)
-        if sources.own_preprocessor
-        else Normalisation(1 / 255, (0.5,) * channels, (0.25,) * channels)  # any would do
-    )
+    usual = Normalisation(1 / 255, (0.5,) * channels, (0.25,) * channels)  # any would do
     return check_round_trip_numbers(
         sources.config,
-        normalisation,
-        _weights(sources.model_plan, files),
-        _weights(sources.sums, files),
+        sources.normalisation or usual,
+        lambda: _weights(sources.model_plan, files),
+        lambda: _weights(sources.sums, files),
         sources.config.input_size if sources.own_config else None,
     )
 
@@ -380,6 +490,7 @@ def _content(
 ) -> dict[str, Any]:
     """The content of delta.json."""
     of_file = {"model": (sources.model, "weights"), "backbone": (sources.backbone, "backbone")}
+    normalisation = sources.normalisation
     size = sources.config.input_size if sources.own_config else None
     tensors = {}
     for row in sources.plan.rows:
@@ -397,8 +508,14 @@ def _content(
         "format": format,
         "task": sources.task,
         "image_size": list(size) if size else None,
-        "config": sources.own_config,
-        "preprocessor": sources.own_preprocessor,
+        "image_mean": list(normalisation.mean) if normalisation else None,
+        "image_std": list(normalisation.std) if normalisation else None,
+        "classes": (
+            {key: sources.own_config.get(key) for key in ("id2label", "stuff_classes")}
+            if sources.own_config
+            else None
+        ),
+        "dtypes": sorted({info.dtype for info in sources.model_file.tensors.values()}),
         "sources": {
             role: {
                 "repo": source.repo_id,

@@ -1,5 +1,6 @@
 """The files of a job, fetched and opened, and what kind of weights they hold."""
 
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -44,10 +45,10 @@ class Inputs:
         task, image_size: as the job, the settings or delta.json say; None if none does.
         weights: whether EoMT's weights are a delta or absolute.
         evidence: the signs that decided this; empty if it was given or known.
-        own_config: the config.json of EoMT's weights, if they are in transformers' layout, or that
-            of the model that a delta was made of, if its delta.json has it.
-        own_preprocessor: the preprocessor_config.json beside it, likewise.
+        own_config: the config.json of EoMT's weights, if they are in transformers' layout.
+        own_preprocessor: the preprocessor_config.json beside it, if there is one.
         backbone_config: the backbone's configuration; None to derive it from the shapes.
+        record: what the delta.json beside a delta says; None if there is none.
     """
 
     fetched: Mapping[Source, Fetched]
@@ -61,6 +62,7 @@ class Inputs:
     own_config: Mapping[str, Any] | None
     own_preprocessor: Mapping[str, Any] | None
     backbone_config: Dinov3Config | None
+    record: DeltaRecord | None = None
 
 
 def role_of(weights: WeightsKind) -> Source:
@@ -77,7 +79,7 @@ def _delta_record(job: Job, access: Access) -> DeltaRecord | None:
     else:
         place = job.delta.path
         path = (place if place.is_dir() else place.parent) / DELTA
-    return read_delta_record(path) if path and path.is_file() else None
+    return read_delta_record(path) if path and os.path.lexists(path) else None
 
 
 def open_inputs(job: Job, access: Access, stack: ExitStack, *, dry_run: bool) -> Inputs:
@@ -118,8 +120,8 @@ def open_inputs(job: Job, access: Access, stack: ExitStack, *, dry_run: bool) ->
         own = read_config(eomt.config)
         if (eomt.config.parent / PREPROCESSOR).is_file():
             own_preprocessor = read_json_object(eomt.config.parent / PREPROCESSOR)
-    elif weights == "delta" and (record := _delta_record(job, access)):
-        own, own_preprocessor = record.config, record.preprocessor
+    record = _delta_record(job, access) if weights == "delta" else None
+    if record:
         task, image_size = task or record.task, image_size or record.image_size
     known = {"--task": task is not None, "--image-size": image_size is not None}
     _check_enough(job, weights, known, converted=converted)
@@ -143,6 +145,7 @@ def open_inputs(job: Job, access: Access, stack: ExitStack, *, dry_run: bool) ->
         own_config=own,
         own_preprocessor=own_preprocessor,
         backbone_config=config,
+        record=record,
     )
 
 
@@ -222,6 +225,8 @@ def choose_class_names(job: Job, inputs: Inputs, count: int) -> ClassNames:
         classes, origin = class_names.read(job.labels), str(job.labels)
     elif inputs.settings:
         classes, origin = inputs.settings.classes, inputs.fetched["weights"].title
+    elif inputs.record and inputs.record.classes:
+        classes, origin = inputs.record.classes, DELTA
     elif job.checkpoint:
         classes, origin = job.checkpoint.class_names(count), job.checkpoint.name
     elif inputs.own_config:

@@ -85,7 +85,7 @@ def warnings(conversion: Conversion) -> list[str]:
 
 def flagged(pair: Iterable[PairCheck]) -> list[str]:
     """Warnings about a pair, one line each."""
-    return [f"Warning: {check.finding}" for check in pair if check.status == "flagged"]
+    return [f"Warning: {check.finding}" for check in pair if check.status in ("flagged", "failed")]
 
 
 def _tensors(plan: Plan) -> list[str]:
@@ -111,11 +111,15 @@ def delta(done: Delta, place: Path) -> list[str]:
         place: its folder, as the user named it.
     """
     changes = [each.mean_change for each in done.changes.values() if each.mean_change is not None]
+    needed = {"task": "--task", "image_size": "--image-size", "classes": "--labels"}
+    options = [option for key, option in needed.items() if not done.content[key]]
     rounded = [name for name, dtype in DTYPES.items() if dtype in done.dtypes and dtype != "F32"]
     return [
         f"model     {_source(done.model)}",
         f"backbone  {_source(done.backbone)}",
         *(f"note      the model's weights in {dtype} were widened to float32" for dtype in rounded),
+        *(f"note      {note}" for note in done.notes),
+        *([f"note      its conversion needs {' and '.join(options)}"] if options else []),
         *_pair(done.pair),
         f"tensors   {len(done.content['tensors'])}: {len(changes)} are differences",
         f"output    {place} ({size_text(sum(size for size, _ in done.files.values()))})",

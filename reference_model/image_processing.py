@@ -212,6 +212,10 @@ class EomtImageProcessor:
         kind = values.get("image_processor_type", IMAGE_PROCESSOR_TYPE)
         if not str(kind).startswith(IMAGE_PROCESSOR_TYPE):  # it may end in Fast or Pil
             raise ValueError(f"it is for {kind}; expected {IMAGE_PROCESSOR_TYPE}")
+        size = values.get("size")
+        if size is not None and not isinstance(size, Mapping):
+            # transformers takes a number in a file for the shorter side alone
+            raise ValueError(f"size is {size!r}; expected such as {{'shortest_edge': 640}}")
         own = {entry.name for entry in fields(cls)}
         known = {name: value for name, value in values.items() if name in own and value is not None}
         return cls(**known | settings)

@@ -1,5 +1,6 @@
 """The delta of a model to its backbone: what is written, and that it adds up to the model again."""
 
+import hashlib
 import json
 import shutil
 import tracemalloc
@@ -45,6 +46,7 @@ from converter.weights.merge import compute
 from converter.weights.plan import make_plan
 from converter.weights.tensorfiles import open_tensors
 from converter.weights.torch_writer import TorchWriter
+from reference_model import EomtDinov3ForUniversalSegmentation
 
 NAME = "tiny_panoptic_64"
 BACKBONE = FIXTURES / NAME / "backbone"
@@ -111,7 +113,13 @@ def test_the_backbones_layout_and_the_format_make_no_difference(
     tuned: Path, name: str, format: Any, tmp_path: Path
 ) -> None:
     usual = converter.make_delta(tuned, BACKBONE, tmp_path / "usual")
-    done = converter.make_delta(tuned, FIXTURES / NAME / name, tmp_path / "delta", format=format)
+    done = converter.make_delta(
+        tuned,
+        FIXTURES / NAME / name,
+        tmp_path / "delta",
+        backbone_config=BACKBONE / "config.json",  # no published backbone has its size
+        format=format,
+    )
 
     digests = [
         {key: tensor["sha256"] for key, tensor in each.content["tensors"].items()}
@@ -223,8 +231,8 @@ def test_absolute_weights_of_training_make_the_same_delta(
         for each in (usual, done)
     ]
     differ = {key for key in digests[0] if digests[0][key] != digests[1][key]}
-    assert differ <= {"network.attn_mask_probs"}  # the schedule of training is in the checkpoint
-    assert done.content["config"] is None
+    assert not differ
+    assert (done.content["task"], done.content["classes"]) == (None, None)
 
 
 def test_a_model_in_shards_and_in_16_bits_makes_a_delta_of_its_widened_weights(
@@ -453,10 +461,124 @@ def test_a_backbone_of_another_size_is_refused(tuned: Path, tmp_path: Path) -> N
 def test_a_configuration_that_a_conversion_would_not_give_is_refused(
     tuned: Path, tmp_path: Path
 ) -> None:
-    config = json.loads((tuned / "config.json").read_text())
-    (tuned / "config.json").write_text(json.dumps({**config, "layer_norm_eps": 1e-4}))
+    change_config(tuned, layer_norm_eps=1e-4)
     with pytest.raises(PlanError, match=r"layer_norm_eps is 0\.0001 in the model's"):
         converter.make_delta(tuned, BACKBONE, tmp_path / "delta")
+
+
+def change_config(model: Path, **changes: Any) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def change_weights(model: Path, **changes: Tensor) -> None:
+    weights = weights_of(model) | changes
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+
+
+def test_settings_for_training_only_make_no_difference(tuned: Path, tmp_path: Path) -> None:
+    change_config(tuned, drop_path_rate=0.1, attention_dropout=0.1)
+    done = converter.make_delta(tuned, BACKBONE, tmp_path / "delta")
+
+    assert done.verdict.verdict == "passed"
+
+
+@pytest.mark.parametrize("probability", [1.0, 1e-9])
+def test_a_model_whose_masked_attention_is_on_is_refused(
+    tuned: Path, tmp_path: Path, probability: float
+) -> None:
+    change_weights(tuned, attn_mask_probs=torch.tensor([0.0, probability]))
+    with pytest.raises(PlanError, match="A conversion of the delta switches it off"):
+        converter.make_delta(tuned, BACKBONE, tmp_path / "delta")
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_blocks", 3), ("num_queries", 3)])
+def test_a_configuration_with_other_sizes_than_the_tensors_is_refused(
+    tuned: Path, tmp_path: Path, key: str, value: int
+) -> None:
+    change_config(tuned, **{key: value})
+    with pytest.raises(PlanError, match=f"{key} is {value} in the model's config.json"):
+        converter.make_delta(tuned, BACKBONE, tmp_path / "delta")
+
+
+def test_no_tensor_is_read_beyond_its_end() -> None:
+    with open_tensors(BACKBONE / "model.safetensors") as file:
+        size = file.tensors["norm.weight"].size
+        with pytest.raises(ValueError, match=f"norm.weight has {size} elements"):
+            file.read("norm.weight", 0, size + 1)
+
+
+def test_weights_in_float64_are_refused(tuned: Path, tmp_path: Path) -> None:
+    change_weights(tuned, **{"query.weight": weights_of(tuned)["query.weight"].double()})
+    with pytest.raises(UsageError, match=r"query\.weight .* is float64"):
+        converter.make_delta(tuned, BACKBONE, tmp_path / "delta")
+
+
+def test_a_fine_tune_on_other_classes_needs_no_more_than_save_pretrained_writes(
+    converted: Callable[[str], Path], command: Callable[..., Result], tmp_path: Path
+) -> None:
+    model = EomtDinov3ForUniversalSegmentation.from_pretrained(
+        converted(NAME), num_labels=3, ignore_mismatched_sizes=True
+    )
+    model.save_pretrained(tmp_path / "tuned")
+    result = command("make-delta", "tuned", "--backbone", BACKBONE, "--output", "delta")
+
+    assert result.exit_code == 0, result.output
+    assert "note      its conversion needs --task" in result.stdout
+    options = ("--delta", "delta", "--backbone", BACKBONE, "--output", "back")
+    assert "--task must be given" in command(*options).stderr
+    assert command(*options, "--task", "panoptic").exit_code == 0
+    ours, theirs = weights_of(tmp_path / "back"), weights_of(tmp_path / "tuned")
+    assert all(same_bits(ours[name], theirs[name]) for name in theirs)
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["id2label"] == {str(i): f"LABEL_{i}" for i in range(3)}
+
+
+def test_another_file_than_delta_json_describes_is_not_converted(
+    tuned: Path, tmp_path: Path, command: Callable[..., Result]
+) -> None:
+    converter.make_delta(tuned, BACKBONE, tmp_path / "delta")
+    options = ("--delta", "delta", "--backbone", FIXTURES / NAME / "backbone_timm")
+    config = ("--backbone-config", BACKBONE / "config.json")
+    result = command(*options, *config, "--output", "back")
+    assert result.exit_code == 0
+    assert "Warning: The backbone is another file than delta.json names" in result.stderr
+
+    shutil.copy(FIXTURES / NAME / "delta" / "pytorch_model.bin", tmp_path / "delta")
+    with pytest.raises(UnreadableFileError, match=r"is not the one that delta\.json beside it"):
+        come_back(tmp_path / "delta", tmp_path / "other")
+
+
+def test_each_matrix_counts_for_the_likeness_and_its_sign_does(tuned: Path, tmp_path: Path) -> None:
+    weights = weights_of(tuned)
+    layers = [name for name in weights if name.startswith("layers.") and weights[name].ndim > 1]
+    change_weights(tuned, **{name: -weights[name] for name in layers})
+    with pytest.raises(MismatchError, match="was not trained from this backbone"):
+        converter.make_delta(tuned, BACKBONE, tmp_path / "delta")
+
+    outlier = weights[layers[0]].clone()
+    outlier[0] *= 1000
+    change_weights(tuned, **{name: weights[name] for name in layers} | {layers[0]: outlier})
+    done = converter.make_delta(tuned, BACKBONE, tmp_path / "delta", verify=False)
+    assert done.pair[0].status in ("passed", "flagged")
+
+
+def test_of_two_copies_of_the_weights_the_key_says_which(
+    converted: Callable[[str], Path], command: Callable[..., Result], tmp_path: Path
+) -> None:
+    with open_tensors(FIXTURES / NAME / "absolute.ckpt") as file:
+        plain = {name: torch.from_numpy(file.read(name)) for name in file.tensors}
+    ema = {f"ema.{name}": tensor * 1.001 for name, tensor in plain.items()}
+    torch.save({**plain, **ema}, tmp_path / "both.pth")
+    options = ("make-delta", "both.pth", "--backbone", BACKBONE)
+    result = command(*options, "--output", "plain")
+
+    assert result.exit_code == 0, result.output
+    assert "the file also holds weights under ema; --state-key ema converts them" in result.stdout
+    assert command(*options, "--output", "ema", "--state-key", "ema").exit_code == 0
+    deltas = [torch.load(tmp_path / key / "pytorch_model.bin") for key in ("plain", "ema")]
+    name = "network.class_head.weight"
+    assert torch.equal(deltas[1][name], deltas[0][name] * 1.001)
 
 
 def test_a_delta_is_no_model(tmp_path: Path) -> None:
@@ -499,6 +621,34 @@ def test_only_a_delta_is_replaced_and_only_with_force(tuned: Path, tmp_path: Pat
         converter.make_delta(tuned, BACKBONE, place, force=True)
     with pytest.raises(OutputError):
         converter.make_delta(tuned, BACKBONE, tuned, force=True)
+    (tuned / "delta.json").write_text(
+        json.dumps({"tool": {"name": "eomt-convert"}, "files": {"config.json": {}, "..": {}}})
+    )
+    with pytest.raises(OutputError):
+        converter.make_delta(tuned, BACKBONE, tuned, force=True)
+    assert (tuned / "config.json").is_file()
+
+
+def test_the_backbone_in_use_is_not_replaced(tuned: Path, tmp_path: Path) -> None:
+    shutil.copytree(BACKBONE, tmp_path / "delta")
+    digest = hashlib.sha256((BACKBONE / "model.safetensors").read_bytes()).hexdigest()
+    (tmp_path / "delta" / "delta.json").write_text(
+        json.dumps(
+            {
+                "tool": {"name": "eomt-convert"},
+                "files": {"model.safetensors": {"sha256": digest}},
+            }
+        )
+    )
+    (tmp_path / "delta" / "config.json").unlink()
+    with pytest.raises(UsageError, match="has the backbone itself"):
+        converter.make_delta(
+            tuned,
+            tmp_path / "delta",
+            tmp_path / "delta",
+            backbone_config=BACKBONE / "config.json",
+            force=True,
+        )
 
 
 @pytest.mark.parametrize(
@@ -507,8 +657,10 @@ def test_only_a_delta_is_replaced_and_only_with_force(tuned: Path, tmp_path: Pat
         ("task", "everything"),
         ("image_size", [64]),
         ("image_size", "64"),
-        ("config", [1]),
-        ("preprocessor", 1),
+        ("image_size", [64, 1e9]),
+        ("image_std", [0, 1, 1]),
+        ("image_mean", "0.5"),
+        ("classes", [1]),
     ],
 )
 def test_a_delta_json_of_another_form_is_refused(
@@ -517,7 +669,7 @@ def test_a_delta_json_of_another_form_is_refused(
     converter.make_delta(tuned, BACKBONE, tmp_path / "delta")
     path = tmp_path / "delta" / "delta.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    with pytest.raises(UnreadableFileError, match="was not written by make-delta"):
+    with pytest.raises(UnreadableFileError, match=f"was not written by make-delta: {key}"):
         come_back(tmp_path / "delta", tmp_path / "back")
 
 
@@ -537,10 +689,10 @@ def test_a_model_that_was_not_trained_from_it_is_told_by_its_values(
 
 # on the Hub --------------------------------------------------------------------------------------
 
-LICENCE = b"""DINOv3 License
-
+LICENCE = b"""DINOv3 License\r
+\r
 1. A paragraph about other things.
-
+  \t
 2. You may make derivative works
    under `this` | licence.
 """

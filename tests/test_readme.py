@@ -114,13 +114,13 @@ def test_anything_else_is_not_as_shown(printed: str) -> None:
 
 
 def test_there_are_commands_to_try() -> None:
-    assert len(COMMANDS) == 7
+    assert len(COMMANDS) == 8
 
 
 def test_every_command_is_named() -> None:
     named = README[README.index("The other commands are") :].partition(";")[0]
 
-    assert set(re.findall("`([a-z]+)`", named)) == set(main.commands)
+    assert set(re.findall("`([a-z-]+)`", named)) == set(main.commands)
 
 
 def test_every_option_of_a_conversion_is_documented() -> None:

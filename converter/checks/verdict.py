@@ -299,8 +299,8 @@ class Verdict:
             )
         if numbers.get("recorded_by") == ROUND_TRIP:
             return (
-                f"{ROUND_TRIP}: adding the delta to the backbone gives that model again, but this "
-                "does not show that the model is right"
+                f"{ROUND_TRIP}: adding it to the backbone gives that model again, as closely as "
+                "the levels below say, but this does not show that the model is right"
             )
         if self.of_outputs:
             return f"{theirs}: this does not show that those were right"

@@ -5,6 +5,7 @@ from typing import get_args
 
 import click
 
+from converter.catalog import Task
 from converter.cli.session import (
     SOURCE,
     Session,
@@ -45,6 +46,17 @@ from converter.weights.merge import WeightsFormat
     type=click.Path(path_type=Path),
     help="Text of DINOv3's licence. [default: from the backbone's repository]",
 )
+@click.option(
+    "--state-key",
+    metavar="KEY",
+    help="Which copy of the weights in MODEL to use, such as ema.",
+)
+@click.option(
+    "--backbone-config",
+    type=click.Path(path_type=Path),
+    help="The backbone's config.json, in transformers' format. [default: beside it]",
+)
+@click.option("--task", type=click.Choice(get_args(Task)), help="If nothing in MODEL shows it.")
 @click.option("--no-verify", is_flag=True, help="Do not run the model that the delta gives.")
 @click.option(
     "--allow-mismatch", is_flag=True, help="Also if the model was not trained from the backbone."
@@ -60,6 +72,9 @@ def make_delta_command(
     push_to: str | None,
     private: bool | None,
     license_file: Path | None,
+    state_key: str | None,
+    backbone_config: Path | None,
+    task: Task | None,
     no_verify: bool,
     allow_mismatch: bool,
     force: bool,
@@ -94,6 +109,9 @@ def make_delta_command(
                 backbone,
                 output,
                 format=format,
+                state_key=state_key,
+                backbone_config=backbone_config,
+                task=task,
                 verify=not no_verify,
                 allow_mismatch=allow_mismatch,
                 force=force,

@@ -1,5 +1,6 @@
 """The card of a delta: what it belongs to, how it becomes a model, and what was checked."""
 
+import re
 import reprlib
 import shlex
 from collections.abc import Mapping
@@ -17,6 +18,9 @@ from converter.weights.backbones import published_repo
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
+
+# the numbers in a card are smaller
+_LARGEST = 1e15
 
 # the longest quotation of a licence in a card, in characters
 _MAX_QUOTED = 6000
@@ -47,7 +51,9 @@ class DeltaFolder:
             value: Any = content
             for key in keys:
                 value = value.get(key) if isinstance(value, dict) else None
-            if not isinstance(value, kind):
+            if type(value) not in kind or (
+                isinstance(value, int | float) and not 0 <= value < 1e15
+            ):
                 raise UnreadableFileError(
                     f"{'.'.join(keys)} in {path} is {reprlib.repr(value)}, which is not valid.",
                     "Make the delta again.",
@@ -67,6 +73,12 @@ class DeltaFolder:
         """The verdict on the way back to the model."""
         verdict: str = self.content["round_trip"]["verdict"]
         return verdict
+
+    @property
+    def mismatch(self) -> str:
+        """What failed of the checks whether it belongs to the backbone; empty if none did."""
+        failed = (each for each in self.content["pair"] if isinstance(each, dict))
+        return next((str(c.get("finding")) for c in failed if c.get("status") == "failed"), "")
 
     @property
     def _backbone(self) -> Mapping[str, Any]:
@@ -142,7 +154,7 @@ class DeltaFolder:
             ],
             task=self.content.get("task") or "universal",
             command=self.command(repo_id),
-            described=self.content.get("config") is not None,
+            described=all(self.content.get(key) for key in ("classes", "task", "image_size")),
             elements=f"{trip['elements']:,}",
             inexact=f"{trip['inexact']:,}",
             max_abs=f"{trip['max_abs']:.2g}",
@@ -173,15 +185,16 @@ class DeltaFolder:
 
 
 # the parts of delta.json that a card shows, and their types
-_NEEDED: Mapping[tuple[str, ...], type | tuple[type, ...]] = {
-    ("files",): dict,
-    ("tool", "version"): str,
-    ("sources", "backbone", "files"): dict,
-    ("round_trip", "verdict"): str,
-    ("round_trip", "elements"): int,
-    ("round_trip", "inexact"): int,
+_NEEDED: Mapping[tuple[str, ...], tuple[type, ...]] = {
+    ("files",): (dict,),
+    ("tool", "version"): (str,),
+    ("sources", "backbone", "files"): (dict,),
+    ("pair",): (list,),
+    ("round_trip", "verdict"): (str,),
+    ("round_trip", "elements"): (int,),
+    ("round_trip", "inexact"): (int,),
     ("round_trip", "max_abs"): (int, float),
-    ("round_trip", "levels"): list,
+    ("round_trip", "levels"): (list,),
 }
 
 
@@ -191,17 +204,16 @@ def _logits(trip: Mapping[str, Any]) -> str:
         if isinstance(level, dict) and level.get("level") == "numbers":
             figures = level.get("figures")
             found = figures.get("max_abs") if isinstance(figures, dict) else None
-            if level.get("status") == "passed" and isinstance(found, int | float):
+            if level.get("status") == "passed" and type(found) is float and 0 <= found < _LARGEST:
                 return f"{found:.2g}"
     return ""
 
 
 def _quoted(licence: str) -> list[str]:
     """The paragraphs of a licence that speak of derivatives, each as a quotation of Markdown."""
-    paragraphs = (" ".join(part.split()) for part in licence.split("\n\n"))
-    found, left = [], _MAX_QUOTED
-    for paragraph in paragraphs:
-        if "derivative" in paragraph.lower() and len(paragraph) <= left:
-            left -= len(paragraph)
-            found.append(f"> {code(paragraph)}")
-    return found
+    blank_line = r"\r?\n[ \t]*\r?\n"
+    paragraphs = (" ".join(part.split()) for part in re.split(blank_line, licence))
+    found = [each for each in paragraphs if "derivative" in each.lower()]
+    if sum(map(len, found)) > _MAX_QUOTED:
+        return []  # the card then says where the text is, and nothing of what is in it
+    return [f"> {code(paragraph)}" for paragraph in found]

@@ -317,6 +317,11 @@ def _read_delta(folder: Path, *, allow_unverified: bool) -> tuple[DeltaFolder, d
             "Make the delta without --no-verify, or push with --allow-unverified; the card will "
             "say so.",
         )
+    if made.mismatch:
+        raise NotVerifiedError(
+            f"The delta in {folder} was made with --allow-mismatch: {made.mismatch}",
+            "Make it with the backbone that the model was trained from.",
+        )
     return made, _contents(folder, DELTA, made.files, "Make the delta again.")
 
 

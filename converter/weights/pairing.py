@@ -6,7 +6,8 @@ weights that it was not made from. The result runs, but its segments are nonsens
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -276,28 +277,44 @@ def check_fine_tune(backbone: File, model: File, plan: Plan) -> tuple[PairCheck,
         key=lambda row: row.size,
         reverse=True,
     )
-    pairs = [
-        tuple(_first_rows(operand, row, files) for operand in row.operands)
-        for row in rows[:_TENSORS]
-        if len(row.shape) > 1
-    ]
-    return (check_likeness(pairs), check_exact_differences(pairs))
+    matrices = [row for row in rows if len(row.shape) > 1][:_TENSORS]
+    pairs = {
+        row.name: tuple(_first_rows(operand, row, files) for operand in row.operands)
+        for row in matrices
+    }
+    return (check_likeness(pairs), check_exact_differences(list(pairs.values())))
 
 
-def check_likeness(pairs: "Sequence[tuple[Array, ...]]") -> PairCheck:
-    """Checks that the matrices of a model and of a backbone are correlated.
+def check_likeness(pairs: "Mapping[str, tuple[Array, ...]]") -> PairCheck:
+    """Checks that the matrices of a model and of a backbone are correlated, each by itself.
 
     Args:
-        pairs: matrices of the same shape.
+        pairs: matrices of the same shape, by name.
     """
-    alike = correlation(pairs)
-    finding = f"The correlation of the model's matrices with the backbone's is {alike:.3f}"
-    if abs(alike) <= UNRELATED:
+    alike = {name: correlation([pair]) for name, pair in pairs.items()}
+    if not alike:
+        return PairCheck("likeness", "not checked", "There are no matrices to compare.")
+    median = statistics.median(alike.values())
+    finding = (
+        f"The {len(alike)} largest matrices of model and backbone have correlations from "
+        f"{min(alike.values()):.3f} to {max(alike.values()):.3f}, {median:.3f} in the median"
+    )
+    unlike = [name for name, each in alike.items() if each <= UNRELATED]
+    if median <= UNRELATED:
         return PairCheck(
             "likeness",
             "failed",
             f"{finding}: the model was not trained from this backbone. Two independent trainings "
             "have one near 0.",
+        )
+    if unlike:
+        return PairCheck(
+            "likeness",
+            "flagged",
+            f"{finding}: {unlike[0]} and {len(unlike) - 1} more may not be trained from this "
+            "backbone."
+            if len(unlike) > 1
+            else f"{finding}: {unlike[0]} may not be trained from this backbone.",
         )
     return PairCheck("likeness", "passed", f"{finding}.")
 
@@ -322,6 +339,8 @@ def check_exact_differences(pairs: "Sequence[tuple[Array, ...]]") -> PairCheck:
         control += _added_exactly(ours, -swapped)
     if not count:
         return PairCheck("rounding", "not checked", "There are no matrices to compare.")
+    if min(exact, control) == count:  # as of two models in 16 bits
+        return PairCheck("rounding", "not checked", "Any two such weights have exact differences.")
     finding = (
         f"{exact / count:.1%} of the differences are exact in float32, {control / count:.1%} would "
         "be with other weights"

@@ -151,6 +151,8 @@ class TensorFile(AbstractContextManager["TensorFile"]):
         info = self.tensors[name]
         whole = start == 0 and stop is None
         stop = info.size if stop is None else stop
+        if not 0 <= start <= stop <= info.size:
+            raise ValueError(f"{name} has {info.size} elements, asked for [{start}, {stop})")
         stored = np.dtype(_NUMPY_TYPES.get(info.dtype, "V1"))
         if stored.kind == "V":
             raise UnreadableFileError(
