@@ -749,6 +749,15 @@ def test_a_range_and_equal_sizes_are_kept(ours: Path, tmp_path: Path) -> None:
         session.run(pixels(48, 64))
 
 
+@pytest.mark.parametrize("limits", [(2**64, None), (2, 10**4000), ("2", None)])
+def test_a_range_that_no_size_has_is_refused(
+    ours: Path, tmp_path: Path, limits: tuple[Any, Any]
+) -> None:
+    path = change_json(ours, tmp_path / "model.pt2", lambda program: limit(program, 2, *limits))
+    with pytest.raises(UnreadableFileError, match=r"the range of .* is invalid"):
+        read_program(path)
+
+
 def test_torch_has_no_providers(ours: Path) -> None:
     with pytest.raises(UsageError, match="no execution providers"):
         read_program(ours).open(["CPUExecutionProvider"])

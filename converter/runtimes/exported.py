@@ -59,21 +59,21 @@ class Axis:
         size: the only one; None if it may have several.
         factor: it must be a multiple of this.
         symbol: axes with the same symbol have the same multiple; empty if it has none.
-        least, most: limits of the multiple; None for no limit.
+        least, most: limits of the multiple; None for no upper limit.
     """
 
     name: str = ""
     size: int | None = None
     factor: int = 1
     symbol: str = ""
-    least: int | None = None
+    least: int = 1
     most: int | None = None
 
     def problem(self, size: int) -> str:
         """What is wrong with a size; empty if nothing is."""
         if self.size is not None:
             return "" if size == self.size else f"expected {self.size}"
-        least = self.factor * (self.least or 1)
+        least = self.factor * self.least
         if size % self.factor or size < least:
             several = f"a multiple of {self.factor}" if self.factor > 1 else "a number"
             return f"expected {several}, from {least} on"
@@ -94,7 +94,7 @@ class Axis:
         if self.size is not None:
             return None if self.size % step else self.size
         unit = math.lcm(self.factor, step)
-        least = -(-self.factor * (self.least or 1) // unit)  # rounded up
+        least = -(-self.factor * self.least // unit)  # rounded up
         multiple = max(size // unit, least)
         if self.most is not None:
             multiple = min(multiple, self.factor * self.most // unit)

@@ -294,9 +294,11 @@ class _Reading:
         factor, symbol = found.groups()
         limits = self.ranges.get(symbol, {})
         least, most = (limits.get(key) for key in ("min_val", "max_val"))
-        if any(limit is not None and type(limit) is not int for limit in (least, most)):
+        multiple = int(factor or 1)
+        numbers = [multiple, *(each for each in (least, most) if each is not None)]
+        if any(type(each) is not int or abs(each) >= 2**63 for each in numbers):
             raise ValueError(f"the range of {symbol} is invalid")
-        return Axis(name, None, max(int(factor or 1), 1), symbol, least, most)
+        return Axis(name, None, max(multiple, 1), symbol, max(least or 1, 1), most)
 
 
 def _used(nodes: Sequence[Node], outputs: Iterable[str]) -> set[str]:
