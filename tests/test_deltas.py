@@ -131,6 +131,7 @@ def test_the_backbones_layout_and_the_format_make_no_difference(
     ]
 
 
+@pytest.mark.numbers
 def test_what_does_not_come_back_is_counted_exactly(tuned: Path, tmp_path: Path) -> None:
     done = converter.make_delta(tuned, BACKBONE, tmp_path / "delta")
     ours, theirs = come_back(tmp_path / "delta", tmp_path / "back"), weights_of(tuned)
@@ -333,6 +334,7 @@ def test_memory_does_not_grow_with_the_weights(tmp_path: Path) -> None:
 floats = st.floats(width=32, min_value=-(2.0**100), max_value=2.0**100)
 
 
+@pytest.mark.numbers
 @given(total=floats, base=floats)
 @example(total=1e-8, base=1.0)
 @example(total=-0.0, base=0.0)

@@ -10,8 +10,6 @@ from fuzz_values import MAKERS, Outcome, Valid, fuzzing, run_case
 
 SEED, CASES = 7, 200
 
-pytestmark = pytest.mark.numbers
-
 Place = tuple[Valid, Path]
 
 

@@ -31,8 +31,6 @@ from reference_model import EomtImageProcessor as Processor
 from reference_model import pretrained
 from reference_model.masked_attention import attention_mask
 
-pytestmark = pytest.mark.numbers
-
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 SECTION = README.partition("### Habits from transformers\n")[2].partition("\n### ")[0]
 WORKS, REFUSED = (
@@ -341,6 +339,7 @@ def pixels() -> Tensor:
     return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(7))
 
 
+@pytest.mark.numbers
 @torch.inference_mode()
 def test_attention_weights_are_those_of_transformers(saved: Path) -> None:
     eager = Model.from_pretrained(saved, attn_implementation="eager")
@@ -368,6 +367,7 @@ def test_eager_attention_has_masks_too(saved: Path) -> None:
     assert torch.equal(output.attentions[-1] > 0, allowed)
 
 
+@pytest.mark.numbers
 def test_an_eager_model_is_exported_and_compiled_too() -> None:
     torch.compiler.reset()
     model = Model(small_model().config, attn_implementation="eager").eval()
@@ -483,6 +483,7 @@ def test_settings_replace_those_of_a_dict() -> None:
     )
 
 
+@pytest.mark.numbers
 def test_windows_asked_for_in_one_call_are_put_together() -> None:
     processor = Processor(size={"shortest_edge": 32})
     inputs = processor(Image.new("RGB", (80, 32)), do_split_image=True)

@@ -27,8 +27,6 @@ from converter.files import JSON_LIMIT, read_json_object
 from converter.pictures import segmenting
 from converter.pictures.datasets import Files
 
-pytestmark = pytest.mark.numbers
-
 Command = Callable[..., Result]
 
 TINY = FIXTURES / "tiny_panoptic_64"

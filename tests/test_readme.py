@@ -15,8 +15,6 @@ from safetensors.torch import load_file, save_file
 from converter.checks.comparison import TOLERANCE
 from converter.cli import main
 
-pytestmark = pytest.mark.numbers
-
 Command = Callable[..., Result]
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +64,7 @@ def swap_query_and_key(model: Path, broken: Path) -> None:
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(("program", "output"), SHOWN)
 def test_programs_print_what_is_shown(folder: Path, program: str, output: str) -> None:
     printed = io.StringIO()
@@ -80,7 +79,14 @@ def test_there_are_programs_to_try() -> None:
 
 
 @over_lfs
-@pytest.mark.parametrize(("arguments", "pipes", "output"), COMMANDS)
+@pytest.mark.parametrize(
+    ("arguments", "pipes", "output"),
+    [
+        # an export takes many seconds, and its own tests compare its numbers
+        pytest.param(*each, marks=[] if each[0].startswith("export") else [pytest.mark.numbers])
+        for each in COMMANDS
+    ],
+)
 def test_commands_print_what_is_shown(
     folder: Path, me: str, command: Command, arguments: str, pipes: str, output: str
 ) -> None:

@@ -20,8 +20,6 @@ from converter.errors import EomtConvertError, UsageError
 from converter.runtimes.network import open_exported
 from converter.runtimes.providers import parse_providers
 
-pytestmark = pytest.mark.numbers
-
 NAME = "tiny_panoptic_64"
 
 
@@ -117,6 +115,7 @@ def test_weights_that_were_rounded_before_they_were_exported_are_recorded_so(
     assert "bfloat16" not in verdict.compared_with
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("old", [False, True])
 def test_a_right_model_passes_beside_what_its_export_computed_in_float16(
     in_float16: Path, rounded: Callable[[str], Path], tmp_path: Path, old: bool
@@ -134,6 +133,7 @@ def test_a_right_model_passes_beside_what_its_export_computed_in_float16(
     )
 
 
+@pytest.mark.numbers
 def test_a_wrong_model_fails_beside_what_an_export_computed_in_float16(
     in_float16: Path, rounded: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -220,6 +220,7 @@ def test_an_export_in_float16_says_so_beside_a_recording_of_the_float16_model(
     )
 
 
+@pytest.mark.numbers
 def test_rounded_weights_are_no_excuse_beside_the_same_weights(
     widened: Path, tmp_path: Path
 ) -> None:
