@@ -103,7 +103,6 @@ def failures(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
 # what it computes -------------------------------------------------------------------------------
 
 
-@pytest.mark.numbers
 def test_an_export_computes_what_the_original_did(recorded: Export) -> None:
     """At a size and a shape that were not traced."""
     outputs = recorded.run(pixel_values(NAME))
@@ -112,7 +111,6 @@ def test_an_export_computes_what_the_original_did(recorded: Export) -> None:
     assert failures(outputs, recordings(NAME)) == []
 
 
-@pytest.mark.numbers
 @pytest.mark.parametrize(("rows", "columns", "batch"), [(1, 1, 1), (1, 4, 3), (6, 2, 2), (5, 5, 1)])
 def test_an_export_takes_any_batch_and_any_number_of_patches(
     gated: Export, rows: int, columns: int, batch: int

@@ -492,7 +492,6 @@ def by_torch(
     return path
 
 
-@pytest.mark.numbers
 def test_layers_are_found_where_norms_share_weights_and_attention_is_masked(
     by_torch: Path, new_model: EomtDinov3ForUniversalSegmentation
 ) -> None:
@@ -502,7 +501,6 @@ def test_layers_are_found_where_norms_share_weights_and_attention_is_masked(
     assert_layers_are_those_of(new_model, by_torch)
 
 
-@pytest.mark.numbers
 def test_layers_are_found_where_onnxruntime_has_fused_a_norm(
     by_torch: Path, new_model: EomtDinov3ForUniversalSegmentation, tmp_path: Path
 ) -> None:
