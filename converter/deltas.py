@@ -289,8 +289,9 @@ def _open(
     """
     eomt = fetch(parse_source(str(model)), access, beside=(PREPROCESSOR, HISTORY))
     base = fetch(parse_source(str(backbone)), access)
-    file, base_file = open_tensors(eomt.weights), open_tensors(base.weights)
+    file = open_tensors(eomt.weights)
     stack.enter_context(file)
+    base_file = open_tensors(base.weights)
     stack.enter_context(base_file)
     state = rename_to_layout(file, state_key)
     layout = recognise(file.tensors)
@@ -327,7 +328,7 @@ def _open(
     tensors = {row.name: TensorInfo(row.dtype, row.shape, 0) for row in rows}
     sums = make_plan(tensors, base_file.tensors, base_config)  # as a conversion will
     _check_configs(config, sums.config)
-    _check_masks(file, config)
+    _check_masks(file)
     plan = plan_delta(rows, sums)
     preprocessor = eomt.weights.parent / PREPROCESSOR
     has_it = own is not None and preprocessor.is_file()
@@ -361,7 +362,7 @@ def _check_sizes(own: EomtDinov3Config, found: EomtDinov3Config) -> None:
             raise PlanError(f"{name} is {said} in the model's config.json, its tensors have {has}.")
 
 
-def _check_masks(model: File, config: EomtDinov3Config) -> None:
+def _check_masks(model: File) -> None:
     """Checks that masked attention is off in a model, as it is after a conversion.
 
     Raises:
