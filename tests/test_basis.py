@@ -332,7 +332,7 @@ def test_a_recording_that_is_not_finite_is_refused(
         converter.verify(converted(name), recorded=tmp_path)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["tiny_semantic_48", "tiny_instance_64_gated"])
 @pytest.mark.parametrize(("dtype", "value"), [("float32", 3e38), ("float16", 6e4)])
 def test_a_recording_of_huge_values_makes_no_tolerance_infinite(
     converted: Callable[[str], Path], tmp_path: Path, name: str, dtype: str, value: float

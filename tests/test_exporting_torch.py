@@ -40,7 +40,6 @@ def path(program: ExportedProgram, tmp_path_factory: pytest.TempPathFactory) -> 
     return write_torch(program, tmp_path_factory.mktemp("torch"))
 
 
-@pytest.mark.numbers
 def test_another_program_reads_and_runs_it_at_any_size(path: Path, tmp_path: Path) -> None:
     pixels = torch.randn(3, 3, 96, 32, generator=torch.Generator().manual_seed(0))
     torch.save(pixels, tmp_path / "pixels")

@@ -367,7 +367,6 @@ def test_eager_attention_has_masks_too(saved: Path) -> None:
     assert torch.equal(output.attentions[-1] > 0, allowed)
 
 
-@pytest.mark.numbers
 def test_an_eager_model_is_exported_and_compiled_too() -> None:
     torch.compiler.reset()
     model = Model(small_model().config, attn_implementation="eager").eval()

@@ -115,7 +115,6 @@ def test_weights_that_were_rounded_before_they_were_exported_are_recorded_so(
     assert "bfloat16" not in verdict.compared_with
 
 
-@pytest.mark.numbers
 @pytest.mark.parametrize("old", [False, True])
 def test_a_right_model_passes_beside_what_its_export_computed_in_float16(
     in_float16: Path, rounded: Callable[[str], Path], tmp_path: Path, old: bool
