@@ -37,7 +37,7 @@ from converter.hub.access import Access
 from converter.hub.downloads import arrived_damaged, is_damaged, is_sha256
 from converter.hub.sources import Fetched, fetch_again, fetched_already
 from converter.inputs import Inputs, choose_class_names, open_inputs, role_of
-from converter.job import Job, JobOptions, Progress
+from converter.job import Job, JobOptions, Progress, counting
 from converter.staging import StagedOutput, staged
 from converter.version import TOOL, __version__
 from converter.weights.inspection import signs_of_a_delta
@@ -409,7 +409,7 @@ def _check_digests(inputs: Inputs, merged: Merged) -> tuple[PairCheck, ...]:
     Raises:
         UnreadableFileError: a file does not have the digest that the Hub lists.
     """
-    checks = _check_record(inputs, merged) if inputs.record else []
+    checks = _check_record(inputs, merged)
     for role, names in merged.wrong_checksums.items():
         if names:
             finding = damage(inputs.files[role].path, names)
@@ -485,20 +485,14 @@ def _open_stage(
 
 
 def _merge(job: Job, plan: Plan, inputs: Inputs, folder: Path, progress: Progress) -> Merged:
-    done, total = 0, sum(row.nbytes for row in plan.rows)
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress("Merging", done, total)
-
+    total = sum(row.nbytes for row in plan.rows)
     return merge(
         plan,
         inputs.files,
         folder,
         max_shard_size=job.max_shard_size,
         allow_nonfinite=job.allow_nonfinite,
-        advance=advance,
+        advance=counting(progress, "Merging", total),
     )
 
 

@@ -54,22 +54,21 @@ def read_delta_record(path: Path) -> DeltaRecord:
     """
     content = read_json_object(path)
 
-    def checked(key: str, value: Any, *, fits: bool) -> Any:
+    def check(key: str, value: Any, *, fits: bool) -> None:
         if value is not None and not fits:
             raise UnreadableFileError(
                 f"{path} was not written by make-delta: {key} is not valid.",
                 "Make the delta again; or remove the file, and give --task, --image-size and "
                 "--labels.",
             )
-        return value
 
     task, size, classes = (content.get(key) for key in ("task", "image_size", "classes"))
-    checked("task", task, fits=task in get_args(Task))
-    checked("image_size", size, fits=_are(size, int, 2))
+    check("task", task, fits=task in get_args(Task))
+    check("image_size", size, fits=_are(size, int, 2))
     statistics = [content.get(key) for key in ("image_mean", "image_std")]
     for key, values in zip(("image_mean", "image_std"), statistics, strict=True):
-        checked(key, values, fits=_are(values, float, positive=key == "image_std"))
-    checked("classes", classes, fits=isinstance(classes, dict))
+        check(key, values, fits=_are(values, float, positive=key == "image_std"))
+    check("classes", classes, fits=isinstance(classes, dict))
     backbone = content.get("sources")
     backbone = backbone.get("backbone") if isinstance(backbone, dict) else None
     return DeltaRecord(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast, get_args
 
 from converter.catalog import Task
 from converter.checks.pixels import Normalisation, read_normalisation
+from converter.checks.provenance import Provenance
 from converter.checks.round_trip import (
     check_round_trip_numbers,
     same_numbers,
@@ -36,10 +37,10 @@ from converter.files import (
     user_path,
     write_json,
 )
-from converter.history import HISTORY, PastSource, read_history
+from converter.history import HISTORY, read_history
 from converter.hub.access import Access
 from converter.hub.sources import Fetched, fetch
-from converter.job import Progress
+from converter.job import Progress, counting
 from converter.models import task_of
 from converter.places import parse_source
 from converter.staging import check_place, put_back, staged
@@ -54,7 +55,7 @@ from converter.weights.layouts import (
     recognise,
     translate,
 )
-from converter.weights.merge import Merged, WeightsFormat, compute, merge
+from converter.weights.merge import Merged, WeightsFormat, merge
 from converter.weights.pairing import (
     PairCheck,
     check_file_name,
@@ -62,7 +63,7 @@ from converter.weights.pairing import (
     check_local_norm,
     check_norms,
 )
-from converter.weights.plan import Plan, make_plan
+from converter.weights.plan import Plan, Source, make_plan
 from converter.weights.states import rename_to_layout
 from converter.weights.sums import TensorChange, compare_sums
 from converter.weights.tensorfiles import ShardedTensorFile, TensorFile, open_tensors
@@ -95,7 +96,6 @@ class Delta:
     Attributes:
         output: its folder.
         model, backbone: the files that it was made of.
-        dtypes: the types of the model's weights, as safetensors names them; 16 bits were widened.
         files: size in bytes and SHA-256 of every file of the delta.
         pair: the checks of whether the model was trained from the backbone.
         changes: how each tensor of the model differs from the backbone's and from its own sum, by
@@ -108,7 +108,6 @@ class Delta:
     output: Path
     model: Fetched
     backbone: Fetched
-    dtypes: tuple[str, ...]
     files: Digests
     pair: tuple[PairCheck, ...]
     changes: Mapping[str, TensorChange]
@@ -235,7 +234,10 @@ def make_delta(
         merged = _write(sources, stage.folder, format, progress)
         file = open_tensors(stage.folder / next(iter(merged.files)))
         stack.enter_context(file)
-        pair += (check_norms(sources.backbone_file, file, sources.sums),)
+        pair += (
+            check_norms(sources.backbone_file, file, sources.sums),
+            _check_digest(sources, merged.inputs["backbone"]),
+        )
         files: Mapping[Any, File] = {
             "weights": sources.model_file,
             "backbone": sources.backbone_file,
@@ -257,12 +259,10 @@ def make_delta(
         content = _content(sources, format, merged, pair, changes, verdict)
         write_json(stage.folder / DELTA, content)
         stage.publish()
-    dtypes = tuple(sorted({info.dtype for info in sources.model_file.tensors.values()}))
     return Delta(
         place,
         sources.model,
         sources.backbone,
-        dtypes,
         merged.files,
         pair,
         changes,
@@ -397,24 +397,25 @@ def _check_configs(model: EomtDinov3Config, sums: EomtDinov3Config) -> None:
 
 
 def _check_backbone(sources: _Sources) -> tuple[PairCheck, ...]:
-    """Checks the backbone's file against what the model's conversion.json says of it."""
+    """Checks whether the backbone was trained on the data that the model needs, if it is known."""
     history = read_history(sources.model.weights.parent)
-    past = history.sources.get("backbone") if history else None
     published = history and history.checkpoint and not history.checkpoint.offline
     expected = "lvd1689m" if published else None
     return (
-        _check_digest(sources.backbone_file, past),
         check_file_name(sources.backbone_file, expected),
         check_local_norm(sources.backbone_file, expected),
     )
 
 
-def _check_digest(backbone: File, past: PastSource | None) -> PairCheck:
+def _check_digest(sources: _Sources, backbone: Digests) -> PairCheck:
+    """Compares the backbone's files with those that the model's conversion.json names."""
+    history = read_history(sources.model.weights.parent)
+    past = history.sources.get("backbone") if history else None
     if past is None:
         return PairCheck("digest", "not checked", "There is no conversion.json that names one.")
-    if backbone.digests().items() <= past.files.items():
+    if backbone.items() <= past.files.items():
         return PairCheck("digest", "passed", "It is the file that conversion.json names.")
-    same_names = backbone.digests().keys() <= past.files.keys()
+    same_names = backbone.keys() <= past.files.keys()
     return PairCheck(
         "digest",
         "flagged" if same_names else "not checked",
@@ -434,20 +435,14 @@ def _refuse_mismatch(pair: tuple[PairCheck, ...], *, allow_mismatch: bool) -> No
 
 
 def _write(sources: _Sources, folder: Path, format: WeightsFormat, progress: Progress) -> Merged:
-    done, total = 0, sum(row.nbytes for row in sources.plan.rows)
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress("Subtracting", done, total)
-
+    total = sum(row.nbytes for row in sources.plan.rows)
     try:
         return merge(
             sources.plan,
             {"weights": sources.model_file, "backbone": sources.backbone_file},
             folder,
             format=format,
-            advance=advance,
+            advance=counting(progress, "Subtracting", total),
         )
     except UnreadableFileError as error:
         if "--allow-nonfinite" in error.remedy:  # which is for conversions
@@ -470,15 +465,10 @@ def _check_numbers(sources: _Sources, files: Mapping[Any, File]) -> Level:
 
 def _weights(plan: Plan, files: Mapping[Any, File]) -> "dict[str, Tensor]":
     """Every tensor of a plan, in float32."""
-    import numpy as np
     import torch
 
-    weights = {}
-    for row in plan.rows:
-        buffer, addend = np.empty((2, row.size), np.float32)
-        values = compute(row, files, 0, row.size, buffer, addend)
-        weights[row.name] = torch.from_numpy(values.reshape(row.shape))
-    return weights
+    sources = Provenance(files, plan)
+    return {name: torch.from_numpy(sources.tensor(name, rounded=False)) for name in sources.rows}
 
 
 def _content(
@@ -490,7 +480,10 @@ def _content(
     verdict: Verdict,
 ) -> dict[str, Any]:
     """The content of delta.json."""
-    of_file = {"model": (sources.model, "weights"), "backbone": (sources.backbone, "backbone")}
+    of_file: Mapping[str, tuple[Fetched, Source]] = {
+        "model": (sources.model, "weights"),
+        "backbone": (sources.backbone, "backbone"),
+    }
     normalisation = sources.normalisation
     size = sources.config.input_size if sources.own_config else None
     tensors = {}
@@ -521,7 +514,7 @@ def _content(
             role: {
                 "repo": source.repo_id,
                 "revision": source.revision,
-                "files": digests_to_dict(merged.inputs[name]),  # type: ignore[index]
+                "files": digests_to_dict(merged.inputs[name]),
             }
             for role, (source, name) in of_file.items()
         },

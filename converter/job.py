@@ -19,6 +19,24 @@ from converter.weights.inspection import WeightsKind
 Progress = Callable[[str, int, int], object]
 
 
+def counting(progress: Progress, stage: str, total: int) -> Callable[[int], None]:
+    """A function that shows a stage's progress, called with the number of bytes that came on top.
+
+    Args:
+        progress: shows it.
+        stage: its name.
+        total: number of all bytes.
+    """
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(stage, done, total)
+
+    return advance
+
+
 class JobOptions(TypedDict, total=False):
     """The options of a job, as Python and the command line give them.
 

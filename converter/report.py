@@ -113,7 +113,9 @@ def delta(done: Delta, place: Path) -> list[str]:
     changes = [each.mean_change for each in done.changes.values() if each.mean_change is not None]
     needed = {"task": "--task", "image_size": "--image-size", "classes": "--labels"}
     options = [option for key, option in needed.items() if not done.content[key]]
-    rounded = [name for name, dtype in DTYPES.items() if dtype in done.dtypes and dtype != "F32"]
+    rounded = [
+        name for name, dtype in DTYPES.items() if dtype in done.content["dtypes"] and dtype != "F32"
+    ]
     return [
         f"model     {_source(done.model)}",
         f"backbone  {_source(done.backbone)}",
