@@ -37,7 +37,7 @@ from converter.files import (
     user_path,
     write_json,
 )
-from converter.history import HISTORY, read_history
+from converter.history import HISTORY, History, read_history
 from converter.hub.access import Access
 from converter.hub.sources import Fetched, fetch
 from converter.job import Progress, counting
@@ -131,6 +131,7 @@ class _Sources:
         own_config: the content of its config.json, if it has one.
         normalisation: of its preprocessor_config.json, if it has one.
         task: what the model segments, if known.
+        history: its conversion.json, if it has one.
         notes: sentences on how its file was read.
         model_plan: how each of its tensors is read.
         plan: how the delta is made.
@@ -145,6 +146,7 @@ class _Sources:
     own_config: Mapping[str, Any] | None
     normalisation: Normalisation | None
     task: Task | None
+    history: History | None
     notes: tuple[str, ...]
     model_plan: Plan
     plan: Plan
@@ -343,6 +345,7 @@ def _open(
         own_config=own,
         normalisation=read_normalisation(preprocessor, config.num_channels) if has_it else None,
         task=task,
+        history=read_history(eomt.weights.parent),
         notes=tuple(state.notes()) if state else (),
         model_plan=model_plan,
         plan=plan,
@@ -398,7 +401,7 @@ def _check_configs(model: EomtDinov3Config, sums: EomtDinov3Config) -> None:
 
 def _check_backbone(sources: _Sources) -> tuple[PairCheck, ...]:
     """Checks whether the backbone was trained on the data that the model needs, if it is known."""
-    history = read_history(sources.model.weights.parent)
+    history = sources.history
     published = history and history.checkpoint and not history.checkpoint.offline
     expected = "lvd1689m" if published else None
     return (
@@ -409,8 +412,7 @@ def _check_backbone(sources: _Sources) -> tuple[PairCheck, ...]:
 
 def _check_digest(sources: _Sources, backbone: Digests) -> PairCheck:
     """Compares the backbone's files with those that the model's conversion.json names."""
-    history = read_history(sources.model.weights.parent)
-    past = history.sources.get("backbone") if history else None
+    past = sources.history.sources.get("backbone") if sources.history else None
     if past is None:
         return PairCheck("digest", "not checked", "There is no conversion.json that names one.")
     if backbone.items() <= past.files.items():

@@ -6,6 +6,7 @@ from typing import get_args
 import click
 
 from converter.catalog import Task
+from converter.cli.publish import licence_option, private_option
 from converter.cli.session import (
     SOURCE,
     Session,
@@ -36,16 +37,8 @@ from converter.weights.merge import WeightsFormat
     help="pytorch_model.bin, which the original's loader reads, or model.safetensors.",
 )
 @click.option("--push-to", metavar="REPO", help="Publish the delta as this repository.")
-@click.option(
-    "--private/--public",
-    default=None,
-    help="Who sees the repository. [default: private if new, else unchanged]",
-)
-@click.option(
-    "--license-file",
-    type=click.Path(path_type=Path),
-    help="Text of DINOv3's licence. [default: from the backbone's repository]",
-)
+@private_option
+@licence_option
 @click.option(
     "--state-key",
     metavar="KEY",

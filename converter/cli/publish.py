@@ -18,6 +18,18 @@ from converter.cli.session import (
 )
 from converter.errors import EomtConvertError
 
+private_option = click.option(
+    "--private/--public",
+    default=None,
+    help="Who sees the repository. [default: private if new, else unchanged]",
+)
+
+licence_option = click.option(
+    "--license-file",
+    type=click.Path(path_type=Path),
+    help="Text of DINOv3's licence. [default: from the backbone's repository]",
+)
+
 
 def push_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Options of every command that publishes; their names are parameters of `publish`."""
@@ -27,16 +39,8 @@ def push_options(command: Callable[..., Any]) -> Callable[..., Any]:
             click.option("--create-pr", is_flag=True, help="Open a pull request instead."),
             click.option("--tag", metavar="TAG", help="Name for the commit, such as v1."),
             click.option("--commit-message", metavar="TEXT"),
-            click.option(
-                "--private/--public",
-                default=None,
-                help="Who sees the repository. [default: private if new, else unchanged]",
-            ),
-            click.option(
-                "--license-file",
-                type=click.Path(path_type=Path),
-                help="Text of DINOv3's licence. [default: from the backbone's repository]",
-            ),
+            private_option,
+            licence_option,
             click.option(
                 "--allow-unverified",
                 is_flag=True,
