@@ -375,8 +375,8 @@ def _check_masks(model: File) -> None:
     probabilities = model.read(name)
     if probabilities.any():
         raise PlanError(
-            f"{name} in the model is {probabilities.tolist()}. A conversion "
-            "of the delta switches it off, so that it would give another model.",
+            f"Masked attention is on: {name} is {probabilities.tolist()}. "
+            "A conversion of the delta switches it off, and would give another model.",
             "Train until it has faded out, or set it to zeros, check the model, and save it again.",
         )
 
