@@ -9,7 +9,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 OURS = {"converter", "reference_model"} | {
-    path.stem for folder in ("tests", "benchmarks") for path in (ROOT / folder).glob("*.py")
+    path.stem
+    for folder in ("tests", "benchmarks", "examples")
+    for path in (ROOT / folder).glob("*.py")
 }
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
@@ -44,7 +46,7 @@ def test_the_packages_import_what_is_declared() -> None:
     assert imported("converter", "reference_model") == declared - {"hf-xet"} | {"transformers"}
 
 
-def test_tests_and_benchmarks_import_what_is_declared() -> None:
+def test_tests_benchmarks_and_examples_import_what_is_declared() -> None:
     declared = names(PROJECT["dependencies"]).union(*map(names, EXTRAS.values()))
 
-    assert imported("tests", "benchmarks") <= declared
+    assert imported("tests", "benchmarks", "examples") <= declared

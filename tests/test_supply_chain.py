@@ -59,7 +59,14 @@ def steps(path: Path) -> list[dict[str, Any]]:
 def test_everything_that_is_installed_is_pinned() -> None:
     extras = [each for extra in EXTRAS.values() for each in extra if "eomt-convert[" not in each]
     # on Windows, in a browser, or with a Python that is too old
-    elsewhere = {"colorama", "exceptiongroup", "httpx2-jsfetch", "importlib-metadata", "tomli"}
+    elsewhere = {
+        "colorama",
+        "exceptiongroup",
+        "httpx2-jsfetch",
+        "importlib-metadata",
+        "tomli",
+        "tzdata",
+    }
     unpinned = needed(RUN_TIME + extras + BUILD) - CONSTRAINTS.keys() - elsewhere
 
     # torch's packages for CUDA, which its CPU build does not install

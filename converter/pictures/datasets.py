@@ -35,13 +35,13 @@ IGNORED = 255  # in semantic targets: pixels that belong to no class
 # directory. Published files have at most a third of that: instances_val2017.json has 20 MB, the
 # directory of ADEChallengeData2016.zip 6 MB.
 _MAX_PICTURE_BYTES = 1 << 26
-_MAX_ANNOTATION_BYTES = 1 << 26
+MAX_ANNOTATION_BYTES = 1 << 26
 _MAX_ZIP_BYTES = 1 << 28
 _MAX_DIRECTORY_BYTES = 1 << 24
 
-# Largest number of lists and objects in an annotation file; they take a hundred times as much
-# memory as their text. instances_val2017.json has a tenth of that.
-_MAX_CONTAINERS = 1 << 21
+# An annotation file may have one list or object per so many bytes of the largest size. They take a
+# hundred times as much memory as their text. instances_val2017.json has a tenth of these.
+_BYTES_PER_CONTAINER = 1 << 5
 
 # Largest compression ratio of a file in a zip, if it has more than _SMALL_BYTES. Compression makes
 # JSON ten times smaller and pictures hardly, but small files may shrink to almost nothing.
@@ -127,10 +127,11 @@ class Files:
     Nothing is unpacked to disk. A file on disk is preferred to one with the same name in a zip.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, max_annotation_bytes: int = MAX_ANNOTATION_BYTES) -> None:
         if not root.is_dir():
             raise UnreadableFileError(f"There is no folder {root}.")
         self.root = root
+        self._max_annotation_bytes = max_annotation_bytes
         self._stack = ExitStack()
         self._members: dict[str, tuple[zipfile.ZipFile, zipfile.ZipInfo]] = {}
 
@@ -227,9 +228,10 @@ class Files:
             UnreadableFileError: as in `read`, or it is not a JSON object.
         """
         with _readable(self.title(name)):
-            text = self.read(name, _MAX_ANNOTATION_BYTES)
-            if text.count(b"[") + text.count(b"{") > _MAX_CONTAINERS:
-                raise ValueError(f"it has more than {_MAX_CONTAINERS:,} lists and objects")
+            text = self.read(name, self._max_annotation_bytes)
+            most = self._max_annotation_bytes // _BYTES_PER_CONTAINER
+            if text.count(b"[") + text.count(b"{") > most:
+                raise ValueError(f"it has more than {most:,} lists and objects")
             content = json.loads(text)
             if not isinstance(content, dict):
                 raise ValueError("it is not a JSON object")
@@ -417,18 +419,22 @@ DATASETS = tuple(_READERS)
 
 
 @contextmanager
-def open_dataset(name: str, data: Path) -> Iterator[Dataset]:
+def open_dataset(
+    name: str, data: Path, *, max_annotation_bytes: int = MAX_ANNOTATION_BYTES
+) -> Iterator[Dataset]:
     """Opens a dataset in a folder that has its zips, or their unpacked content.
 
     Args:
         name: one of DATASETS.
         data: the folder.
+        max_annotation_bytes: a larger annotation file is not read; one from strangers could take a
+            hundred times as much memory.
 
     Raises:
         UnreadableFileError: its annotations are missing or broken.
     """
     reader = _READERS[name]
-    with Files(data) as files:
+    with Files(data, max_annotation_bytes) as files:
         for zipped in reader.zips:
             if zipped in files:
                 files.open_zip(zipped)
