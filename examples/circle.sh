@@ -13,7 +13,7 @@ eomt-convert --checkpoint shapes_panoptic_128 --output "$folder/shapes"
 python "$examples/scenes.py" "$folder/scenes"
 python "$examples/finetune.py" "$folder/shapes" \
     --train "$folder/scenes/train" --val "$folder/scenes/val" --output "$folder/run" \
-    --steps 600 --batch-size 8 --scale 0.5 1.5 "$@"
+    --steps 600 --batch-size 8 --lr 1e-3 --scale 0.5 1.5 --num-points 1024 "$@"
 eomt-convert make-delta "$folder/run/model" --backbone "$backbone" --output "$folder/delta"
 eomt-convert --delta "$folder/delta" --backbone "$backbone" --output "$folder/model"
 eomt-convert record "$folder/run/model" --random 2 --output "$folder/recorded"

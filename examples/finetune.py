@@ -110,8 +110,10 @@ def train(accelerator: Accelerator, pictures: Dataset, args: argparse.Namespace)
     set_seed(args.seed, device_specific=True)
     model = EomtDinov3ForUniversalSegmentation.from_pretrained(
         args.model,
+        dtype="float32",
         id2label=dict(enumerate(pictures.names)),
         stuff_classes=pictures.stuff,
+        train_num_points=args.num_points,
         ignore_mismatched_sizes=True,
     )
     processor = EomtImageProcessor.from_pretrained(args.model, stuff_classes=pictures.stuff)
@@ -121,6 +123,7 @@ def train(accelerator: Accelerator, pictures: Dataset, args: argparse.Namespace)
         args.batch_size,
         num_workers=args.workers,
         collate_fn=collate,
+        generator=torch.Generator(),  # or it would draw from the one that a checkpoint restores
     )
     optimizer, schedule = optimizer_and_schedule(model, args)
     model.train().attn_mask_probs.fill_(1)  # masked attention is off in a converted model
@@ -130,7 +133,7 @@ def train(accelerator: Accelerator, pictures: Dataset, args: argparse.Namespace)
 
     losses: list[Any] = []
     if args.resume:
-        (checkpoint,) = args.output.glob("checkpoint-*")
+        checkpoint = max(args.output.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
         accelerator.load_state(str(checkpoint))
         losses = np.loadtxt(checkpoint / "losses.txt", ndmin=1).tolist()
     # one block after another, as in configs/dinov3/coco/instance/eomt_large_640.yaml
@@ -203,12 +206,17 @@ def main() -> None:
     parser.add_argument(
         "--scale", type=float, nargs=2, default=(0.1, 2.0), help="of crops, default 0.1 to 2.0"
     )
+    parser.add_argument(
+        "--num-points", type=int, default=12544, help="per mask in the loss, default 12544"
+    )
     parser.add_argument("--precision", choices=("no", "bf16", "fp16"), default="bf16")
     parser.add_argument("--workers", type=int, default=2, help="processes that read, default 2")
     parser.add_argument("--save-every", type=int, default=500, help="steps, default 500")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="from the checkpoint in the output")
     args = parser.parse_args()
+    if args.output.exists() != args.resume:
+        parser.error(f"{args.output} " + ("does not exist" if args.resume else "exists: --resume?"))
     if args.warmup is None:  # the shares of the original's 2000 and 3000 steps, of 88716
         args.warmup = [args.steps * 2000 // 88716, args.steps * 3000 // 88716]
 
