@@ -126,9 +126,7 @@ def test_the_backbones_layout_and_the_format_make_no_difference(
         for each in (usual, done)
     ]
     assert digests[0] == digests[1]
-    assert list(done.files) == [
-        f"{'pytorch_model.bin' if format == 'torch' else ''}" or ("model.safetensors")
-    ]
+    assert list(done.files) == ["pytorch_model.bin" if format == "torch" else "model.safetensors"]
 
 
 @pytest.mark.numbers
@@ -600,6 +598,35 @@ def test_weights_that_are_nan_are_refused(tuned: Path, tmp_path: Path) -> None:
     with pytest.raises(UnreadableFileError, match="NaN or infinity"):
         converter.make_delta(tuned, BACKBONE, tmp_path / "delta")
     assert not (tmp_path / "delta").exists()
+
+
+def test_a_zero_that_comes_back_with_the_other_sign_is_told(model: Path, tmp_path: Path) -> None:
+    weights = weights_of(model)
+    weights["layers.0.mlp.up_proj.weight"][3, 5] = -0.0
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    done = converter.make_delta(model, BACKBONE, tmp_path / "delta")
+
+    (arithmetic, numbers) = done.verdict.levels
+    assert arithmetic.reason.startswith("1 of ")
+    assert arithmetic.reason.endswith(" elements come back with the other sign of zero.")
+    assert (arithmetic.status, numbers.status) == ("passed", "passed")
+    back = come_back(tmp_path / "delta", tmp_path / "back")
+    assert not back["layers.0.mlp.up_proj.weight"][3, 5].signbit()
+
+
+def test_another_backbone_than_the_conversion_had_is_flagged(model: Path, tmp_path: Path) -> None:
+    history = json.loads((model / "conversion.json").read_text())
+    files = history["sources"]["backbone"]["files"]
+    files["model.safetensors"]["sha256"] = 64 * "0"
+    (model / "conversion.json").write_text(json.dumps(history))
+    done = converter.make_delta(model, BACKBONE, tmp_path / "delta")
+
+    assert {check.check: check.status for check in done.pair}["digest"] == "flagged"
+
+
+def test_a_format_that_does_not_exist_is_named(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="format is 'pickle', expected one of"):
+        converter.make_delta(model, BACKBONE, tmp_path, format="pickle")  # type: ignore[arg-type]
 
 
 def test_a_delta_that_does_not_add_up_is_not_written(

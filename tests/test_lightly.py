@@ -12,7 +12,7 @@ from conftest import FIXTURES
 from test_layouts import absolute
 
 import converter
-from converter.errors import PlanError, UnreadableFileError
+from converter.errors import PlanError, UnreadableFileError, UsageError
 from converter.files import sha256
 
 NAME = "tiny_panoptic_64"
@@ -223,3 +223,9 @@ def test_the_weights_are_not_added_to_a_backbone(tmp_path: Path) -> None:
         converter.convert(
             NAME, tmp_path / "out", delta=str(written(tmp_path)), weights="delta", verify=False
         )
+
+
+def test_a_delta_is_made_of_the_converted_model_only(tmp_path: Path) -> None:
+    backbone = FIXTURES / NAME / "backbone"
+    with pytest.raises(UsageError, match="in LightlyTrain's layout"):
+        converter.make_delta(written(tmp_path), backbone, tmp_path / "delta")
