@@ -137,7 +137,10 @@ class MaskedAttentionModel(EomtDinov3PreTrainedModel):
     def train(self, mode: bool = True) -> Self:
         """Switches to training mode, or to evaluation mode, as `nn.Module.train` does."""
         super().train(mode)
-        self._refresh_mask_schedule()
+        if mode:
+            self._read_probabilities = None  # read by every step: not also here, to wait but once
+        else:
+            self._refresh_mask_schedule()
         return self
 
     def _apply(self, *arguments: Any, **options: Any) -> Self:  # which to() and its like call
