@@ -101,7 +101,7 @@ def step_of(model: Any, settings: Settings, dtype: str) -> Callable[[], float]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()  # waits for a GPU
+        return float(loss.detach())  # waits for a GPU
 
     return step
 

@@ -108,7 +108,7 @@ class MaskedAttentionModel(EomtDinov3PreTrainedModel):
         """
         if self.training and torch.compiler.is_compiling():
             return self.attn_mask_probs.unbind(0)  # training draws masks whatever the values are
-        if self.training:  # the loss waits for the GPU anyway, and torch may miss changes
+        if self.training:  # 1 draws no random numbers, as in transformers; torch may miss changes
             return tuple(self.attn_mask_probs.tolist())
         return self._known_probabilities()
 

@@ -557,7 +557,7 @@ def test_masks_without_classes_are_refused(converted: Converted) -> None:
         ([(1, 16, 16), (1, 16, 8)], [[0], [0]], r"mask_labels\[1\] .* the same height and width"),
         ([(1, 16, 16), (2, 16, 16)], [[0], [0]], r"class_labels\[1\] \(1,\); expected"),
         ([(1, 16, 16), (2, 16, 16)], [[0], [1, 3]], r"class_labels\[1\] goes from 1 to 3; .* to 2"),
-        ([(1, 16, 16), (1, 16, 16)], [[-1], [0]], r"class_labels\[0\] goes from -1"),
+        ([(2, 16, 16), (1, 16, 16)], [[-1, 9], [0]], r"class_labels\[0\] goes from -1 to 9"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(
