@@ -188,10 +188,10 @@ def main() -> None:
     settings = Settings(**arguments)
 
     print("| | a step | ours | transformers | ratio |\n|---|---|---|---|---|")
-    # first, while this process is small: Linux hands the peak of a process on to those it starts
-    peaks = {
-        dtype: {name: memory(name, settings, dtype) for name in MODELS} for dtype in TOLERANCES
-    }
+    # first, while this process is small: on Linux, processes inherit the peak of what starts them
+    peaks = {}
+    for dtype in TOLERANCES:
+        peaks[dtype] = {name: memory(name, settings, dtype) for name in MODELS}
     for dtype in TOLERANCES:
         print("\n".join(rows(dtype, times(settings, dtype, pairs), peaks[dtype])), flush=True)
     print(f"\n{conditions(pairs)}")
