@@ -18,7 +18,7 @@ from reference_model.config import EomtDinov3Config
 from reference_model.outputs import Prediction
 
 
-class Segments(NamedTuple):
+class Labels(NamedTuple):
     """The labels of a batch: the segments of its pictures, one picture after another.
 
     Attributes:
@@ -91,7 +91,7 @@ class SetCriterion(nn.Module):
         device = predictions[0].class_queries_logits.device
         check_shapes(mask_labels, class_labels, batch)
         with torch.autocast(device.type, enabled=False):
-            segments = Segments(
+            segments = Labels(
                 joined(mask_labels, device).float(),
                 joined(class_labels, device).long(),
                 [len(classes) for classes in class_labels],
@@ -124,7 +124,7 @@ class SetCriterion(nn.Module):
         )
 
     @torch.no_grad()
-    def costs(self, prediction: Prediction, segments: Segments, points: Sequence[Tensor]) -> Tensor:
+    def costs(self, prediction: Prediction, segments: Labels, points: Sequence[Tensor]) -> Tensor:
         """What pairing a query with a segment of the same picture costs.
 
         Args:
@@ -166,7 +166,7 @@ class SetCriterion(nn.Module):
     def losses(
         self,
         prediction: Prediction,
-        segments: Segments,
+        segments: Labels,
         pairs: Tensor,
         points: Points,
         num_pairs: Tensor,

@@ -20,7 +20,7 @@ from transformers import EomtDinov3ForUniversalSegmentation as TransformersModel
 from transformers import logging as transformers_logging
 
 from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation, Prediction
-from reference_model.loss import Segments, SetCriterion, match
+from reference_model.loss import Labels, SetCriterion, match
 
 pytestmark = pytest.mark.numbers
 
@@ -255,7 +255,7 @@ def test_a_query_takes_the_segment_that_suits_its_mask_and_its_class() -> None:
     masks[:2] = 20 * quarters()[:2] - 10
     classes = torch.zeros(3, 4)
     classes[2, 1] = 5
-    labels = Segments(quarters()[[1, 0, 3]], torch.tensor([0, 0, 1]), [3])
+    labels = Labels(quarters()[[1, 0, 3]], torch.tensor([0, 0, 1]), [3])
     points = criterion().draw_points([3], 3, masks.device).matching
     costs = criterion().costs(Prediction(masks[None], classes[None]), labels, points)
     queries, segments = match(costs[None], [3])[0]
@@ -384,7 +384,7 @@ PROCESS = """
 import sys
 import torch
 from reference_model import EomtDinov3Config, Prediction
-from reference_model.loss import Segments, SetCriterion, match
+from reference_model.loss import Labels, SetCriterion, match
 
 rank = int(sys.argv[2])
 criterion = SetCriterion(EomtDinov3Config(train_num_points=100))
