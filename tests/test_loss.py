@@ -384,7 +384,7 @@ PROCESS = """
 import sys
 import torch
 from reference_model import EomtDinov3Config, Prediction
-from reference_model.loss import Labels, SetCriterion, match
+from reference_model.loss import SetCriterion
 
 rank = int(sys.argv[2])
 criterion = SetCriterion(EomtDinov3Config(train_num_points=100))
