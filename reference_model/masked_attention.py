@@ -108,7 +108,7 @@ class MaskedAttentionModel(EomtDinov3PreTrainedModel):
         """
         if self.training and torch.compiler.is_compiling():
             return self.attn_mask_probs.unbind(0)  # training draws masks whatever the values are
-        if self.training:  # the loss waits for the GPU anyway, and torch may miss changes
+        if self.training:  # 1 draws no random numbers, as in transformers; torch may miss changes
             return tuple(self.attn_mask_probs.tolist())
         return self._known_probabilities()
 
@@ -137,7 +137,10 @@ class MaskedAttentionModel(EomtDinov3PreTrainedModel):
     def train(self, mode: bool = True) -> Self:
         """Switches to training mode, or to evaluation mode, as `nn.Module.train` does."""
         super().train(mode)
-        self._refresh_mask_schedule()
+        if mode:
+            self._read_probabilities = None  # read by every step: not also here, to wait but once
+        else:
+            self._refresh_mask_schedule()
         return self
 
     def _apply(self, *arguments: Any, **options: Any) -> Self:  # which to() and its like call

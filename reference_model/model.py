@@ -4,7 +4,7 @@ Kerssies et al., "Your ViT is Secretly an Image Segmentation Model" (arXiv 2503.
 github.com/tue-mps/eomt models/eomt.py and models/scale_block.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -143,23 +143,37 @@ class EomtDinov3ForUniversalSegmentation(MaskedAttentionModel):
         x = self.layernorm(x)
         final = predictions[self.config.num_blocks] = self.predict(x, grid)
 
-        loss_dict: dict[str, Tensor] = {}
-        if mask_labels is not None and class_labels is not None:
-            for block, (masks, classes) in predictions.items():
-                losses = self.criterion(masks, classes, mask_labels, class_labels)
-                suffix = f"_{block}" if block < self.config.num_blocks else ""
-                loss_dict |= {f"{name}{suffix}": loss for name, loss in losses.items()}
         output = EomtDinov3ForUniversalSegmentationOutput(
             *final,
             last_hidden_state=x,
             patch_offsets=patch_offsets,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             block_logits=tuple(predictions.values()) if output_block_logits else None,
-            loss=torch.stack(list(loss_dict.values())).sum() if loss_dict else None,
-            loss_dict=loss_dict or None,
             attentions=tuple(attentions) if output_attentions else None,
         )
+        if mask_labels is not None and class_labels is not None:
+            add_losses = self.add_losses
+            if torch.compiler.is_compiling():  # a graph cannot match, nor depend on how many labels
+                torch._dynamo.step_unsupported()  # the graph ends here
+                add_losses = torch.compiler.disable(add_losses)
+            add_losses(output, predictions, mask_labels, class_labels)
         return output if return_dict else output.to_tuple()
+
+    def add_losses(
+        self,
+        output: EomtDinov3ForUniversalSegmentationOutput,
+        predictions: Mapping[int, Prediction],
+        mask_labels: Sequence[Tensor],
+        class_labels: Sequence[Tensor],
+    ) -> None:
+        """Adds the losses of predictions to an output; predictions by the block that follows."""
+        losses = self.criterion(list(predictions.values()), mask_labels, class_labels)
+        output.loss_dict = {
+            name if block == self.config.num_blocks else f"{name}_{block}": loss
+            for block, parts in zip(predictions, losses, strict=True)
+            for name, loss in parts.items()
+        }
+        output.loss = torch.stack(list(output.loss_dict.values())).sum()
 
     def predict(self, x: Tensor, grid: tuple[int, int]) -> Prediction:
         """Reads masks and classes from normalised tokens (batch, tokens, hidden)."""

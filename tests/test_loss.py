@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import HANGS
+from small_models import small_model
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import EomtDinov3ForUniversalSegmentation as TransformersModel
 from transformers import logging as transformers_logging
 
 from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation, Prediction
-from reference_model.loss import SetCriterion
+from reference_model.loss import Labels, SetCriterion, match
 
 pytestmark = pytest.mark.numbers
 
@@ -88,6 +92,13 @@ def criterion(**changes: Any) -> SetCriterion:
         "train_num_points": 2000,
     }
     return SetCriterion(EomtDinov3Config(**(values | changes)))
+
+
+def losses_of(
+    criterion: SetCriterion, masks: Tensor, classes: Tensor, *labels: Any
+) -> dict[str, Tensor]:
+    """The losses of one prediction."""
+    return criterion.forward([Prediction(masks, classes)], *labels)[0]
 
 
 def quarters(size: int = 16) -> Tensor:
@@ -228,13 +239,13 @@ def test_a_right_answer_costs_almost_nothing_in_whatever_order_it_is_given() -> 
     masks[0, order] = 60 * quarters(128) - 30
     classes[0, order, [0, 1, 2, 0]] = 30
     classes[0, [1, 3], 3] = 30
-    right = criterion()(masks, classes, *labels)
+    right = losses_of(criterion(), masks, classes, *labels)
     assert right["loss_cross_entropy"] < 1e-4
     # between pixels the edges are blurred, in the logits less than in the labels
     assert right["loss_dice"] < 0.2
     assert right["loss_mask"] < 1
 
-    inverted = criterion()(-masks, -classes, *labels)
+    inverted = losses_of(criterion(), -masks, -classes, *labels)
     assert all(loss > 2 for loss in inverted.values())
 
 
@@ -244,8 +255,10 @@ def test_a_query_takes_the_segment_that_suits_its_mask_and_its_class() -> None:
     masks[:2] = 20 * quarters()[:2] - 10
     classes = torch.zeros(3, 4)
     classes[2, 1] = 5
-    labels = quarters()[[1, 0, 3]], torch.tensor([0, 0, 1])
-    queries, segments = criterion().match(masks, classes, *labels)
+    labels = Labels(quarters()[[1, 0, 3]], torch.tensor([0, 0, 1]), [3])
+    points = criterion().draw_points([3], 3, masks.device).matching
+    costs = criterion().costs(Prediction(masks[None], classes[None]), labels, points)
+    queries, segments = match(costs[None], [3])[0]
     assert dict(zip(queries.tolist(), segments.tolist(), strict=True)) == {0: 1, 1: 0, 2: 2}
 
 
@@ -253,9 +266,9 @@ def test_queries_without_a_segment_count_little_in_the_cross_entropy() -> None:
     classes = torch.tensor([[[2.0, 0, 0, 1], [0, 1, 0, 3], [0, 0, 0, 0]]])
     masks = torch.full((1, 3, 16, 16), -10.0)
     masks[0, 0] = 20 * quarters()[0] - 10
-    loss = criterion(no_object_weight=0.25, class_weight=3.0)(
-        masks, classes, [quarters()[:1]], [torch.tensor([0])]
-    )["loss_cross_entropy"]
+    weighted = criterion(no_object_weight=0.25, class_weight=3.0)
+    labels = [quarters()[:1]], [torch.tensor([0])]
+    loss = losses_of(weighted, masks, classes, *labels)["loss_cross_entropy"]
     logs = -classes[0].log_softmax(dim=-1)
     expected = 3 * (logs[0, 0] + 0.25 * logs[1, 3] + 0.25 * logs[2, 3]) / 1.5
     assert_close(loss, expected)
@@ -269,21 +282,22 @@ def test_parts_are_weighted_by_the_config() -> None:
     for scale in (1.0, 2.0):
         weighted = criterion(mask_weight=scale, dice_weight=2 * scale, class_weight=3 * scale)
         torch.manual_seed(0)
-        losses.append(weighted(masks, classes, *labels))
+        losses.append(losses_of(weighted, masks, classes, *labels))
     assert_close(losses[1], {name: 2 * loss for name, loss in losses[0].items()})
 
 
 def test_segments_without_a_query_do_not_dilute_the_others() -> None:
     # undecided everywhere: log 2 at every point, whatever the segments
-    loss = criterion(mask_weight=3.0)(
-        torch.zeros(1, 2, 16, 16), torch.zeros(1, 2, 4), [quarters()], [torch.tensor([0, 1, 2, 0])]
-    )["loss_mask"]
+    logits, labels = (torch.zeros(1, 2, 16, 16), torch.zeros(1, 2, 4)), torch.tensor([0, 1, 2, 0])
+    loss = losses_of(criterion(mask_weight=3.0), *logits, [quarters()], [labels])["loss_mask"]
     assert_close(loss, 3 * torch.tensor(2.0).log())
 
 
 def test_points_gather_where_a_mask_is_undecided() -> None:
     logits = torch.linspace(-5, 5, 64).expand(2, 1, 64, 64)  # undecided at x = 0.5
-    points = criterion(oversample_ratio=3.0, importance_sample_ratio=0.75).uncertain_points(logits)
+    sampling = criterion(oversample_ratio=3.0, importance_sample_ratio=0.75)
+    drawn = sampling.draw_points([2], 2, logits.device)
+    points = sampling.uncertain_points(logits, drawn)
     assert points.shape == (2, 2000, 2)
     # of three times as many candidates the nearest quarter lies within 0.125
     near = (points[:, :, 0] - 0.5).abs() < 0.14
@@ -330,9 +344,10 @@ def test_an_overflow_does_not_stop_training() -> None:
     masks[0, 0] = torch.nan
     masks[0, 1] = torch.inf
     labels = [quarters()], [torch.tensor([0, 1, 2, 0])]
-    assert all(loss.isfinite() for loss in criterion()(masks, classes, *labels).values())
+    losses = losses_of(criterion(), masks, classes, *labels)
+    assert all(loss.isfinite() for loss in losses.values())
     masks[:] = torch.nan
-    assert criterion()(masks, classes, *labels)["loss_mask"].isnan()
+    assert losses_of(criterion(), masks, classes, *labels)["loss_mask"].isnan()
 
 
 # --- precision and processes ----------------------------------------------------------------
@@ -360,7 +375,7 @@ def test_half_precision_and_autocast_leave_the_criterion_alone() -> None:
     for autocast in (False, True):
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            losses.append(criterion()(masks, classes, *labels))
+            losses.append(losses_of(criterion(), masks, classes, *labels))
     assert losses[0]["loss_mask"].dtype == torch.float32
     assert_close(losses[1], losses[0], rtol=0, atol=0)
 
@@ -368,7 +383,7 @@ def test_half_precision_and_autocast_leave_the_criterion_alone() -> None:
 PROCESS = """
 import sys
 import torch
-from reference_model import EomtDinov3Config
+from reference_model import EomtDinov3Config, Prediction
 from reference_model.loss import SetCriterion
 
 rank = int(sys.argv[2])
@@ -377,8 +392,8 @@ masks = (torch.arange(64).view(8, 8) % (rank + 2) == 0).float().expand(1 + 5 * r
 
 def loss():
     torch.manual_seed(0)
-    logits = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 3)
-    return criterion(*logits, [masks], [torch.zeros(len(masks))])["loss_mask"]
+    prediction = Prediction(torch.randn(1, 4, 8, 8), torch.randn(1, 4, 3))
+    return criterion([prediction], [masks], [torch.zeros(len(masks))])[0]["loss_mask"]
 
 alone = loss()
 torch.distributed.init_process_group(
@@ -401,6 +416,67 @@ def test_processes_share_the_number_of_pairs(tmp_path: Path) -> None:
     ratios = [float(process.communicate(timeout=HANGS)[0]) for process in processes]
     # 1 and 6 segments for 4 queries, so 1 and 4 pairs, each divided by their mean 2.5
     assert ratios == pytest.approx([1 / 2.5, 4 / 2.5])
+
+
+# --- waits for the device -------------------------------------------------------------------
+
+
+META = torch.device("meta")
+
+
+class CopiesToTheHost(TorchDispatchMode):
+    """Gives the host zeros for what it reads of the meta device, which has no values.
+
+    Attributes:
+        waits: shapes of what it waits for.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
+        self.waits: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.ops.aten._to_copy.default or kwargs.get("device") in (None, META):
+            return func(*args, **kwargs)
+        if not kwargs.get("non_blocking"):
+            self.waits.append(tuple(args[0].shape))
+        return torch.zeros_like(args[0], device=kwargs["device"])
+
+
+def test_a_training_step_waits_for_the_device_twice_whatever_the_labels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a device without values, everything else that reads a value fails."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # has no meta device
+    model = small_model(train_num_points=10).to(META)
+    pixel_values = torch.zeros(3, 3, 64, 64, device=META)
+    for device in ("meta", "cpu"):
+        with torch.device(device):
+            masks = [torch.zeros(count, 16, 16, dtype=torch.bool) for count in (3, 0, 7)]
+            classes = [torch.zeros(len(own), dtype=torch.int) for own in masks]
+        with CopiesToTheHost() as copies:
+            model.train()(pixel_values, masks, classes).loss.backward()
+        # the probabilities of the blocks' masks; (predictions, queries, segments), the costs
+        assert copies.waits == [(2,), (3, 6, 10)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_training_step_waits_for_a_gpu_twice() -> None:
+    model = small_model(train_num_points=10).train().cuda()
+    with torch.device("cuda"):
+        labels = [torch.ones(5, 64, 64)] * 2, [torch.zeros(5, dtype=torch.long)] * 2
+        pixel_values = torch.zeros(2, 3, 64, 64)
+    model(pixel_values, *labels).loss.backward()  # what happens but once
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model(pixel_values, *labels).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [str(warning.message) for warning in caught]
+    assert sum("called a synchronizing" in wait for wait in waits) == 2, waits
 
 
 # --- training -------------------------------------------------------------------------------
@@ -481,7 +557,7 @@ def test_masks_without_classes_are_refused(converted: Converted) -> None:
         ([(1, 16, 16), (1, 16, 8)], [[0], [0]], r"mask_labels\[1\] .* the same height and width"),
         ([(1, 16, 16), (2, 16, 16)], [[0], [0]], r"class_labels\[1\] \(1,\); expected"),
         ([(1, 16, 16), (2, 16, 16)], [[0], [1, 3]], r"class_labels\[1\] goes from 1 to 3; .* to 2"),
-        ([(1, 16, 16), (1, 16, 16)], [[-1], [0]], r"class_labels\[0\] goes from -1"),
+        ([(2, 16, 16), (1, 16, 16)], [[-1, 9], [0]], r"class_labels\[0\] goes from -1 to 9"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(
@@ -489,7 +565,7 @@ def test_labels_that_do_not_fit_are_refused(
 ) -> None:
     labels = [torch.zeros(shape) for shape in masks], [torch.tensor(ids) for ids in classes]
     with pytest.raises(ValueError, match=message):
-        criterion()(torch.zeros(2, 6, 4, 4), torch.zeros(2, 6, 4), *labels)
+        losses_of(criterion(), torch.zeros(2, 6, 4, 4), torch.zeros(2, 6, 4), *labels)
 
 
 def test_a_missing_scipy_is_named_with_the_remedy(

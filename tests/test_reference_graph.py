@@ -12,7 +12,9 @@ import torch
 from recorded_models import NAMES, pixel_values, recorded_model
 from small_models import small_model
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call
+from torch.testing import assert_close
 
 from reference_model import (
     EomtDinov3ForUniversalSegmentation,
@@ -294,6 +296,8 @@ def test_the_buffer_is_read_only_when_it_has_changed(
     for _ in range(3):
         model(pixels())
     assert len(read) == 1
+    model.train()  # as some do in every step, which reads it by itself
+    assert len(read) == 1
 
 
 @torch.no_grad()
@@ -310,6 +314,38 @@ def test_a_compiled_training_step_follows_the_buffer(model: Model) -> None:
     assert not torch.equal(with_masks, without)
     model.eval().attn_mask_probs.zero_()
     assert torch.equal(without, model(pixels()).class_queries_logits)
+
+
+def test_a_compiled_training_step_is_one_graph_whatever_the_labels() -> None:
+    """And has the loss and the gradients of the eager step, with its kernels and random numbers."""
+    torch.compiler.reset()
+    model = small_model(image_size=32, train_num_points=20).train()
+    backend = CompileCounter()
+    step = torch.compile(model, backend=backend)
+    for turn, counts in enumerate([(3, 2), (2, 4), (1, 9), (0, 1), (0, 0)]):
+        labels = {
+            "mask_labels": [pixels(count)[:, 0] > 0 for count in counts],
+            "class_labels": [torch.arange(count) % 2 for count in counts],
+        }
+        model.attn_mask_probs.fill_(0.8 - 0.2 * turn)
+        # nothing is compiled again, not even what has no graph
+        with torch.compiler.set_stance("fail_on_recompile" if turn else "default"):
+            assert_close(
+                gradients_of(step, model, labels),
+                gradients_of(model, model, labels),
+                rtol=0,
+                atol=0,
+            )
+    assert backend.frame_count == 1
+
+
+def gradients_of(
+    step: Callable[..., Any], model: Model, labels: dict[str, list[Tensor]]
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The losses of a training step, and their gradients."""
+    torch.manual_seed(0)
+    output = step(pixels(2), **labels)
+    return output.loss_dict, list(torch.autograd.grad(output.loss, list(model.parameters())))
 
 
 @torch.no_grad()
