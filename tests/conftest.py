@@ -1,5 +1,6 @@
 """Shared fixtures: the offline checkpoints, converted once, and the command line."""
 
+import gc
 import json
 import os
 import shutil
@@ -13,6 +14,10 @@ from typing import Any
 # before torch is imported, here and in child processes: its threads would wait for those of the
 # other workers of pytest-xdist
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# before torch is imported: with sizes left open, to fill and read the tracer's cache takes longer
+# than to compute again. The exports are the same bytes.
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
 
 # before onnxruntime is imported by a test, which converter.runtimes does for its users
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -76,6 +81,12 @@ def same_but_for_edges(ours: ArrayLike, expected: ArrayLike) -> bool:
     """Whether two maps of segments or classes, of the same size, agree."""
     ours, expected = np.asarray(ours), np.asarray(expected)
     return ours.shape == expected.shape and float((ours != expected).mean()) <= EDGES
+
+
+def pytest_collection_finish() -> None:
+    """Spares the garbage collector what stays: modules and collected tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
