@@ -77,7 +77,8 @@ def in_float32(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 def widened(rounded: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export in float32 of weights in bfloat16; not to be written to."""
     folder = tmp_path_factory.mktemp("widened") / "export"
-    converter.export(rounded("bfloat16"), folder, format="torch", verify=False)
+    # a program of one size is traced in the least time
+    converter.export(rounded("bfloat16"), folder, format="torch", image_size=64, verify=False)
     return folder
 
 
