@@ -629,7 +629,7 @@ def test_a_recording_in_the_models_folder_is_its_own(
 def test_float16_is_held_against_the_recording_as_closely_as_it_allows(
     exported: Callable[..., Path], converted: Callable[[str], Path]
 ) -> None:
-    folder = exported("tiny_panoptic_64", dtype="float16")
+    folder = exported("tiny_panoptic_64", dtype="float16", image_size=64)
     verdict = converter.verify(folder, made_from=converted("tiny_panoptic_64"))
 
     assert (verdict.verdict, verdict.basis) == ("passed", "original"), verdict.reason
