@@ -341,10 +341,10 @@ main()
 """
 
 
-def merging(folder: Path, program: str, **options: Any) -> "subprocess.Popen[str]":
+def merging(folder: Path, program: str, *arguments: str, **options: Any) -> "subprocess.Popen[str]":
     """A run in a folder that has reached the point where it is held."""
     process = subprocess.Popen(
-        [sys.executable, "-c", program, "--checkpoint", "tiny_panoptic_64"],
+        [sys.executable, "-c", program, "--checkpoint", "tiny_panoptic_64", *arguments],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -395,6 +395,7 @@ def test_a_signal_that_was_ignored_at_the_start_stops_nothing(
     process = merging(
         tmp_path,
         SLOW.replace("3600", "1"),
+        "--no-verify",  # which takes seconds, after the signal
         preexec_fn=lambda: signal.signal(number, signal.SIG_IGN),
     )
     process.send_signal(number)

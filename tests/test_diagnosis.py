@@ -578,18 +578,24 @@ def further_and_rounded(state: State, name: str) -> Iterable[str]:
     return rounded(torch.bfloat16)(state, name)
 
 
-@pytest.mark.parametrize("sources", [True, False])
-@pytest.mark.parametrize("name", [PANOPTIC, WIDE, SEMANTIC, GATED, SHAPES])
+NAMELESS = {
+    "0.1% further": delta_by(1.001),
+    "10% less": delta_by(0.9),
+    "noise of 1e-4": noisy(1e-4),
+    "noise of 1e-2": noisy(1e-2),
+    "8 bits": in_8_bits,
+}
+MODELS = [PANOPTIC, WIDE, SEMANTIC, GATED, SHAPES]
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("change", "name", "sources"),
     [
-        delta_by(1.001),
-        delta_by(0.9),
-        noisy(1e-4),
-        noisy(1e-2),
-        in_8_bits,
+        # every pair of a fault, a model, and sources or none
+        pytest.param(change, name, (fault + model) % 2 == 0, id=f"{name}-{text}")
+        for fault, (text, change) in enumerate(NAMELESS.items())
+        for model, name in enumerate(MODELS)
     ],
-    ids=["0.1% further", "10% less", "noise of 1e-4", "noise of 1e-2", "8 bits"],
 )
 def test_faults_without_a_name_get_no_cause(
     name: str, sources: bool, change: Change, plant: Callable[[str], Planted]
@@ -608,8 +614,19 @@ def test_faults_without_a_name_get_no_cause(
         assert "but not as a backbone from another training would" in tried["other-backbone"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", [PANOPTIC, WIDE, GATED, SHAPES])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        (PANOPTIC, torch.float32),
+        (PANOPTIC, torch.bfloat16),
+        (WIDE, torch.float32),
+        (WIDE, torch.float16),
+        (GATED, torch.float32),
+        (GATED, torch.bfloat16),
+        (SHAPES, torch.float32),
+        (SHAPES, torch.float16),
+    ],
+)
 def test_a_scaled_patch_embedding_is_not_blamed_on_the_preprocessor(
     name: str, dtype: torch.dtype, plant: Callable[[str], Planted]
 ) -> None:

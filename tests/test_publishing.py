@@ -712,11 +712,13 @@ def test_offline_the_sources_come_from_the_cache_and_the_push_goes_to_the_hub(
 ) -> None:
     arguments = (
         *("--checkpoint", "coco_panoptic_small_640", "--labels", tmp_path / "labels.json"),
-        *("--recorded", FIXTURES / "tiny_panoptic_64", "--output", "new", "--offline"),
-        *("--push-to", REPO, "--tag", "v1"),
+        *("--recorded", FIXTURES / "tiny_panoptic_64", "--output", "new"),
     )
+    assert command(*arguments).exit_code == 0  # with a connection, which fills the cache
+    hub.requests.clear()
+    push = ("--offline", "--push-to", REPO, "--tag", "v1", "--force")
     for _ in range(2):  # into a new repository, and into one that has a card
-        result = command(*arguments, "--force")
+        result = command(*arguments, *push)
         assert result.exit_code == 0, result.output
     assert len(hub.commits(REPO)) == 2
     assert "LICENSE.md" in ours(hub)

@@ -88,8 +88,20 @@ def test_there_are_programs_to_try() -> None:
     ],
 )
 def test_commands_print_what_is_shown(
-    folder: Path, me: str, command: Command, arguments: str, pipes: str, output: str
+    folder: Path,
+    me: str,
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    exported: Callable[..., Path],
+    arguments: str,
+    pipes: str,
+    output: str,
 ) -> None:
+    if arguments.startswith("export shapes_panoptic_128 "):  # whose bytes are always the same
+        made = exported("shapes_panoptic_128") / "model.onnx"
+        monkeypatch.setattr(
+            "converter.exporting.export._write", lambda _, place, *__: shutil.copy(made, place)
+        )
     result = command(*arguments.split())
     lines = (result.stdout + result.stderr).splitlines()
     for tool, number in re.findall(r"(head|tail) -(\d+)", pipes):

@@ -61,7 +61,7 @@ def rounded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def in_float16(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recording of an export that computes in float16; not to be written to."""
     folder = tmp_path_factory.mktemp("in_float16") / "recorded"
-    converter.record(exported(NAME, dtype="float16"), folder, random=2, layers=True)
+    converter.record(exported(NAME, dtype="float16", image_size=64), folder, random=2, layers=True)
     return folder
 
 
@@ -77,7 +77,8 @@ def in_float32(exported: Callable[..., Path], tmp_path_factory: pytest.TempPathF
 def widened(rounded: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An export in float32 of weights in bfloat16; not to be written to."""
     folder = tmp_path_factory.mktemp("widened") / "export"
-    converter.export(rounded("bfloat16"), folder, format="torch", verify=False)
+    # a program of one size is traced in the least time
+    converter.export(rounded("bfloat16"), folder, format="torch", image_size=64, verify=False)
     return folder
 
 
@@ -210,7 +211,9 @@ def test_an_export_in_float16_says_so_beside_a_recording_of_the_float16_model(
     exported: Callable[..., Path], rounded: Callable[[str], Path], tmp_path: Path
 ) -> None:
     converter.record(rounded("float16"), tmp_path / "recorded", random=1)
-    verdict = converter.verify(exported(NAME, dtype="float16"), recorded=tmp_path / "recorded")
+    verdict = converter.verify(
+        exported(NAME, dtype="float16", image_size=64), recorded=tmp_path / "recorded"
+    )
 
     assert numbers(verdict).figures["relative_tolerance"] == 0.01
     assert verdict.compared_with.endswith(

@@ -316,7 +316,9 @@ def test_the_command_ends_in_1_if_any_failed(command: Command, hub: Hub, output:
     assert content["checkpoints"][0]["status"] == "failed"
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("transfer", "number"), [("xet", signal.SIGKILL), ("lfs", signal.SIGHUP)], indirect=["transfer"]
+)
 def test_a_release_continues_after_a_kill(
     hub: Hub, output: Path, me: str, tmp_path: Path, number: signal.Signals
 ) -> None:

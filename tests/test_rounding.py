@@ -236,9 +236,15 @@ def test_without_sources_a_right_model_passes_and_says_what_it_cannot_show(
     assert f"as closely as weights in {dtype} allow: faults smaller than rounding" in said
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("file", "values", "cause"), SMALL_FAULTS)
+@pytest.mark.parametrize(
+    ("name", "dtype", "file", "values", "cause"),
+    [
+        # every pair of a model, a type and a fault
+        (name, DTYPES[(model + number) % 2], *fault)
+        for model, name in enumerate(NAMES)
+        for number, fault in enumerate(SMALL_FAULTS)
+    ],
+)
 def test_a_small_fault_fails_without_the_sources(
     name: str, dtype: str, file: str, values: dict[str, Any], cause: str, plant: Plant
 ) -> None:
