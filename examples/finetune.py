@@ -43,9 +43,12 @@ class Crops(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, number: int) -> dict[str, Any]:
         epoch, place = divmod(number, len(self.pictures))
         order = np.random.default_rng((self.args.seed, epoch)).permutation(len(self.pictures))
-        example: Any = self.pictures.read(int(order[place]))
         rng = np.random.default_rng((self.args.seed, epoch, place))
-        return self.crop(example.image, example.target, rng)
+        for index in np.roll(order, -place).tolist():  # the next one in place of one without labels
+            example: Any = self.pictures.read(index)
+            if not all(example.target.crowd):
+                return self.crop(example.image, example.target, rng)
+        raise ValueError("no picture has a segment that is not a crowd")
 
     def crop(
         self, image: Image.Image, target: Segments, rng: np.random.Generator

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -178,7 +179,7 @@ def test_learning_rates_are_those_of_the_original() -> None:
     assert backbone(46858) == pytest.approx(0.5**0.9)
 
 
-def test_masks_and_classes_are_cropped_with_their_picture() -> None:
+def test_masks_and_classes_are_cropped_with_a_picture_that_has_some() -> None:
     colours = np.array([[0, 0, 0], [200, 0, 0], [0, 200, 0], [0, 0, 200]], dtype=np.uint8)
     ids = np.tile(np.arange(60) // 15 - 1, (40, 1))  # four stripes, the first without a segment
     example = Example(
@@ -187,8 +188,9 @@ def test_masks_and_classes_are_cropped_with_their_picture() -> None:
     processor = EomtImageProcessor(
         size={"height": 64, "width": 64}, image_mean=(0, 0, 0), image_std=(1, 1, 1)
     )
-    crops = finetune.Crops([example], processor, Namespace(seed=0, scale=(0.5, 2.5)), 40)
-    crops.pictures = type("Pictures", (list,), {"read": list.__getitem__})([example])
+    crowds = replace(example, target=replace(example.target, crowd=(True, True, True)))
+    pictures = type("Pictures", (list,), {"read": list.__getitem__})([crowds, example])
+    crops = finetune.Crops(pictures, processor, Namespace(seed=0, scale=(0.5, 2.5)), 40)
 
     shapes, seen = set(), set()
     for number in range(len(crops)):
@@ -204,3 +206,7 @@ def test_masks_and_classes_are_cropped_with_their_picture() -> None:
             assert (values[~mask] <= 101).all()
     assert shapes == {(3, 64, 64)}
     assert seen == {3, 5}
+
+    crops.pictures.remove(example)
+    with pytest.raises(ValueError, match="no picture has a segment"):
+        crops[0]
