@@ -3,8 +3,9 @@
     python examples/finetune.py MODEL --train scenes/train --val scenes/val --output run
 
 On several devices, `accelerate launch` takes the place of `python`. The recipe is that of
-github.com/tue-mps/eomt (training/, datasets/transforms.py, configs/dinov3/). The output folder gets
-the model, its figures, a picture of the loss, and a checkpoint, which --resume continues.
+github.com/tue-mps/eomt (training/, datasets/transforms.py, configs/dinov3/), but in bfloat16 and
+without torch.compile. The output folder gets the model, its figures, a picture of the loss, and a
+checkpoint, which --resume continues.
 """
 
 import argparse
@@ -18,66 +19,22 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from crops import Crops, collate
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
 from rich.progress import track
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from converter.pictures.datasets import Dataset, Segments, open_dataset
+from converter.pictures.datasets import Dataset, open_dataset
 from converter.pictures.evaluation import evaluate
-from reference_model import EomtDinov3ForUniversalSegmentation, EomtImageProcessor
+from reference_model import (
+    EomtDinov3Config,
+    EomtDinov3ForUniversalSegmentation,
+    EomtImageProcessor,
+)
 
-
-class Crops(torch.utils.data.Dataset[dict[str, Any]]):
-    """All crops of a training in their order, which the seed decides."""
-
-    def __init__(
-        self, pictures: Dataset, processor: EomtImageProcessor, args: argparse.Namespace, count: int
-    ) -> None:
-        self.pictures, self.processor, self.args, self.count = pictures, processor, args, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        epoch, place = divmod(number, len(self.pictures))
-        order = np.random.default_rng((self.args.seed, epoch)).permutation(len(self.pictures))
-        rng = np.random.default_rng((self.args.seed, epoch, place))
-        for index in np.roll(order, -place).tolist():  # the next one in place of one without labels
-            example: Any = self.pictures.read(index)
-            if not all(example.target.crowd):
-                return self.crop(example.image, example.target, rng)
-        raise ValueError("no picture has a segment that is not a crowd")
-
-    def crop(
-        self, image: Image.Image, target: Segments, rng: np.random.Generator
-    ) -> dict[str, Any]:
-        """Flips, scales and crops a picture at random, until a segment is in the crop."""
-        ids = Image.fromarray((target.ids + 1).astype(np.int32))  # 0 for no segment
-        height, width = self.processor.image_size
-        if rng.random() < 0.5:
-            image, ids = ImageOps.mirror(image), ImageOps.mirror(ids)
-        found: list[int] = []
-        while not found:
-            scale = min(height / image.height, width / image.width) * rng.uniform(*self.args.scale)
-            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-            left = int(rng.integers(max(0, size[0] - width) + 1))
-            top = int(rng.integers(max(0, size[1] - height) + 1))
-            box = (left, top, left + width, top + height)  # beyond the picture it is 0
-            crop = image.resize(size, Image.Resampling.BILINEAR).crop(box)
-            labels = np.asarray(ids.resize(size, Image.Resampling.NEAREST).crop(box))
-            found = [i for i in np.unique(labels).tolist() if i > 0 and not target.crowd[i - 1]]
-        return {
-            "pixel_values": self.processor(crop)["pixel_values"][0],
-            "mask_labels": torch.from_numpy(labels == np.array(found)[:, None, None]),
-            "class_labels": torch.tensor([target.classes[i - 1] for i in found]),
-        }
-
-
-def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
-    batch: dict[str, Any] = {key: [item[key] for item in items] for key in items[0]}
-    return batch | {"pixel_values": torch.stack(batch["pixel_values"])}
+# what may differ when a training is resumed
+FREE = {"output", "resume", "save_every", "workers"}
 
 
 def optimizer_and_schedule(
@@ -111,37 +68,42 @@ def optimizer_and_schedule(
 def train(accelerator: Accelerator, pictures: Dataset, args: argparse.Namespace) -> Path:
     """Trains, and returns the folder of the model."""
     set_seed(args.seed, device_specific=True)
-    model = EomtDinov3ForUniversalSegmentation.from_pretrained(
+    classes = dict(enumerate(pictures.names))
+    network = model = EomtDinov3ForUniversalSegmentation.from_pretrained(
         args.model,
         dtype="float32",
-        id2label=dict(enumerate(pictures.names)),
+        id2label=classes,
         stuff_classes=pictures.stuff,
         train_num_points=args.num_points,
         ignore_mismatched_sizes=True,
     )
-    processor = EomtImageProcessor.from_pretrained(args.model, stuff_classes=pictures.stuff)
+    if classes != EomtDinov3Config.from_pretrained(args.model).id2label:
+        network.class_predictor.reset_parameters()
+    network.train().attn_mask_probs.fill_(1)  # masked attention is off in a converted model
+    processor = EomtImageProcessor.from_pretrained(
+        args.model,
+        stuff_classes=pictures.stuff,
+        do_resize=True,
+        do_pad=True,
+        do_split_image=False,
+    )
     count = args.steps * args.batch_size * accelerator.num_processes
     loader: Any = torch.utils.data.DataLoader(
         Crops(pictures, processor, args, count),
         args.batch_size,
         num_workers=args.workers,
         collate_fn=collate,
+        pin_memory=accelerator.device.type == "cuda",
         generator=torch.Generator(),  # or it would draw from the one that a checkpoint restores
     )
-    optimizer, schedule = optimizer_and_schedule(model, args)
-    model.train().attn_mask_probs.fill_(1)  # masked attention is off in a converted model
-    network = model
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    accelerator.register_for_checkpointing(schedule)
+    optimizer, schedule = optimizer_and_schedule(network, args)
+    model, optimizer, loader = accelerator.prepare(network, optimizer, loader)
+    losses: list[Any] = resume(accelerator, args) if args.resume else []
+    schedule.last_epoch = len(losses)
 
-    losses: list[Any] = []
-    if args.resume:
-        checkpoint = max(args.output.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime)
-        accelerator.load_state(str(checkpoint))
-        losses = np.loadtxt(checkpoint / "losses.txt", ndmin=1).tolist()
     # one block after another, as in configs/dinov3/coco/instance/eomt_large_640.yaml
     blocks = network.config.num_blocks
-    marks = [args.steps * (i + 1) // (blocks + 2) for i in range(blocks + 1)]
+    bounds = [args.steps * (i + 1) // (blocks + 2) for i in range(blocks + 1)]
     batches = track(
         accelerator.skip_first_batches(loader, len(losses)),
         "Training",
@@ -156,12 +118,12 @@ def train(accelerator: Accelerator, pictures: Dataset, args: argparse.Namespace)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        network.anneal_attention_masks(step, marks[:-1], marks[1:])
+        network.anneal_attention_masks(step, bounds[:-1], bounds[1:])
         losses.append(loss.detach())
         if step % args.save_every == 0 or step == args.steps:
             losses = [float(loss) for loss in losses]
             accelerator.print(f"step {step}: loss {np.mean(losses[-args.save_every :]):.2f}")
-            save(accelerator, losses, args.output)
+            save(accelerator, losses, args)
     if accelerator.is_main_process:
         network.save_pretrained(args.output / "model")
         processor.save_pretrained(args.output / "model")
@@ -169,27 +131,55 @@ def train(accelerator: Accelerator, pictures: Dataset, args: argparse.Namespace)
     return Path(args.output / "model")
 
 
-def save(accelerator: Accelerator, losses: list[float], folder: Path) -> None:
-    """Saves a checkpoint in place of the one before, and draws the loss of the first process."""
-    unfinished = folder / "unfinished-checkpoint"
+def checkpoints(folder: Path) -> list[Path]:
+    """The finished checkpoints in a folder, the oldest first."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def settings(accelerator: Accelerator, args: argparse.Namespace) -> dict[str, str]:
+    """What has to be the same when a training is resumed."""
+    options = {name: str(value) for name, value in vars(args).items() if name not in FREE}
+    return options | {"number of processes": str(accelerator.num_processes)}
+
+
+def save(accelerator: Accelerator, losses: list[float], args: argparse.Namespace) -> None:
+    """Saves a checkpoint in place of the one before; all processes need the same folder."""
+    unfinished = args.output / "unfinished-checkpoint"
     accelerator.save_state(str(unfinished))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        np.savetxt(unfinished / "losses.txt", losses)
-        before = list(folder.glob("checkpoint-*"))
-        unfinished.rename(folder / f"checkpoint-{len(losses)}")
+        progress = {"losses": losses, "settings": settings(accelerator, args)}
+        (unfinished / "progress.json").write_text(json.dumps(progress))
+        before = checkpoints(args.output)
+        unfinished.rename(args.output / f"checkpoint-{len(losses)}")
         for checkpoint in before:
             shutil.rmtree(checkpoint)
-        figure = Figure(layout="constrained")
-        axes = figure.subplots()
-        width = max(1, len(losses) // 50)
-        axes.plot(losses, alpha=0.3)
-        axes.plot(
-            np.arange(width - 1, len(losses)), np.convolve(losses, np.ones(width) / width, "valid")
-        )
-        axes.set(xlabel="step", ylabel=f"loss, and its mean over {width} steps", yscale="log")
-        figure.savefig(folder / "loss.png")
+        draw(losses, args.output / "loss.png")
     accelerator.wait_for_everyone()
+
+
+def resume(accelerator: Accelerator, args: argparse.Namespace) -> list[float]:
+    """Loads the last checkpoint, and returns the losses so far."""
+    checkpoint = checkpoints(args.output)[-1]
+    progress = json.loads((checkpoint / "progress.json").read_text())
+    now = settings(accelerator, args)
+    for name, value in progress["settings"].items():
+        if now[name] != value:
+            raise SystemExit(f"{checkpoint} was made with another {name}: {value}")
+    accelerator.load_state(str(checkpoint))
+    return list(progress["losses"])
+
+
+def draw(losses: list[float], path: Path) -> None:
+    """Draws the loss of the first process, and its running mean."""
+    width = max(1, len(losses) // 50)
+    mean = np.convolve(losses, np.ones(width) / width, "valid")
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    axes.plot(np.arange(1, len(losses) + 1), losses, alpha=0.3)
+    axes.plot(np.arange(width, len(losses) + 1), mean)
+    axes.set(xlabel="step", ylabel=f"loss, and its mean over {width} steps", yscale="log")
+    figure.savefig(path)
 
 
 def main() -> None:
@@ -198,7 +188,12 @@ def main() -> None:
     for part in ("--train", "--val"):
         text = "folder with panoptic.json, panoptic (id maps) and images"
         parser.add_argument(part, type=Path, required=True, help=text)
-    parser.add_argument("--output", type=Path, required=True, help="folder for what comes of it")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        help="folder for the model, its figures and checkpoints",
+    )
     parser.add_argument("--steps", type=int, default=10_000, help="default 10000")
     parser.add_argument("--batch-size", type=int, default=16, help="per device, default 16")
     parser.add_argument("--lr", type=float, default=2e-4, help="learning rate, default 2e-4")
@@ -207,7 +202,11 @@ def main() -> None:
         "--warmup", type=int, nargs=2, help="steps for new parameters, then for the backbone"
     )
     parser.add_argument(
-        "--scale", type=float, nargs=2, default=(0.1, 2.0), help="of crops, default 0.1 to 2.0"
+        "--scale",
+        type=float,
+        nargs=2,
+        default=(0.1, 2.0),
+        help="of pictures, 1 to fit, default 0.1 2.0",
     )
     parser.add_argument(
         "--num-points", type=int, default=12544, help="per mask in the loss, default 12544"
@@ -218,14 +217,27 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="from the checkpoint in the output")
     args = parser.parse_args()
-    if args.output.exists() != args.resume:
-        parser.error(f"{args.output} " + ("does not exist" if args.resume else "exists: --resume?"))
+    if args.resume and not checkpoints(args.output):
+        parser.error(f"{args.output} has no checkpoint")
+    if not args.resume and args.output.exists() and any(args.output.iterdir()):
+        parser.error(f"{args.output} is not empty; --resume continues a training")
+    for folder in (args.train, args.val):
+        # COCO's own layout has the validation pictures only, in zips that processes cannot share
+        if not (folder / "panoptic.json").is_file() or (folder / "annotations").exists():
+            parser.error(f"{folder} must have panoptic.json, panoptic and images")
     if args.warmup is None:  # the shares of the original's 2000 and 3000 steps, of 88716
         args.warmup = [args.steps * 2000 // 88716, args.steps * 3000 // 88716]
 
+    with open_dataset("coco-panoptic", args.val) as pictures:
+        measured = pictures.names, pictures.stuff
     accelerator = Accelerator(mixed_precision=args.precision)
     with open_dataset("coco-panoptic", args.train, max_annotation_bytes=1 << 30) as pictures:
+        if (pictures.names, pictures.stuff) != measured:
+            parser.error("--train and --val have different classes")
+        if not len(pictures):
+            parser.error(f"{args.train} has no annotated picture")
         folder = train(accelerator, pictures, args)
+    accelerator.free_memory()
     evaluation = evaluate(folder, "coco-panoptic", args.val)
     if accelerator.is_main_process:
         text = json.dumps(evaluation.to_dict(), indent=2)

@@ -71,7 +71,8 @@ class SetCriterion(nn.Module):
         """The losses of each prediction, always in float32, whatever the logits' dtype or autocast.
 
         The host pairs queries and segments. It waits for the device once, whatever the number of
-        predictions and pictures: all costs are copied to it together.
+        predictions and pictures: all costs are copied to it together. So the points of all
+        predictions are in memory at once, 300 kB for every pair of each with the usual numbers.
 
         Args:
             predictions: of the same pictures, such as those of every block.
@@ -92,8 +93,8 @@ class SetCriterion(nn.Module):
         check_shapes(mask_labels, class_labels, batch)
         with torch.autocast(device.type, enabled=False):
             segments = Labels(
-                joined(mask_labels, device).float(),
-                joined(class_labels, device).long(),
+                joined(mask_labels, device, torch.float32),
+                joined(class_labels, device, torch.long),
                 [len(classes) for classes in class_labels],
             )
             points = [self.draw_points(segments.counts, queries, device) for _ in predictions]
@@ -224,10 +225,10 @@ class SetCriterion(nn.Module):
         return torch.cat((uncertain, points.uniform), dim=1)
 
 
-def joined(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+def joined(tensors: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Tensors one after another, on a device; those in pinned memory do not make the host wait."""
-    # moved as they are: another dtype would be made on the host, not in pinned memory
-    return torch.cat([tensor.to(device, non_blocking=True) for tensor in tensors])
+    # moved as they are: converted first, they would not be in pinned memory
+    return torch.cat([tensor.to(device, non_blocking=True).to(dtype) for tensor in tensors])
 
 
 def match(costs: Tensor, counts: Sequence[int]) -> Tensor:

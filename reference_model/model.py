@@ -154,7 +154,7 @@ class EomtDinov3ForUniversalSegmentation(MaskedAttentionModel):
         if mask_labels is not None and class_labels is not None:
             add_losses = self.add_losses
             if torch.compiler.is_compiling():  # a graph cannot match, nor depend on how many labels
-                torch._dynamo.step_unsupported()  # the graph ends here
+                torch._dynamo.step_unsupported()  # the graph ends here; as in torch 2.13
                 add_losses = torch.compiler.disable(add_losses)
             add_losses(output, predictions, mask_labels, class_labels)
         return output if return_dict else output.to_tuple()

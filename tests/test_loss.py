@@ -308,13 +308,16 @@ def test_points_gather_where_a_mask_is_undecided() -> None:
     assert points[:, :, 1].std() > 0.25
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float64])
-def test_labels_may_have_any_dtype(dtype: torch.dtype, converted: Converted) -> None:
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint16, torch.float64])
+def test_the_labels_of_each_picture_may_have_any_dtype(
+    dtype: torch.dtype, converted: Converted
+) -> None:
     model = load(converted("tiny_panoptic_64"))
     inputs = scenes(model.config, 2, 1)
+    masks, classes = inputs["mask_labels"], inputs["class_labels"]
     cast = inputs | {
-        "mask_labels": [masks.to(dtype) for masks in inputs["mask_labels"]],
-        "class_labels": [classes.int() for classes in inputs["class_labels"]],
+        "mask_labels": [masks[0].to(dtype), masks[1].to(torch.uint8)],
+        "class_labels": [classes[0].to(torch.uint16), classes[1].int()],
     }
     assert torch.equal(seeded(model, cast).loss, seeded(model, inputs).loss)
 
