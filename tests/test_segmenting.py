@@ -144,6 +144,8 @@ def test_a_picture_is_turned_as_its_exif_data_says(converted: Converted, tmp_pat
     )
     straight, turned = found.pictures
     assert turned.size == (96, 160)
+    assert straight.overlay is not None
+    assert turned.overlay is not None
     assert straight.overlay.read_bytes() == turned.overlay.read_bytes()
 
 
@@ -223,7 +225,9 @@ def test_an_empty_mask_has_no_box() -> None:
 
 
 def test_the_overlay_has_the_colours_of_the_classes(converted: Converted, tmp_path: Path) -> None:
-    (picture,) = segment(converted(SHAPES), [images(SHAPES) / "0.png"], tmp_path).pictures
+    arguments = converted(SHAPES), [images(SHAPES) / "0.png"], tmp_path
+    (picture,) = segment(*arguments, overlay="png").pictures
+    assert picture.overlay is not None
     overlay = Image.open(picture.overlay)
     colours = {colour for _, colour in overlay.getcolors(overlay.width * overlay.height) or ()}
     assert {entry.category_id for entry in picture.segments} == {0, 3, 4}
@@ -239,7 +243,8 @@ def folder(tmp_path: Path) -> Path:
     """A folder with some pictures and other things."""
     place = tmp_path / "photos"
     (place / "more.png").mkdir(parents=True)
-    for name in ("b.png", "a.JPG", "more.png/c.png", ".hidden.png", "old.overlay.png"):
+    ours = ("x.overlay.jpg", "x.overlay.png", "x.segments.png")
+    for name in ("b.png", "a.JPG", "more.png/c.png", ".hidden.png", *ours):
         Image.new("RGB", (16, 16)).save(place / name)
     (place / "notes.txt").write_text("no picture")
     return place
@@ -249,7 +254,7 @@ def folder(tmp_path: Path) -> Path:
     ("arguments", "expected"),
     [
         (["."], ["a.JPG", "b.png"]),
-        (["*.png"], ["b.png", "old.overlay.png"]),
+        (["*.png"], ["b.png", "x.overlay.png", "x.segments.png"]),
         (["**/?.png"], ["b.png", "more.png/c.png"]),
         (["b.png", "."], ["b.png", "a.JPG"]),
         (["more.png", "b.*"], ["more.png/c.png", "b.png"]),
@@ -323,7 +328,7 @@ def test_unreadable_pictures_are_reported_and_skipped(
     assert result.exit_code == 1
     assert f"Skipped {tmp_path / 'broken.png'}: " in result.stderr
     assert reason in result.stderr
-    assert "street.overlay.png: circle, sky, grass" in result.stdout
+    assert "street.overlay.jpg: circle, sky, grass" in result.stdout
     assert {path.name.partition(".")[0] for path in (tmp_path / "out").iterdir()} == {"street"}
 
 
@@ -333,7 +338,7 @@ def test_a_pattern_without_matches_is_reported(
     result = run(converted(SHAPES), tmp_path / "*.gif", picture, "--output", tmp_path / "out")
     assert result.exit_code == 1
     assert "*.gif: no file matches this pattern" in result.stderr
-    assert (tmp_path / "out" / "street.overlay.png").exists()
+    assert (tmp_path / "out" / "street.overlay.jpg").exists()
 
 
 def test_without_any_picture_no_model_is_loaded(tmp_path: Path) -> None:
@@ -367,12 +372,39 @@ def test_results_of_an_earlier_run_are_replaced_only_with_force(
 ) -> None:
     first = segment(converted(SHAPES), [picture], tmp_path).pictures[0]
     Image.new("RGB", (30, 40)).save(picture)
-    with pytest.raises(OutputError, match=r"street\.overlay\.png exists, and 2 more files"):
+    with pytest.raises(OutputError, match=r"street\.overlay\.jpg exists, and 2 more files"):
         segment(converted(SHAPES), [picture], tmp_path)
     assert read_ids(first).shape == (128, 128)
 
     segment(converted(SHAPES), [picture], tmp_path, force=True)
     assert read_ids(first).shape == (40, 30)
+
+
+def test_an_overlay_in_another_format_is_replaced_as_well(
+    converted: Converted, picture: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    for overlay, files in {
+        "png": {"street.overlay.png"},
+        "jpg": {"street.overlay.jpg"},
+        "none": set[str](),
+    }.items():
+        options = f"--force --overlay {overlay} --output".split()
+        result = run(converted(SHAPES), picture, *options, output)
+        (first,) = files or {"street.segments.png"}
+        assert f"street.png -> {output / first}: circle" in result.stdout
+        written = {path.name for path in output.iterdir()}
+        assert written == files | {"street.segments.png", "street.segments.json"}
+
+
+def test_without_an_overlay_json_has_null(
+    converted: Converted, picture: Path, tmp_path: Path
+) -> None:
+    found = segment(converted(SHAPES), [picture], tmp_path, overlay="none")
+    assert found.pictures[0].overlay is None
+    assert found.to_dict()["pictures"][0]["overlay"] is None
+    with pytest.raises(UsageError, match="'gif', expected one of jpg, png, none"):
+        segment("no/model", [picture], tmp_path, overlay="gif")  # type: ignore[arg-type]
 
 
 def test_nothing_unfinished_is_left_behind(
@@ -389,7 +421,7 @@ def test_nothing_unfinished_is_left_behind(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-ENDINGS = ("overlay.png", "segments.png", "segments.json")
+ENDINGS = ("overlay.jpg", "segments.png", "segments.json")
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -413,7 +445,7 @@ def test_planted_links_are_not_followed(
 
 
 @pytest.mark.parametrize("force", [False, True])
-@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("ending", [*ENDINGS, "overlay.png"])
 def test_files_that_no_earlier_run_made_are_never_replaced(
     converted: Converted, picture: Path, tmp_path: Path, ending: str, force: bool
 ) -> None:

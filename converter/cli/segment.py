@@ -22,7 +22,7 @@ from converter.errors import UnreadableFileError
 from converter.models import Compile
 
 if TYPE_CHECKING:
-    from converter.pictures.segmenting import Segmentation, SegmentedPicture
+    from converter.pictures.segmenting import Overlay, Segmentation, SegmentedPicture
 
 
 @click.command("segment", cls=CompilingCommand)
@@ -44,6 +44,13 @@ if TYPE_CHECKING:
     "--threshold",
     type=click.FloatRange(0, 1),
     help="Smallest score of a segment; not for semantic segmentation. [default: 0.8]",
+)
+@click.option(
+    "--overlay",
+    type=click.Choice(("jpg", "png", "none")),
+    default="jpg",
+    show_default=True,
+    help="Format of the picture with coloured segments; none writes none.",
 )
 @click.option(
     "--batch-size",
@@ -69,6 +76,7 @@ def segment_command(
     output: Path,
     task: str | None,
     threshold: float | None,
+    overlay: "Overlay",
     batch_size: int,
     device: str | None,
     dtype: str | None,
@@ -97,6 +105,7 @@ def segment_command(
                 output,
                 task=task,
                 threshold=threshold,
+                overlay=overlay,
                 batch_size=batch_size,
                 device=device,
                 dtype=dtype or "auto",
@@ -117,7 +126,8 @@ def segment_command(
 
 def _lines(found: "Segmentation") -> list[str]:
     return [
-        f"{entry.picture} -> {entry.overlay}: {_counts(entry, found)}" for entry in found.pictures
+        f"{entry.picture} -> {entry.overlay or entry.id_map}: {_counts(entry, found)}"
+        for entry in found.pictures
     ]
 
 

@@ -2,13 +2,14 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from glob import glob, has_magic
 from io import BytesIO
 from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +43,13 @@ if TYPE_CHECKING:
     from converter.models import Network
     from reference_model import EomtImageProcessor
 
-OVERLAY, ID_MAP, SEGMENTS = ".overlay.png", ".segments.png", ".segments.json"
+ID_MAP, SEGMENTS = ".segments.png", ".segments.json"
+
+# the format of overlays; none to write no overlay
+Overlay = Literal["jpg", "png", "none"]
+
+# the ending of an overlay in each format
+OVERLAYS = {"jpg": ".overlay.jpg", "png": ".overlay.png"}
 
 # file name endings of pictures, used to find them in a folder
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -50,8 +57,13 @@ PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".
 # largest size in bytes of a segments file; each of 100 instances may have a mask of 2.5 MB
 _SEGMENTS_LIMIT = 2**28
 
-# compared with zlib's default, 6: files are a quarter larger, in a fifth of the time
-_COMPRESSION = 2
+# How Pillow saves an overlay, by its file's suffix. JPEG: with colour at half the resolution, the
+# default, the legend's black text is tinted by the colour around it. PNG, compared with zlib's
+# default, 6: files are a quarter larger, in a fifth of the time.
+_SAVING: Mapping[str, dict[str, Any]] = {
+    ".jpg": {"format": "JPEG", "quality": 90, "subsampling": 0},
+    ".png": {"format": "PNG", "compress_level": 2},
+}
 
 # Resized to the model's input, longer and narrower pictures would be only a few pixels wide; cut
 # into windows, they would give dozens of them.
@@ -64,7 +76,7 @@ class SegmentedPicture:
 
     Attributes:
         picture: the file that was read.
-        overlay: the picture with coloured segments and a legend.
+        overlay: the picture with coloured segments and a legend; None if none was written.
         id_map: every pixel's segment, in COCO's panoptic format.
         segments_file: the segments as JSON, in COCO's panoptic format or, for an instance model,
             in its instance format.
@@ -73,7 +85,7 @@ class SegmentedPicture:
     """
 
     picture: Path
-    overlay: Path
+    overlay: Path | None
     id_map: Path
     segments_file: Path
     size: tuple[int, int]
@@ -83,7 +95,7 @@ class SegmentedPicture:
         """The picture as JSON shows it."""
         return {
             "picture": str(self.picture),
-            "overlay": str(self.overlay),
+            "overlay": None if self.overlay is None else str(self.overlay),
             "id_map": str(self.id_map),
             "segments_file": str(self.segments_file),
             "height": self.size[0],
@@ -136,6 +148,7 @@ def segment(
     *,
     task: str | None = None,
     threshold: float | None = None,
+    overlay: Overlay = "jpg",
     batch_size: int = 4,
     device: str | None = None,
     dtype: str = "auto",
@@ -149,7 +162,7 @@ def segment(
 ) -> Segmentation:
     """Segments pictures, and writes an overlay, an id map and a JSON file for each.
 
-    ``street.jpg`` becomes ``street.overlay.png``, ``street.segments.png`` and
+    ``street.jpg`` becomes ``street.overlay.jpg``, ``street.segments.png`` and
     ``street.segments.json``; pictures with equal names get numbers. Pictures that cannot be read
     are skipped and listed in the result.
 
@@ -160,13 +173,15 @@ def segment(
         output: the folder to write to; it is created if it does not exist.
         task: panoptic, instance or semantic; by default the task that the model was converted for.
         threshold: the smallest score of a segment; by default 0.8. Not for semantic segmentation.
+        overlay: the format of overlays, ``jpg`` or ``png``; ``none`` for none.
         batch_size: number of pictures that go through the network at once.
         device: as torch names it; by default a GPU if there is one.
         dtype: dtype of the weights, as torch names it; ``auto`` for that of the file.
         compile: the mode of torch.compile, ``default`` or ``max-autotune``; None for none.
         threads: number of torch's CPU threads; by default torch's choice.
-        force: replace files of an earlier run: the three files of a picture, if the JSON file says
-            that this tool made them. Other files are never replaced.
+        force: replace files of an earlier run: all files of a picture, an overlay in another format
+            among them, if the JSON file says that this tool made them. Other files are never
+            replaced.
         token: for the Hub; overrides HF_TOKEN and the login file.
         cache_dir: where downloads are kept.
         local_files_only: use only the cache.
@@ -179,6 +194,11 @@ def segment(
         AccessError, HubUnavailableError: the repository cannot be reached.
         EomtConvertError: the model cannot be compiled.
     """
+    formats = get_args(Overlay)
+    if overlay not in formats:
+        raise UsageError(
+            f"The format of overlays is {overlay!r}, expected one of {', '.join(formats)}."
+        )
     paths, skipped = find_pictures(pictures)
     if not paths:
         raise UnreadableFileError(
@@ -217,11 +237,19 @@ def segment(
                 continue
             results = _run(network, processor, [image for _, image in batch], task, threshold)
             for (index, image), (id_map, segments) in zip(batch, results, strict=True):
-                files = _files(places[index])
-                size = image.height, image.width
-                found = SegmentedPicture(paths[index], *files, size, segments)
-                _check_output(output, [places[index]], force=force)  # it may exist by now
+                place = places[index]
+                found = SegmentedPicture(
+                    paths[index],
+                    None if overlay == "none" else _named(place, OVERLAYS[overlay]),
+                    _named(place, ID_MAP),
+                    _named(place, SEGMENTS),
+                    (image.height, image.width),
+                    segments,
+                )
+                _check_output(output, [place], force=force)  # it may exist by now
                 _write(found, index + 1, image, id_map, categories, rle=task == "instance")
+                if force:
+                    _remove_other_overlays(place, found.overlay)
                 done.append(found)
         progress("Segmenting", len(paths), len(paths))
     names = tuple(str(category["name"]) for category in categories)
@@ -276,7 +304,7 @@ def _is_picture(path: Path) -> bool:
     return (
         path.suffix.lower() in PICTURES
         and not path.name.startswith(".")
-        and not path.name.endswith((OVERLAY, ID_MAP))
+        and not path.name.endswith((*OVERLAYS.values(), ID_MAP))
         and path.is_file()
     )
 
@@ -418,6 +446,8 @@ def _categories(network: "Network", task: str) -> list[dict[str, Any]]:
 def _check_output(folder: Path, places: Sequence[Path], *, force: bool) -> None:
     """Checks that no existing file is in the way.
 
+    An overlay in any format is: once the JSON file is written, it would count as ours.
+
     Raises:
         OutputError: a file is in the way.
     """
@@ -426,38 +456,35 @@ def _check_output(folder: Path, places: Sequence[Path], *, force: bool) -> None:
     ours: list[Path] = []
     others: list[Path] = []
     for place in places:
-        existing = [path for path in _files(place) if os.path.lexists(path)]
+        files = (_named(place, ending) for ending in (*OVERLAYS.values(), ID_MAP, SEGMENTS))
+        existing = [path for path in files if os.path.lexists(path)]
         (ours if _is_ours(place) else others).extend(existing)
     if others:
         raise OutputError(
-            f"{_named(others)}, not made by eomt-convert; --force does not replace it.",
+            f"{_counted(others)}, not made by eomt-convert; --force does not replace it.",
             "Move it away, or choose another output.",
         )
     if ours and not force:
-        raise OutputError(f"{_named(ours)}.", "Replace with --force, or choose another --output.")
+        raise OutputError(f"{_counted(ours)}.", "Replace with --force, or choose another --output.")
 
 
-def _named(paths: Sequence[Path]) -> str:
+def _counted(paths: Sequence[Path]) -> str:
     more = f", and {len(paths) - 1} more files" if len(paths) > 1 else ""
     return f"{paths[0]} exists{more}"
 
 
 def _is_ours(place: Path) -> bool:
     """Whether this tool made the files of a picture, according to their JSON file."""
-    _, _, segments = _files(place)
     try:
-        info = read_json_object(segments, _SEGMENTS_LIMIT).get("info")
+        info = read_json_object(_named(place, SEGMENTS), _SEGMENTS_LIMIT).get("info")
     except UnreadableFileError:
         return False
     return isinstance(info, dict) and info.get("contributor") == TOOL
 
 
-def _files(place: Path) -> tuple[Path, Path, Path]:
-    """The paths of a picture's overlay, id map and segments file: ``place`` with three endings."""
-    overlay, id_map, segments = (
-        place.with_name(place.name + ending) for ending in (OVERLAY, ID_MAP, SEGMENTS)
-    )
-    return overlay, id_map, segments
+def _named(place: Path, ending: str) -> Path:
+    """The path of one of a picture's files."""
+    return place.with_name(place.name + ending)
 
 
 def _write(
@@ -490,14 +517,24 @@ def _write(
         )
         for segment in ranked
     ]
-    with (
-        writable(found.overlay.parent),
-        replacing(found.overlay) as overlay,
-        replacing(found.id_map) as ids,
-    ):
+    with ExitStack() as files:
+        files.enter_context(writable(found.id_map.parent))
+        if found.overlay is not None:
+            saving = _SAVING[found.overlay.suffix]
+            overlay = files.enter_context(replacing(found.overlay))
+            draw_overlay(image, id_map, labels).save(overlay, **saving)
+        ids = files.enter_context(replacing(found.id_map))
         id_map_image(id_map).save(ids, "PNG")
-        draw_overlay(image, id_map, labels).save(overlay, "PNG", compress_level=_COMPRESSION)
-        write_json(found.segments_file, content)  # written first: it shows that all three are ours
+        write_json(found.segments_file, content)  # written first: it shows that all files are ours
+
+
+def _remove_other_overlays(place: Path, kept: Path | None) -> None:
+    """Removes the overlay of an earlier run that wrote it in another format."""
+    for ending in OVERLAYS.values():
+        other = _named(place, ending)
+        if other != kept:
+            with writable(other):
+                other.unlink(missing_ok=True)
 
 
 def _note(segment: Segment, pixels: int) -> str:
