@@ -5,6 +5,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,7 +28,7 @@ from converter import OutputError, UnreadableFileError, UsageError
 from converter.cli.segment import segment_command
 from converter.colours import class_colour
 from converter.errors import EomtConvertError
-from converter.pictures.coco import encode_mask, measure
+from converter.pictures.coco import encode_mask, id_map_png, measure
 from converter.pictures.segmenting import SegmentedPicture, segment
 from converter.version import __version__
 from reference_model import EomtDinov3ForUniversalSegmentation
@@ -220,8 +221,28 @@ def test_long_runs_are_encoded_as_pycocotools_does() -> None:
     assert encode_mask(mask)["counts"] == expected["counts"].decode()
 
 
-def test_an_empty_mask_has_no_box() -> None:
-    assert measure(np.zeros((4, 5), dtype=bool)) == (0, (0, 0, 0, 0))
+ID_MAPS = arrays.arrays(np.uint16, st.tuples(st.integers(1, 9), st.integers(1, 9)))
+
+
+@given(ID_MAPS)
+def test_every_segment_is_measured(id_map: NDArray[np.uint16]) -> None:
+    measured = measure(id_map)
+
+    assert list(measured) == np.unique(id_map).tolist()
+    for id, (area, (left, top, width, height)) in measured.items():
+        rows, columns = np.nonzero(id_map == id)
+        assert area == len(rows)
+        assert (left, top) == (columns.min(), rows.min())
+        assert (left + width, top + height) == (columns.max() + 1, rows.max() + 1)
+
+
+@given(ID_MAPS)
+def test_an_id_map_is_read_back_from_its_file(id_map: NDArray[np.uint16]) -> None:
+    with Image.open(BytesIO(id_map_png(id_map))) as image:
+        assert (image.format, image.mode) == ("PNG", "RGB")
+        pixels = np.asarray(image).astype(np.uint16)
+    assert (pixels[..., 0] + 256 * pixels[..., 1] == id_map).all()
+    assert not pixels[..., 2].any()
 
 
 def test_the_overlay_has_the_colours_of_the_classes(converted: Converted, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from glob import glob, has_magic
 from io import BytesIO
 from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,9 +35,12 @@ from converter.models import (
     run_network,
     torch_device,
 )
-from converter.pictures.coco import Segment, document, encode_mask, id_map_image, measure
+from converter.pictures.coco import Segment, document, encode_mask, id_map_png, measure
 from converter.pictures.drawing import Label, draw_overlay
 from converter.version import TOOL, __version__
+
+# a picture's id map (height, width), with 0 for no segment, and its segments
+_Segmented: TypeAlias = tuple[NDArray[np.unsignedinteger[Any]], tuple[Segment, ...]]
 
 if TYPE_CHECKING:
     from converter.models import Network
@@ -357,8 +360,8 @@ def _run(
     images: Sequence[Image.Image],
     task: str,
     threshold: float | None,
-) -> Iterator[tuple[NDArray[np.integer[Any]], tuple[Segment, ...]]]:
-    """Each picture's id map (height, width), with 0 for no segment, and its segments."""
+) -> Iterator[_Segmented]:
+    """Each picture's id map and segments."""
     import torch
 
     from reference_model.image_processing import THRESHOLD
@@ -386,24 +389,21 @@ def _run(
         ) from error
 
 
-def _semantic(
-    class_map: NDArray[np.int64],
-) -> tuple[NDArray[np.integer[Any]], tuple[Segment, ...]]:
+def _semantic(class_map: NDArray[np.int64]) -> _Segmented:
     """A segment for each class; its id is always the class id + 1."""
-    segments = tuple(
-        Segment(label + 1, label, *measure(class_map == label))
-        for label in np.unique(class_map).tolist()
-    )
-    return class_map + 1, segments
+    id_map = _small(class_map + 1)
+    segments = tuple(Segment(id, id - 1, *measured) for id, measured in measure(id_map).items())
+    return id_map, segments
 
 
-def _panoptic(result: dict[str, Any]) -> tuple[NDArray[np.integer[Any]], tuple[Segment, ...]]:
-    id_map = result["segmentation"].numpy(force=True) + 1
+def _panoptic(result: dict[str, Any]) -> _Segmented:
+    id_map = _small(result["segmentation"].numpy(force=True) + 1)
+    measured = measure(id_map)
     segments = tuple(
         Segment(
             entry["id"] + 1,
             entry["label_id"],
-            *measure(id_map == entry["id"] + 1),
+            *measured[entry["id"] + 1],
             score=entry["score"],
         )
         for entry in result["segments_info"]
@@ -411,24 +411,29 @@ def _panoptic(result: dict[str, Any]) -> tuple[NDArray[np.integer[Any]], tuple[S
     return id_map, segments
 
 
-def _instances(result: dict[str, Any]) -> tuple[NDArray[np.integer[Any]], tuple[Segment, ...]]:
+def _instances(result: dict[str, Any]) -> _Segmented:
     """The instances by descending score, from id 1; in the id map, better ones cover others."""
     ranked = sorted(result["segments_info"], key=lambda entry: -entry["score"])
     masks = [result["binary_maps"][entry["id"]].numpy(force=True) for entry in ranked]
-    id_map = np.zeros(tuple(result["segmentation"].shape), dtype=np.int64)
+    id_map = np.zeros(tuple(result["segmentation"].shape), np.min_scalar_type(len(masks)))
     for index in reversed(range(len(masks))):
-        id_map[masks[index]] = index + 1
+        np.copyto(id_map, index + 1, where=masks[index])
     segments = tuple(
         Segment(
             index + 1,
             entry["label_id"],
-            *measure(mask),
+            *measure(mask)[1],
             score=entry["score"],
             rle=encode_mask(mask),
         )
         for index, (entry, mask) in enumerate(zip(ranked, masks, strict=True))
     )
     return id_map, segments
+
+
+def _small(id_map: NDArray[np.int64]) -> NDArray[np.unsignedinteger[Any]]:
+    """The same ids in the smallest dtype, which is faster to draw and to write."""
+    return id_map.astype(np.min_scalar_type(id_map.max()))
 
 
 def _categories(network: "Network", task: str) -> list[dict[str, Any]]:
@@ -491,7 +496,7 @@ def _write(
     found: SegmentedPicture,
     image_id: int,
     image: Image.Image,
-    id_map: NDArray[np.integer[Any]],
+    id_map: NDArray[np.unsignedinteger[Any]],
     categories: Sequence[dict[str, Any]],
     *,
     rle: bool,
@@ -524,7 +529,7 @@ def _write(
             overlay = files.enter_context(replacing(found.overlay))
             draw_overlay(image, id_map, labels).save(overlay, **saving)
         ids = files.enter_context(replacing(found.id_map))
-        id_map_image(id_map).save(ids, "PNG")
+        ids.write(id_map_png(id_map))
         write_json(found.segments_file, content)  # written first: it shows that all files are ours
 
 
