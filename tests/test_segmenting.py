@@ -3,6 +3,8 @@
 import json
 import shutil
 import struct
+import threading
+import time
 import zlib
 from collections.abc import Callable
 from io import BytesIO
@@ -28,10 +30,11 @@ from converter import OutputError, UnreadableFileError, UsageError
 from converter.cli.segment import segment_command
 from converter.colours import class_colour
 from converter.errors import EomtConvertError
+from converter.pictures import segmenting
 from converter.pictures.coco import encode_mask, id_map_png, measure
 from converter.pictures.segmenting import SegmentedPicture, segment
 from converter.version import __version__
-from reference_model import EomtDinov3ForUniversalSegmentation
+from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 
 pytestmark = pytest.mark.numbers
 
@@ -615,6 +618,103 @@ def test_options_set_dtype_threads_and_batch_size(
     assert result.exit_code == 0
     assert seen == [(size, torch.bfloat16, threads + 1) for size in (2, 1)]
     assert torch.get_num_threads() == threads
+
+
+def test_a_small_network_leaves_the_cores_to_the_workers(
+    converted: Converted, picture: Path, tmp_path: Path
+) -> None:
+    seen = []
+    threads = torch.get_num_threads()
+    segment(
+        converted(SHAPES),
+        [picture],
+        tmp_path,
+        device="cpu",
+        workers=2,
+        progress=lambda *_: seen.append(torch.get_num_threads()),
+    )
+
+    assert seen == [1, 1]
+    assert torch.get_num_threads() == threads
+    assert not segmenting._is_small(EomtDinov3Config())
+
+
+def test_workers_do_not_change_what_is_written(converted: Converted, tmp_path: Path) -> None:
+    pictures: list[str | Path] = [images(SHAPES) / "1.png", tmp_path / "missing.png"]
+    pictures += [images(SHAPES) / "0.png", images(SEMANTIC), tmp_path / "missing, too.png"]
+    written, skipped = [], []
+    for workers in (0, 3):
+        output = tmp_path / f"{workers}"
+        found = segment(converted(SHAPES), pictures, output, workers=workers, batch_size=2)
+        written.append({path.name: path.read_bytes() for path in output.iterdir()})
+        skipped.append(found.skipped)
+
+    assert written[0] == written[1]
+    assert len(written[0]) == 3 * len(found.pictures) > 6
+    assert skipped[0] == skipped[1]
+    assert [entry.picture for entry in skipped[1]] == [str(pictures[1]), str(pictures[4])]
+
+
+def test_few_pictures_are_in_memory_at_once(
+    converted: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, write, lock = segmenting._read, segmenting._write, threading.Lock()
+    inside, most = 0, 0
+
+    def count(change: int) -> None:
+        nonlocal inside, most
+        with lock:
+            inside += change
+            most = max(most, inside)
+
+    def counted_read(path: Path) -> Image.Image:
+        count(1)
+        return read(path)
+
+    def slow_write(*arguments: Any, **options: Any) -> None:
+        time.sleep(0.01)
+        write(*arguments, **options)
+        count(-1)
+
+    for index in range(24):
+        Image.new("RGB", (24, 16)).save(tmp_path / f"{index}.png")
+    monkeypatch.setattr(segmenting, "_read", counted_read)
+    monkeypatch.setattr(segmenting, "_write", slow_write)
+    segment(converted(SHAPES), [tmp_path], tmp_path / "out", workers=2, batch_size=3)
+
+    assert inside == 0
+    # read ahead, in the network, and to be written
+    assert most <= (3 + 2) + 3 + (2 + 1)
+
+
+def test_an_interruption_leaves_whole_results_and_no_thread(
+    converted: Converted, tmp_path: Path
+) -> None:
+    def interrupt(_: str, done: int, __: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    pictures = [images(SHAPES), images(SEMANTIC)]
+    with pytest.raises(KeyboardInterrupt):
+        segment(converted(SHAPES), pictures, tmp_path, workers=2, batch_size=2, progress=interrupt)
+
+    assert not [thread for thread in threading.enumerate() if "pictures" in thread.name]
+    written = [path.name for path in tmp_path.iterdir()]
+    names = {name.partition(".")[0] for name in written}
+    assert len(names) <= 4
+    assert set(written) == {f"{name}.{ending}" for name in names for ending in ENDINGS}
+
+
+def test_pictures_before_a_fault_are_written(converted: Converted, tmp_path: Path) -> None:
+    def fail(_: str, done: int, __: int) -> None:
+        if done == 2:
+            raise EomtConvertError("in the second batch")
+
+    with pytest.raises(EomtConvertError, match="second batch"):
+        segment(
+            converted(SHAPES), [images(SHAPES)], tmp_path, workers=2, batch_size=2, progress=fail
+        )
+    assert len(list(tmp_path.iterdir())) == 2 * len(ENDINGS)
 
 
 def test_a_gpu_without_enough_memory_is_not_a_bug(

@@ -67,6 +67,11 @@ if TYPE_CHECKING:
 )
 @compile_option
 @threads_option
+@click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    help="Threads that read, draw and write beside the network; 0 for none. [default: by cores]",
+)
 @click.option("--force", is_flag=True, help="Replace files of an earlier run, and no others.")
 @hub_options
 @common_options
@@ -82,6 +87,7 @@ def segment_command(
     dtype: str | None,
     compile: Compile | None,
     threads: int | None,
+    workers: int | None,
     force: bool,
     token: str | None,
     cache_dir: Path | None,
@@ -111,6 +117,7 @@ def segment_command(
                 dtype=dtype or "auto",
                 compile=compile,
                 threads=threads,
+                workers=workers,
                 force=force,
                 token=token,
                 cache_dir=cache_dir,

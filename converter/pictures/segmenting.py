@@ -3,11 +3,11 @@
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from glob import glob, has_magic
 from io import BytesIO
-from itertools import chain, count
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -37,14 +37,22 @@ from converter.models import (
 )
 from converter.pictures.coco import Segment, document, encode_mask, id_map_png, measure
 from converter.pictures.drawing import Label, draw_overlay
+from converter.pictures.feeding import default_workers, in_order, worker_threads
 from converter.version import TOOL, __version__
+
+# what post-processing gives for a picture, in arrays
+_Result: TypeAlias = dict[str, Any]
 
 # a picture's id map (height, width), with 0 for no segment, and its segments
 _Segmented: TypeAlias = tuple[NDArray[np.unsignedinteger[Any]], tuple[Segment, ...]]
 
 if TYPE_CHECKING:
     from converter.models import Network
-    from reference_model import EomtImageProcessor
+    from reference_model import (
+        EomtDinov3Config,
+        EomtDinov3ForUniversalSegmentationOutput,
+        EomtImageProcessor,
+    )
 
 ID_MAP, SEGMENTS = ".segments.png", ".segments.json"
 
@@ -67,6 +75,10 @@ _SAVING: Mapping[str, dict[str, Any]] = {
     ".jpg": {"format": "JPEG", "quality": 90, "subsampling": 0},
     ".png": {"format": "PNG", "compress_level": 2},
 }
+
+# Multiplications for a picture, about 0.05 s on one core. The smallest published model has fifty
+# times as many.
+_SMALL = 10**9
 
 # Resized to the model's input, longer and narrower pictures would be only a few pixels wide; cut
 # into windows, they would give dozens of them.
@@ -144,6 +156,23 @@ class Segmentation:
         }
 
 
+@dataclass(frozen=True)
+class _Picture:
+    """A picture that was read.
+
+    Attributes:
+        index: its position among the pictures to segment.
+        size: (height, width) in pixels.
+        resized: in RGB, as large as in the network's input.
+        image: in RGB, to draw the overlay on; None if there will be none.
+    """
+
+    index: int
+    size: tuple[int, int]
+    resized: Image.Image
+    image: Image.Image | None
+
+
 def segment(
     model: str | Path,
     pictures: Sequence[str | Path],
@@ -157,6 +186,7 @@ def segment(
     dtype: str = "auto",
     compile: Compile | None = None,
     threads: int | None = None,
+    workers: int | None = None,
     force: bool = False,
     token: str | None = None,
     cache_dir: str | Path | None = None,
@@ -182,6 +212,8 @@ def segment(
         dtype: dtype of the weights, as torch names it; ``auto`` for that of the file.
         compile: the mode of torch.compile, ``default`` or ``max-autotune``; None for none.
         threads: number of torch's CPU threads; by default torch's choice.
+        workers: number of threads that read, draw and write pictures while the network runs; 0 to
+            do one after the other. By default as many as there are cores, up to 16.
         force: replace files of an earlier run: all files of a picture, an overlay in another format
             among them, if the JSON file says that this tool made them. Other files are never
             replaced.
@@ -220,40 +252,60 @@ def segment(
             "Leave out --threshold.",
         )
 
+    workers = default_workers() if workers is None else workers
     done: list[SegmentedPicture] = []
+    import torch
+
     with torch_device(device, threads) as where:
         network, processor = load_model(
             folder, device=where, dtype=dtype, windows=task == "semantic", compile=compile
         )
+        if workers and threads is None and where == "cpu" and _is_small(network.config):
+            torch.set_num_threads(1)  # until the end of torch_device
         categories = _categories(network, task)
         with writable(output):
             output.mkdir(parents=True, exist_ok=True)
-        for start in range(0, len(paths), batch_size):
-            progress("Segmenting", start, len(paths))
-            batch = []
-            for index in range(start, min(start + batch_size, len(paths))):
-                try:
-                    batch.append((index, _read(paths[index])))
-                except UnreadableFileError as error:
-                    skipped.append(Skipped(str(paths[index]), error.message))
-            if not batch:
-                continue
-            results = _run(network, processor, [image for _, image in batch], task, threshold)
-            for (index, image), (id_map, segments) in zip(batch, results, strict=True):
-                place = places[index]
-                found = SegmentedPicture(
-                    paths[index],
-                    None if overlay == "none" else _named(place, OVERLAYS[overlay]),
-                    _named(place, ID_MAP),
-                    _named(place, SEGMENTS),
-                    (image.height, image.width),
-                    segments,
-                )
-                _check_output(output, [place], force=force)  # it may exist by now
-                _write(found, index + 1, image, id_map, categories, rle=task == "instance")
-                if force:
-                    _remove_other_overlays(place, found.overlay)
-                done.append(found)
+
+        def load(index: int) -> _Picture | Skipped:
+            try:
+                image = _read(paths[index])
+            except UnreadableFileError as error:
+                return Skipped(str(paths[index]), error.message)
+            resized, size = processor.resized(image), (image.height, image.width)
+            return _Picture(index, size, resized, None if overlay == "none" else image)
+
+        def results(pictures: Iterator[_Picture | Skipped]) -> Iterator[tuple[_Picture, _Result]]:
+            for start in range(0, len(paths), batch_size):
+                progress("Segmenting", start, len(paths))
+                batch = []
+                for picture in islice(pictures, batch_size):
+                    if isinstance(picture, Skipped):
+                        skipped.append(picture)
+                    else:
+                        batch.append(picture)
+                yield from _run(network, processor, batch, task, threshold)
+
+        def finish(result: tuple[_Picture, _Result]) -> SegmentedPicture:
+            picture, arrays = result
+            place = places[picture.index]
+            id_map, segments = _SEGMENTED[task](arrays)
+            found = SegmentedPicture(
+                paths[picture.index],
+                None if overlay == "none" else _named(place, OVERLAYS[overlay]),
+                _named(place, ID_MAP),
+                _named(place, SEGMENTS),
+                picture.size,
+                segments,
+            )
+            _check_output(output, [place], force=force)  # it may exist by now
+            _write(found, picture, id_map, categories, rle=task == "instance")
+            if force:
+                _remove_other_overlays(place, found.overlay)
+            return found
+
+        with _quiet_decoders(), worker_threads(workers) as pool:
+            pictures_ahead = in_order(load, range(len(paths)), pool, batch_size + workers)
+            done += in_order(finish, results(pictures_ahead), pool, workers + 1)
         progress("Segmenting", len(paths), len(paths))
     names = tuple(str(category["name"]) for category in categories)
     return Segmentation(str(model), task, names, tuple(done), tuple(skipped))
@@ -331,24 +383,36 @@ def _read(path: Path) -> Image.Image:
     Raises:
         UnreadableFileError: it is not a picture, is broken, or has a hostile size.
     """
-    from reference_model.pictures import read_picture
+    from reference_model.pictures import FORMATS, read_picture
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about harmless flaws
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            image = read_picture(BytesIO(read_bytes(path, PICTURE_LIMIT)))
-        except UnidentifiedImageError as error:
-            raise UnreadableFileError("not a picture of a known format") from error
-        except OSError as error:
-            raise UnreadableFileError(error.strerror or str(error)) from error
-        except Exception as error:  # on hostile files, decoders may raise anything
-            raise UnreadableFileError(str(error) or type(error).__name__) from error
+    try:
+        content = BytesIO(read_bytes(path, PICTURE_LIMIT))
+        # Pillow only warns of half of the sizes that it counts as hostile, and what becomes of a
+        # warning is not for a thread by itself to decide
+        with Image.open(content, formats=FORMATS) as opened:
+            pixels, limit = opened.width * opened.height, Image.MAX_IMAGE_PIXELS
+        if limit is not None and pixels > limit:
+            raise ValueError(f"{pixels:,} pixels: the size exceeds limit of {limit:,}")
+        image = read_picture(content)
+    except UnidentifiedImageError as error:
+        raise UnreadableFileError("not a picture of a known format") from error
+    except OSError as error:
+        raise UnreadableFileError(error.strerror or str(error)) from error
+    except Exception as error:  # on hostile files, decoders may raise anything
+        raise UnreadableFileError(str(error) or type(error).__name__) from error
     if max(image.size) > _MAX_ASPECT_RATIO * min(image.size):
         raise UnreadableFileError(
             f"{image.width}x{image.height} pixels: longer than {_MAX_ASPECT_RATIO}:1"
         )
     return image
+
+
+@contextmanager
+def _quiet_decoders() -> Iterator[None]:
+    """Leaves out Pillow's warnings, which are about harmless flaws, in this block."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
 
 
 # the network ------------------------------------------------------------------------------------
@@ -357,47 +421,81 @@ def _read(path: Path) -> Image.Image:
 def _run(
     network: "Network",
     processor: "EomtImageProcessor",
-    images: Sequence[Image.Image],
+    pictures: Sequence[_Picture],
     task: str,
     threshold: float | None,
-) -> Iterator[_Segmented]:
-    """Each picture's id map and segments."""
+) -> Iterator[tuple[_Picture, _Result]]:
+    """Each picture with its result, as soon as that is there."""
     import torch
 
     from reference_model.image_processing import THRESHOLD
 
-    sizes = [(image.height, image.width) for image in images]
+    if not pictures:
+        return
     threshold = THRESHOLD if threshold is None else threshold
     try:
         with torch.inference_mode():
+            images = [picture.resized for picture in pictures]
             inputs = processor(images=images).to(network.device, network.dtype)
             outputs = run_network(network, inputs)
-            if task == "semantic":
-                class_maps = processor.post_process_semantic_segmentation(outputs, sizes)
-                return map(_semantic, (class_map.numpy(force=True) for class_map in class_maps))
-            if task == "panoptic":
-                results = processor.post_process_panoptic_segmentation(outputs, sizes, threshold)
-                return map(_panoptic, results)
-            results = processor.post_process_instance_segmentation(
-                outputs, sizes, threshold, return_binary_maps=True
-            )
-            return map(_instances, results)
+        for index, picture in enumerate(pictures):
+            with torch.inference_mode():
+                own = _outputs_of(index, outputs)
+                result = _post_process(processor, own, picture.size, task, threshold)
+            yield picture, result
     except torch.OutOfMemoryError as error:
         raise EomtConvertError(
-            f"{network.device} does not have enough memory for {len(images)} pictures at once.",
+            f"{network.device} does not have enough memory for {len(pictures)} pictures at once.",
             "Lower --batch-size, or use --dtype bfloat16.",
         ) from error
 
 
-def _semantic(class_map: NDArray[np.int64]) -> _Segmented:
+def _outputs_of(
+    index: int, outputs: "EomtDinov3ForUniversalSegmentationOutput"
+) -> "EomtDinov3ForUniversalSegmentationOutput":
+    """The outputs for one picture of a batch."""
+    rows, offsets = slice(index, index + 1), None
+    if outputs.patch_offsets is not None:
+        windows = [row for row, offset in enumerate(outputs.patch_offsets) if offset[0] == index]
+        rows = slice(windows[0], windows[-1] + 1)
+        offsets = outputs.patch_offsets[rows]
+        offsets = [offset - offset.new_tensor([index, 0, 0]) for offset in offsets]
+    return replace(
+        outputs,
+        masks_queries_logits=outputs.masks_queries_logits[rows],
+        class_queries_logits=outputs.class_queries_logits[rows],
+        patch_offsets=offsets,
+    )
+
+
+def _post_process(
+    processor: "EomtImageProcessor",
+    outputs: "EomtDinov3ForUniversalSegmentationOutput",
+    size: tuple[int, int],
+    task: str,
+    threshold: float,
+) -> _Result:
+    if task == "semantic":
+        (class_map,) = processor.post_process_semantic_segmentation(outputs, [size])
+        return {"class_map": class_map.numpy(force=True)}
+    if task == "panoptic":
+        (result,) = processor.post_process_panoptic_segmentation(outputs, [size], threshold)
+        return {**result, "segmentation": result["segmentation"].numpy(force=True)}
+    (result,) = processor.post_process_instance_segmentation(
+        outputs, [size], threshold, return_binary_maps=True
+    )
+    return {**result, "binary_maps": result["binary_maps"].numpy(force=True)}
+
+
+def _semantic(result: _Result) -> _Segmented:
     """A segment for each class; its id is always the class id + 1."""
-    id_map = _small(class_map + 1)
+    id_map = _small(result["class_map"] + 1)
     segments = tuple(Segment(id, id - 1, *measured) for id, measured in measure(id_map).items())
     return id_map, segments
 
 
-def _panoptic(result: dict[str, Any]) -> _Segmented:
-    id_map = _small(result["segmentation"].numpy(force=True) + 1)
+def _panoptic(result: _Result) -> _Segmented:
+    id_map = _small(result["segmentation"] + 1)
     measured = measure(id_map)
     segments = tuple(
         Segment(
@@ -411,11 +509,11 @@ def _panoptic(result: dict[str, Any]) -> _Segmented:
     return id_map, segments
 
 
-def _instances(result: dict[str, Any]) -> _Segmented:
+def _instances(result: _Result) -> _Segmented:
     """The instances by descending score, from id 1; in the id map, better ones cover others."""
     ranked = sorted(result["segments_info"], key=lambda entry: -entry["score"])
-    masks = [result["binary_maps"][entry["id"]].numpy(force=True) for entry in ranked]
-    id_map = np.zeros(tuple(result["segmentation"].shape), np.min_scalar_type(len(masks)))
+    masks = [result["binary_maps"][entry["id"]] for entry in ranked]
+    id_map = np.zeros(result["binary_maps"].shape[1:], np.min_scalar_type(len(masks)))
     for index in reversed(range(len(masks))):
         np.copyto(id_map, index + 1, where=masks[index])
     segments = tuple(
@@ -431,9 +529,25 @@ def _instances(result: dict[str, Any]) -> _Segmented:
     return id_map, segments
 
 
+_SEGMENTED = {"semantic": _semantic, "panoptic": _panoptic, "instance": _instances}
+
+
 def _small(id_map: NDArray[np.int64]) -> NDArray[np.unsignedinteger[Any]]:
     """The same ids in the smallest dtype, which is faster to draw and to write."""
     return id_map.astype(np.min_scalar_type(id_map.max()))
+
+
+def _is_small(config: "EomtDinov3Config") -> bool:
+    """Whether a network takes no longer for a picture than drawing and writing the segments.
+
+    Several threads of torch, which wait for each other after every operation, are then slower than
+    one: they wait for cores that workers are using.
+    """
+    height, width = config.input_size
+    tokens = config.num_queries + height * width // config.patch_size**2
+    # of a layer: attention has 4 square matrices, an MLP 2 or 3 larger ones
+    weights = config.hidden_size * (4 * config.hidden_size + 3 * config.intermediate_size)
+    return config.num_hidden_layers * weights * tokens < _SMALL
 
 
 def _categories(network: "Network", task: str) -> list[dict[str, Any]]:
@@ -494,8 +608,7 @@ def _named(place: Path, ending: str) -> Path:
 
 def _write(
     found: SegmentedPicture,
-    image_id: int,
-    image: Image.Image,
+    picture: _Picture,
     id_map: NDArray[np.unsignedinteger[Any]],
     categories: Sequence[dict[str, Any]],
     *,
@@ -503,7 +616,7 @@ def _write(
 ) -> None:
     height, width = found.size
     entry = {
-        "id": image_id,
+        "id": picture.index + 1,
         "file_name": printable(found.picture.name),
         "height": height,
         "width": width,
@@ -524,10 +637,10 @@ def _write(
     ]
     with ExitStack() as files:
         files.enter_context(writable(found.id_map.parent))
-        if found.overlay is not None:
+        if found.overlay is not None and picture.image is not None:
             saving = _SAVING[found.overlay.suffix]
             overlay = files.enter_context(replacing(found.overlay))
-            draw_overlay(image, id_map, labels).save(overlay, **saving)
+            draw_overlay(picture.image, id_map, labels).save(overlay, **saving)
         ids = files.enter_context(replacing(found.id_map))
         ids.write(id_map_png(id_map))
         write_json(found.segments_file, content)  # written first: it shows that all files are ours
