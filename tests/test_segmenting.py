@@ -705,18 +705,6 @@ def test_an_interruption_leaves_whole_results_and_no_thread(
     assert set(written) == {f"{name}.{ending}" for name in names for ending in ENDINGS}
 
 
-def test_pictures_before_a_fault_are_written(converted: Converted, tmp_path: Path) -> None:
-    def fail(_: str, done: int, __: int) -> None:
-        if done == 2:
-            raise EomtConvertError("in the second batch")
-
-    with pytest.raises(EomtConvertError, match="second batch"):
-        segment(
-            converted(SHAPES), [images(SHAPES)], tmp_path, workers=2, batch_size=2, progress=fail
-        )
-    assert len(list(tmp_path.iterdir())) == 2 * len(ENDINGS)
-
-
 def test_a_gpu_without_enough_memory_is_not_a_bug(
     converted: Converted, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
