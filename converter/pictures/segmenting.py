@@ -489,13 +489,14 @@ def _post_process(
 
 def _semantic(result: _Result) -> _Segmented:
     """A segment for each class; its id is always the class id + 1."""
-    id_map = _small(result["class_map"] + 1)
+    class_map = result["class_map"]
+    id_map = _from_one(class_map, class_map.max() + 1)
     segments = tuple(Segment(id, id - 1, *measured) for id, measured in measure(id_map).items())
     return id_map, segments
 
 
 def _panoptic(result: _Result) -> _Segmented:
-    id_map = _small(result["segmentation"] + 1)
+    id_map = _from_one(result["segmentation"], len(result["segments_info"]))
     measured = measure(id_map)
     segments = tuple(
         Segment(
@@ -532,9 +533,11 @@ def _instances(result: _Result) -> _Segmented:
 _SEGMENTED = {"semantic": _semantic, "panoptic": _panoptic, "instance": _instances}
 
 
-def _small(id_map: NDArray[np.int64]) -> NDArray[np.unsignedinteger[Any]]:
-    """The same ids in the smallest dtype, which is faster to draw and to write."""
-    return id_map.astype(np.min_scalar_type(id_map.max()))
+def _from_one(ids: NDArray[np.int64], largest: int) -> NDArray[np.unsignedinteger[Any]]:
+    """Ids from -1 as ids from 0, in the smallest dtype, which is the fastest to draw and write."""
+    id_map = ids.astype(np.min_scalar_type(largest))
+    id_map += 1  # what -1 has become, the largest number, becomes 0
+    return id_map
 
 
 def _is_small(config: "EomtDinov3Config") -> bool:
