@@ -87,23 +87,31 @@ def panoptic_segmentation(
     # of every pixel: twice the index of its query, plus 1 inside of that query's mask. In float32,
     # like the results of comparisons: on the CPU, this takes a third less time than other dtypes.
     owner = torch.zeros(placement.target_size, device=device)
-    working = torch.empty(2, *placement.target_size, device=device)
-    mask_areas = []
-    for index, region in enumerate(_regions(mask_logits, scores, placement, mask_threshold)):
-        probability = placement.enlarge(mask_logits[index])[region].sigmoid_()
-        inside, larger = working[0][region], working[1][region]
-        torch.ge(probability, mask_threshold, out=inside)
-        mask_areas.append(inside.sum(1).long().sum())  # a row's sum is exact in float32
-        product = probability.mul_(scores[index])
-        torch.gt(product, largest[region], out=larger)
-        torch.maximum(largest[region], product, out=largest[region])
-        owner[region].lerp_(inside.add_(2 * index), larger)
+    height, width = placement.target_size
+    band = _rows_at_a_time(device, width) or height
+    working = torch.empty(2, min(band, height), width, device=device)
+    row_areas = torch.zeros(len(queries), height, device=device)  # of masks; exact in float32
+    for index, (rows, columns) in enumerate(
+        _regions(mask_logits, scores, placement, mask_threshold)
+    ):
+        enlarged = placement.enlarge(mask_logits[index])
+        for start in range(rows.start, rows.stop, band):
+            part = slice(start, min(start + band, rows.stop))
+            probability = enlarged[part, columns].sigmoid_()
+            inside, larger = working[:, : part.stop - start, columns]
+            torch.ge(probability, mask_threshold, out=inside)
+            torch.sum(inside, 1, out=row_areas[index, part])
+            product = probability.mul_(scores[index])
+            best = largest[part, columns]
+            torch.gt(product, best, out=larger)
+            torch.maximum(best, product, out=best)
+            owner[part, columns].lerp_(inside.add_(2 * index), larger)
 
     count = len(queries)
     owners = owner.flatten().int()
     # together, as every transfer waits for the device
-    counts = [owners.bincount(minlength=2 * count), *map(torch.atleast_1d, mask_areas)]
-    areas = torch.cat(counts).tolist()
+    visible_areas = owners.bincount(minlength=2 * count)
+    areas = torch.cat([visible_areas, row_areas.long().sum(1)]).tolist()
     queries_labels = labels[queries].tolist()
     queries_scores = scores.tolist()
 
@@ -127,6 +135,16 @@ def panoptic_segmentation(
     table = torch.tensor(segment_ids, device=device)
     segmentation = table.index_select(0, owners).view(placement.target_size)
     return {"segmentation": segmentation, "segments_info": segments}
+
+
+def _rows_at_a_time(device: torch.device, width: int) -> int | None:
+    """Rows of so many pixels that what is computed of them stays in the caches of a CPU's cores.
+
+    None on other devices, which are faster with all rows.
+    """
+    if device.type != "cpu":
+        return None
+    return max(1, 2**16 * torch.get_num_threads() // width)
 
 
 # side, in mask logits, of the blocks that are compared to leave parts of a picture out
@@ -161,7 +179,8 @@ def _regions(
         )
     ]
     if max(per_input for per_input, _ in scales) > _BLOCK - 1.5:
-        return [(slice(None), slice(None))] * len(mask_logits)
+        everything = slice(0, placement.target_size[0]), slice(0, placement.target_size[1])
+        return [everything] * len(mask_logits)
     # a pixel's value comes from logits that are at most 1 + per_input away from its place, so from
     # its block and those around it
     shape = [

@@ -461,7 +461,7 @@ def test_parts_of_a_picture_are_only_left_out_where_a_query_changes_nothing(
 
     monkeypatch.setattr(post_processing, "_regions", spy)
     cut = processor.post_process_panoptic_segmentation(outputs, [size] * 3, **thresholds)
-    everything = (slice(None), slice(None))
+    everything = slice(0, size[0]), slice(0, size[1])
     monkeypatch.setattr(post_processing, "_regions", lambda logits, *_: [everything] * len(logits))
     whole = processor.post_process_panoptic_segmentation(outputs, [size] * 3, **thresholds)
 
