@@ -450,7 +450,10 @@ def test_parts_of_a_picture_are_only_left_out_where_a_query_changes_nothing(
     outputs.masks_queries_logits[1, :20] -= 300
     outputs.masks_queries_logits[2, 3, :5, :5] = torch.inf
     processor = EomtImageProcessor(size=SQUARE, do_pad=True)
-    thresholds = {"mask_threshold": mask_threshold, "overlap_mask_area_threshold": 0.3}
+    thresholds: dict[str, Any] = {
+        "mask_threshold": mask_threshold,
+        "overlap_mask_area_threshold": 0.3,
+    }
     regions, left_out = post_processing._regions, 0
 
     def spy(*arguments: Any) -> list[tuple[slice, slice]]:
