@@ -310,6 +310,19 @@ class EomtImageProcessor:
 
     preprocess = __call__
 
+    def resized(self, picture: Image.Image, resample: int | None = None) -> Image.Image:
+        """A picture in the size that it has in the network's input; resized again, it stays equal.
+
+        Args:
+            picture: with do_resize false, it is returned as it is.
+            resample: PIL's number of an interpolation; by default the processor's.
+        """
+        if not self.do_resize:
+            return picture
+        height, width = self._scaled_size((picture.height, picture.width))
+        method = self.resample if resample is None else resample
+        return picture.resize((width, height), Image.Resampling(method))
+
     @torch.no_grad()
     def post_process_semantic_segmentation(
         self,
@@ -488,10 +501,7 @@ class EomtImageProcessor:
 
     def _inputs(self, image: Image.Image, resample: int) -> list[tuple[int, int, NDArray[Any]]]:
         """The resized image, padded or cut into windows: (start, end, pixels) of each."""
-        if self.do_resize:
-            height, width = self._scaled_size((image.height, image.width))
-            image = image.resize((width, height), Image.Resampling(resample))
-        pixels = np.asarray(image)
+        pixels = np.asarray(self.resized(image, resample))
         height, width = pixels.shape[:2]
         if self.do_pad:
             padded_height, padded_width = self._padded_size((height, width))

@@ -8,6 +8,7 @@ and gives, bit for bit, what enlarging all of them at once gives.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -78,49 +79,144 @@ def panoptic_segmentation(
     """
     scores, labels = class_logits.float().softmax(-1).max(-1)
     kept = (labels != class_logits.shape[-1] - 1) & (scores > threshold)
-    queries = kept.nonzero().flatten().tolist()
+    queries = kept.nonzero().flatten()
+    scores, mask_logits = scores[queries], mask_logits[queries]
 
     device = mask_logits.device
     largest = torch.full(placement.target_size, -1.0, device=device)
-    owner = torch.zeros(placement.target_size, dtype=torch.long, device=device)
-    inside = torch.zeros(placement.target_size, dtype=torch.bool, device=device)
-    mask_areas = []
-    for index, query in enumerate(queries):
-        # in place: an eighth less time and 10 MB less memory at 1080x1920
-        probability = placement.enlarge(mask_logits[query]).sigmoid_()
-        mask = probability >= mask_threshold
-        mask_areas.append(int(mask.count_nonzero()))
-        product = probability.mul_(scores[query])
-        larger = product > largest
-        torch.maximum(largest, product, out=largest)
-        owner[larger] = index
-        inside &= ~larger
-        inside |= mask & larger
+    # of every pixel: twice the index of its query, plus 1 inside of that query's mask. In float32,
+    # like the results of comparisons: on the CPU, this takes a third less time than other dtypes.
+    owner = torch.zeros(placement.target_size, device=device)
+    height, width = placement.target_size
+    band = _rows_at_a_time(device, width) or height
+    working = torch.empty(2, min(band, height), width, device=device)
+    row_areas = torch.zeros(len(queries), height, device=device)  # of masks; exact in float32
+    for index, (rows, columns) in enumerate(
+        _regions(mask_logits, scores, placement, mask_threshold)
+    ):
+        enlarged = placement.enlarge(mask_logits[index])
+        for start in range(rows.start, rows.stop, band):
+            part = slice(start, min(start + band, rows.stop))
+            probability = enlarged[part, columns].sigmoid_()
+            inside, larger = working[:, : part.stop - start, columns]
+            torch.ge(probability, mask_threshold, out=inside)
+            torch.sum(inside, 1, out=row_areas[index, part])
+            product = probability.mul_(scores[index])
+            best = largest[part, columns]
+            torch.gt(product, best, out=larger)
+            torch.maximum(best, product, out=best)
+            owner[part, columns].lerp_(inside.add_(2 * index), larger)
 
     count = len(queries)
-    areas = owner.flatten().bincount(minlength=count).tolist()
-    owner[~inside] = count  # pixels outside of their query's mask: without a segment
-    visible_areas = owner.flatten().bincount(minlength=count).tolist()
+    owners = owner.flatten().int()
+    # together, as every transfer waits for the device
+    visible_areas = owners.bincount(minlength=2 * count)
+    areas = torch.cat([visible_areas, row_areas.long().sum(1)]).tolist()
+    queries_labels = labels[queries].tolist()
+    queries_scores = scores.tolist()
 
-    segment_ids = [-1] * (count + 1)
+    segment_ids = [-1] * max(1, 2 * count)
     segments: list[dict[str, Any]] = []
     stuff_segments: dict[int, int] = {}
-    for index, query in enumerate(queries):
-        if visible_areas[index] == 0:
+    for index, (label, score) in enumerate(zip(queries_labels, queries_scores, strict=True)):
+        hidden_area, visible_area = areas[2 * index : 2 * index + 2]
+        if visible_area == 0:
             continue
-        if areas[index] / mask_areas[index] < overlap_mask_area_threshold:
+        mask_area = areas[2 * count + index]
+        if (hidden_area + visible_area) / mask_area < overlap_mask_area_threshold:
             continue
-        label = int(labels[query])
         if label in stuff_segments:
-            segment_ids[index] = stuff_segments[label]
+            segment_ids[2 * index + 1] = stuff_segments[label]
             continue
         if label in stuff_classes:
             stuff_segments[label] = len(segments)
-        segment_ids[index] = len(segments)
-        score = round(float(scores[query]), 6)
-        segments.append({"id": len(segments), "label_id": label, "score": score})
-    segmentation = torch.tensor(segment_ids, device=device)[owner]
+        segment_ids[2 * index + 1] = len(segments)
+        segments.append({"id": len(segments), "label_id": label, "score": round(score, 6)})
+    table = torch.tensor(segment_ids, device=device)
+    segmentation = table.index_select(0, owners).view(placement.target_size)
     return {"segmentation": segmentation, "segments_info": segments}
+
+
+def _rows_at_a_time(device: torch.device, width: int) -> int | None:
+    """Rows of so many pixels that what is computed of them stays in the caches of a CPU's cores.
+
+    None on other devices, which are faster with all rows.
+    """
+    if device.type != "cpu":
+        return None
+    return max(1, 2**16 * torch.get_num_threads() // width)
+
+
+# side, in mask logits, of the blocks that are compared to leave parts of a picture out
+_BLOCK = 2
+
+
+def _regions(
+    mask_logits: Tensor, scores: Tensor, placement: Placement, mask_threshold: float
+) -> list[tuple[slice, slice]]:
+    """The rows and columns of the target outside of which a query changes nothing, for each query.
+
+    Between pixels, interpolated logits lie between the smallest and the largest of the logits
+    around them. So a query has no part in a place where its largest probability is below the
+    threshold of a mask, and its product with the score is below the smallest of another query.
+
+    Args:
+        mask_logits: (queries, H', W').
+        scores: (queries,).
+        placement: as in `panoptic_segmentation`.
+        mask_threshold: the least mask probability of a pixel inside a mask.
+    """
+    if len(mask_logits) == 0:
+        return []
+    scales = [  # logits of the mask per pixel of the input, and per pixel of the target
+        (logits / inputs, scaled / target * logits / inputs)
+        for logits, inputs, scaled, target in zip(
+            mask_logits.shape[1:],
+            placement.input_size,
+            placement.scaled_size,
+            placement.target_size,
+            strict=True,
+        )
+    ]
+    if max(per_input for per_input, _ in scales) > _BLOCK - 1.5:
+        everything = slice(0, placement.target_size[0]), slice(0, placement.target_size[1])
+        return [everything] * len(mask_logits)
+    # a pixel's value comes from logits that are at most 1 + per_input away from its place, so from
+    # its block and those around it
+    shape = [
+        math.ceil(target * per_target / _BLOCK)
+        for target, (_, per_target) in zip(placement.target_size, scales, strict=True)
+    ]
+    visible = mask_logits[:, : (shape[0] + 1) * _BLOCK, : (shape[1] + 1) * _BLOCK].float()
+    high, low = (
+        F.max_pool2d(F.max_pool2d(values[None], _BLOCK, ceil_mode=True), 3, 1, 1)[0]
+        for values in (visible, -visible)
+    )
+    high, low = high[:, : shape[0], : shape[1]], -low[:, : shape[0], : shape[1]]
+    # float32 rounds interpolated logits, probabilities and products by less than this
+    slack = 1e-5 * torch.maximum(high.abs(), low.abs())
+    highest, lowest = (high + slack).sigmoid(), (low - slack).sigmoid()
+    weights = scores[:, None, None]
+    surest = (lowest * weights).amax(0) * (1 - 1e-5) - 1e-37
+    # where a comparison is with NaN, the query stays
+    needed = ~((highest * weights < surest) & (highest < mask_threshold * (1 - 1e-5)))
+    rows, columns = needed.any(2).cpu(), needed.any(1).cpu()
+    return [
+        (
+            _extent(row, scales[0][1], placement.target_size[0]),
+            _extent(column, scales[1][1], placement.target_size[1]),
+        )
+        for row, column in zip(rows, columns, strict=True)
+    ]
+
+
+def _extent(needed: Tensor, per_target: float, length: int) -> slice:
+    """The pixels from the first block that is needed to the last one, with one more each side."""
+    blocks = needed.nonzero().flatten().tolist()
+    if not blocks:
+        return slice(0, 0)
+    first, last = (block * _BLOCK / per_target for block in (blocks[0], blocks[-1] + 1))
+    return slice(max(0, math.floor(first) - 1), min(length, math.ceil(last) + 1))
 
 
 def instance_segmentation(
@@ -146,22 +242,29 @@ def instance_segmentation(
         best, pairs = ranked.values[:top_k], ranked.indices[:top_k]
         queries, labels = pairs // probabilities.shape[1], pairs % probabilities.shape[1]
 
-    masks: list[Tensor] = []
-    segments: list[dict[str, Any]] = []
+    # times a mean of at most 1, others cannot reach the threshold
+    likely = (~(best < threshold)).nonzero().flatten()
+    best, queries = best[likely], queries[likely]
     known: dict[int, tuple[Tensor, Tensor]] = {}  # by query: one may be in several pairs
-    for query, label, probability in zip(queries.tolist(), labels.tolist(), best, strict=True):
-        if float(probability) < threshold:
-            continue  # times a mean of at most 1 it cannot reach the threshold
+    pairs_queries = queries.tolist()
+    for query in pairs_queries:
         if query not in known:
             known[query] = _mask_and_mean(placement.enlarge(mask_logits[query]))
-        mask, mean = known[query]
-        score = float(probability * mean)
-        if score < threshold or (top_k is None and not mask.any()):
+    means = torch.stack([known[query][1] for query in pairs_queries]) if known else best
+    scores = (best * means).tolist()
+    is_empty = (means == 0).tolist()
+
+    masks: list[Tensor] = []
+    segments: list[dict[str, Any]] = []
+    for query, label, score, empty in zip(
+        pairs_queries, labels[likely].tolist(), scores, is_empty, strict=True
+    ):
+        if score < threshold or (top_k is None and empty):
             continue
         if top_k is None:
             score = round(score, 6)  # as transformers does; not where scores are for ranking
         segments.append({"id": len(masks), "label_id": label, "score": score})
-        masks.append(mask)
+        masks.append(known[query][0])
 
     segmentation = torch.full(placement.target_size, -1, device=mask_logits.device)
     drawn = list(enumerate(masks))

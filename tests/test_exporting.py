@@ -481,7 +481,7 @@ def test_segmenting_with_an_export_writes_the_same_segments(
         result = command("segment", folder, *pictures, "--output", tmp_path / name)
         assert result.exit_code == 0, result.output
     for picture in pictures:
-        for ending in ("segments.png", "overlay.png"):
+        for ending in ("segments.png", "overlay.jpg"):
             name = f"{picture.stem}.{ending}"
             assert (tmp_path / "model" / name).read_bytes() == (
                 tmp_path / "export" / name

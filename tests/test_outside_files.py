@@ -228,7 +228,7 @@ def test_pictures_that_cannot_be_opened_are_skipped(
 
     assert result.exit_code == 1
     assert f"Skipped {LONG}: File name too long" in result.stderr
-    assert (tmp_path / "out" / "0.overlay.png").exists()
+    assert (tmp_path / "out" / "0.overlay.jpg").exists()
 
 
 @pytest.mark.parametrize(

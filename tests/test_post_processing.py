@@ -418,6 +418,62 @@ def test_no_more_than_one_mask_is_enlarged_at_a_time(task: str) -> None:
     assert largest.bytes == 8 * 500 * 500  # the map, in int64
 
 
+class Readings(TorchDispatchMode):
+    """Counts the values that are read from tensors, each of which waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("task", ["panoptic", "instance"])
+def test_no_value_is_read_back_for_a_query(task: str) -> None:
+    outputs = random_outputs(20, 4, batch=1)
+    processor = EomtImageProcessor(size=SQUARE, do_pad=True)
+    with Readings() as readings:
+        getattr(processor, f"post_process_{task}_segmentation")(outputs, [(50, 50)])
+
+    assert readings.count == 0
+
+
+@pytest.mark.parametrize("size", [(64, 64), (31, 200), (211, 50)])
+@pytest.mark.parametrize("mask_threshold", [0.2, 0.5])
+def test_parts_of_a_picture_are_only_left_out_where_a_query_changes_nothing(
+    size: tuple[int, int], mask_threshold: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs = random_outputs(40, 4)
+    outputs.masks_queries_logits[0, :20] *= 3
+    outputs.masks_queries_logits[1, :20] -= 300
+    outputs.masks_queries_logits[2, 3, :5, :5] = torch.inf
+    processor = EomtImageProcessor(size=SQUARE, do_pad=True)
+    thresholds: dict[str, Any] = {
+        "mask_threshold": mask_threshold,
+        "overlap_mask_area_threshold": 0.3,
+    }
+    regions, left_out = post_processing._regions, 0
+
+    def spy(*arguments: Any) -> list[tuple[slice, slice]]:
+        nonlocal left_out
+        found = regions(*arguments)
+        left_out += sum(rows.stop - rows.start < size[0] for rows, _ in found)
+        return found
+
+    monkeypatch.setattr(post_processing, "_regions", spy)
+    cut = processor.post_process_panoptic_segmentation(outputs, [size] * 3, **thresholds)
+    everything = slice(0, size[0]), slice(0, size[1])
+    monkeypatch.setattr(post_processing, "_regions", lambda logits, *_: [everything] * len(logits))
+    whole = processor.post_process_panoptic_segmentation(outputs, [size] * 3, **thresholds)
+
+    assert left_out > 10
+    for ours, expected in zip(cut, whole, strict=True):
+        assert ours["segments_info"] == expected["segments_info"]
+        assert torch.equal(ours["segmentation"], expected["segmentation"])
+
+
 def test_classes_are_enlarged_one_at_a_time() -> None:
     outputs = random_outputs(60, 50, batch=1)
     processor = EomtImageProcessor(size=SQUARE, do_pad=True)

@@ -3,8 +3,11 @@
 import json
 import shutil
 import struct
+import threading
+import time
 import zlib
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,10 +30,11 @@ from converter import OutputError, UnreadableFileError, UsageError
 from converter.cli.segment import segment_command
 from converter.colours import class_colour
 from converter.errors import EomtConvertError
-from converter.pictures.coco import encode_mask, measure
+from converter.pictures import segmenting
+from converter.pictures.coco import encode_mask, id_map_png, measure
 from converter.pictures.segmenting import SegmentedPicture, segment
 from converter.version import __version__
-from reference_model import EomtDinov3ForUniversalSegmentation
+from reference_model import EomtDinov3Config, EomtDinov3ForUniversalSegmentation
 
 pytestmark = pytest.mark.numbers
 
@@ -144,6 +148,8 @@ def test_a_picture_is_turned_as_its_exif_data_says(converted: Converted, tmp_pat
     )
     straight, turned = found.pictures
     assert turned.size == (96, 160)
+    assert straight.overlay is not None
+    assert turned.overlay is not None
     assert straight.overlay.read_bytes() == turned.overlay.read_bytes()
 
 
@@ -218,12 +224,34 @@ def test_long_runs_are_encoded_as_pycocotools_does() -> None:
     assert encode_mask(mask)["counts"] == expected["counts"].decode()
 
 
-def test_an_empty_mask_has_no_box() -> None:
-    assert measure(np.zeros((4, 5), dtype=bool)) == (0, (0, 0, 0, 0))
+ID_MAPS = arrays.arrays(np.uint16, st.tuples(st.integers(1, 9), st.integers(1, 9)))
+
+
+@given(ID_MAPS)
+def test_every_segment_is_measured(id_map: NDArray[np.uint16]) -> None:
+    measured = measure(id_map)
+
+    assert list(measured) == np.unique(id_map).tolist()
+    for id, (area, (left, top, width, height)) in measured.items():
+        rows, columns = np.nonzero(id_map == id)
+        assert area == len(rows)
+        assert (left, top) == (columns.min(), rows.min())
+        assert (left + width, top + height) == (columns.max() + 1, rows.max() + 1)
+
+
+@given(ID_MAPS)
+def test_an_id_map_is_read_back_from_its_file(id_map: NDArray[np.uint16]) -> None:
+    with Image.open(BytesIO(id_map_png(id_map))) as image:
+        assert (image.format, image.mode) == ("PNG", "RGB")
+        pixels = np.asarray(image).astype(np.uint16)
+    assert (pixels[..., 0] + 256 * pixels[..., 1] == id_map).all()
+    assert not pixels[..., 2].any()
 
 
 def test_the_overlay_has_the_colours_of_the_classes(converted: Converted, tmp_path: Path) -> None:
-    (picture,) = segment(converted(SHAPES), [images(SHAPES) / "0.png"], tmp_path).pictures
+    arguments = converted(SHAPES), [images(SHAPES) / "0.png"], tmp_path
+    (picture,) = segment(*arguments, overlay="png").pictures
+    assert picture.overlay is not None
     overlay = Image.open(picture.overlay)
     colours = {colour for _, colour in overlay.getcolors(overlay.width * overlay.height) or ()}
     assert {entry.category_id for entry in picture.segments} == {0, 3, 4}
@@ -239,7 +267,8 @@ def folder(tmp_path: Path) -> Path:
     """A folder with some pictures and other things."""
     place = tmp_path / "photos"
     (place / "more.png").mkdir(parents=True)
-    for name in ("b.png", "a.JPG", "more.png/c.png", ".hidden.png", "old.overlay.png"):
+    ours = ("x.overlay.jpg", "x.overlay.png", "x.segments.png")
+    for name in ("b.png", "a.JPG", "more.png/c.png", ".hidden.png", *ours):
         Image.new("RGB", (16, 16)).save(place / name)
     (place / "notes.txt").write_text("no picture")
     return place
@@ -249,7 +278,7 @@ def folder(tmp_path: Path) -> Path:
     ("arguments", "expected"),
     [
         (["."], ["a.JPG", "b.png"]),
-        (["*.png"], ["b.png", "old.overlay.png"]),
+        (["*.png"], ["b.png", "x.overlay.png", "x.segments.png"]),
         (["**/?.png"], ["b.png", "more.png/c.png"]),
         (["b.png", "."], ["b.png", "a.JPG"]),
         (["more.png", "b.*"], ["more.png/c.png", "b.png"]),
@@ -323,7 +352,7 @@ def test_unreadable_pictures_are_reported_and_skipped(
     assert result.exit_code == 1
     assert f"Skipped {tmp_path / 'broken.png'}: " in result.stderr
     assert reason in result.stderr
-    assert "street.overlay.png: circle, sky, grass" in result.stdout
+    assert "street.overlay.jpg: circle, sky, grass" in result.stdout
     assert {path.name.partition(".")[0] for path in (tmp_path / "out").iterdir()} == {"street"}
 
 
@@ -333,7 +362,7 @@ def test_a_pattern_without_matches_is_reported(
     result = run(converted(SHAPES), tmp_path / "*.gif", picture, "--output", tmp_path / "out")
     assert result.exit_code == 1
     assert "*.gif: no file matches this pattern" in result.stderr
-    assert (tmp_path / "out" / "street.overlay.png").exists()
+    assert (tmp_path / "out" / "street.overlay.jpg").exists()
 
 
 def test_without_any_picture_no_model_is_loaded(tmp_path: Path) -> None:
@@ -367,12 +396,39 @@ def test_results_of_an_earlier_run_are_replaced_only_with_force(
 ) -> None:
     first = segment(converted(SHAPES), [picture], tmp_path).pictures[0]
     Image.new("RGB", (30, 40)).save(picture)
-    with pytest.raises(OutputError, match=r"street\.overlay\.png exists, and 2 more files"):
+    with pytest.raises(OutputError, match=r"street\.overlay\.jpg exists, and 2 more files"):
         segment(converted(SHAPES), [picture], tmp_path)
     assert read_ids(first).shape == (128, 128)
 
     segment(converted(SHAPES), [picture], tmp_path, force=True)
     assert read_ids(first).shape == (40, 30)
+
+
+def test_an_overlay_in_another_format_is_replaced_as_well(
+    converted: Converted, picture: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    for overlay, files in {
+        "png": {"street.overlay.png"},
+        "jpg": {"street.overlay.jpg"},
+        "none": set[str](),
+    }.items():
+        options = f"--force --overlay {overlay} --output".split()
+        result = run(converted(SHAPES), picture, *options, output)
+        (first,) = files or {"street.segments.png"}
+        assert f"street.png -> {output / first}: circle" in result.stdout
+        written = {path.name for path in output.iterdir()}
+        assert written == files | {"street.segments.png", "street.segments.json"}
+
+
+def test_without_an_overlay_json_has_null(
+    converted: Converted, picture: Path, tmp_path: Path
+) -> None:
+    found = segment(converted(SHAPES), [picture], tmp_path, overlay="none")
+    assert found.pictures[0].overlay is None
+    assert found.to_dict()["pictures"][0]["overlay"] is None
+    with pytest.raises(UsageError, match="'gif', expected one of jpg, png, none"):
+        segment("no/model", [picture], tmp_path, overlay="gif")  # type: ignore[arg-type]
 
 
 def test_nothing_unfinished_is_left_behind(
@@ -389,7 +445,7 @@ def test_nothing_unfinished_is_left_behind(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-ENDINGS = ("overlay.png", "segments.png", "segments.json")
+ENDINGS = ("overlay.jpg", "segments.png", "segments.json")
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
@@ -413,7 +469,7 @@ def test_planted_links_are_not_followed(
 
 
 @pytest.mark.parametrize("force", [False, True])
-@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("ending", [*ENDINGS, "overlay.png"])
 def test_files_that_no_earlier_run_made_are_never_replaced(
     converted: Converted, picture: Path, tmp_path: Path, ending: str, force: bool
 ) -> None:
@@ -562,6 +618,91 @@ def test_options_set_dtype_threads_and_batch_size(
     assert result.exit_code == 0
     assert seen == [(size, torch.bfloat16, threads + 1) for size in (2, 1)]
     assert torch.get_num_threads() == threads
+
+
+def test_a_small_network_leaves_the_cores_to_the_workers(
+    converted: Converted, picture: Path, tmp_path: Path
+) -> None:
+    seen = []
+    threads = torch.get_num_threads()
+    segment(
+        converted(SHAPES),
+        [picture],
+        tmp_path,
+        device="cpu",
+        workers=2,
+        progress=lambda *_: seen.append(torch.get_num_threads()),
+    )
+
+    assert seen == [1, 1]
+    assert torch.get_num_threads() == threads
+    assert not segmenting._is_small(EomtDinov3Config())
+
+
+def test_workers_do_not_change_what_is_written(converted: Converted, tmp_path: Path) -> None:
+    pictures: list[str | Path] = [images(SHAPES) / "1.png", tmp_path / "missing.png"]
+    pictures += [images(SHAPES) / "0.png", images(SEMANTIC), tmp_path / "missing, too.png"]
+    written, skipped = [], []
+    for workers in (0, 3):
+        output = tmp_path / f"{workers}"
+        found = segment(converted(SHAPES), pictures, output, workers=workers, batch_size=2)
+        written.append({path.name: path.read_bytes() for path in output.iterdir()})
+        skipped.append(found.skipped)
+
+    assert written[0] == written[1]
+    assert len(written[0]) == 3 * len(found.pictures) > 6
+    assert skipped[0] == skipped[1]
+    assert [entry.picture for entry in skipped[1]] == [str(pictures[1]), str(pictures[4])]
+
+
+def test_few_pictures_are_in_memory_at_once(
+    converted: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, write, lock = segmenting._read, segmenting._write, threading.Lock()
+    inside, most = 0, 0
+
+    def count(change: int) -> None:
+        nonlocal inside, most
+        with lock:
+            inside += change
+            most = max(most, inside)
+
+    def counted_read(path: Path) -> Image.Image:
+        count(1)
+        return read(path)
+
+    def slow_write(*arguments: Any, **options: Any) -> None:
+        time.sleep(0.01)
+        write(*arguments, **options)
+        count(-1)
+
+    for index in range(24):
+        Image.new("RGB", (24, 16)).save(tmp_path / f"{index}.png")
+    monkeypatch.setattr(segmenting, "_read", counted_read)
+    monkeypatch.setattr(segmenting, "_write", slow_write)
+    segment(converted(SHAPES), [tmp_path], tmp_path / "out", workers=2, batch_size=3)
+
+    assert inside == 0
+    # read ahead, in the network, and to be written
+    assert most <= (3 + 2) + 3 + (2 + 1)
+
+
+def test_an_interruption_leaves_whole_results_and_no_thread(
+    converted: Converted, tmp_path: Path
+) -> None:
+    def interrupt(_: str, done: int, __: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    pictures = [images(SHAPES), images(SEMANTIC)]
+    with pytest.raises(KeyboardInterrupt):
+        segment(converted(SHAPES), pictures, tmp_path, workers=2, batch_size=2, progress=interrupt)
+
+    assert not [thread for thread in threading.enumerate() if "pictures" in thread.name]
+    written = [path.name for path in tmp_path.iterdir()]
+    names = {name.partition(".")[0] for name in written}
+    assert len(names) <= 4
+    assert set(written) == {f"{name}.{ending}" for name in names for ending in ENDINGS}
 
 
 def test_a_gpu_without_enough_memory_is_not_a_bug(

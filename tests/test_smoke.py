@@ -91,7 +91,7 @@ def test_push_and_release(run: Run, tiny: Path) -> None:
 
 
 def test_segment(run: Run, tiny: Path) -> None:
-    assert "0.png -> segments/0.overlay.png: " in run("segment", tiny, TINY / "images" / "0.png")
+    assert "0.png -> segments/0.overlay.jpg: " in run("segment", tiny, TINY / "images" / "0.png")
 
 
 def test_evaluate(run: Run, converted: Callable[[str], Path]) -> None:

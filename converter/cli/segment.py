@@ -22,7 +22,7 @@ from converter.errors import UnreadableFileError
 from converter.models import Compile
 
 if TYPE_CHECKING:
-    from converter.pictures.segmenting import Segmentation, SegmentedPicture
+    from converter.pictures.segmenting import Overlay, Segmentation, SegmentedPicture
 
 
 @click.command("segment", cls=CompilingCommand)
@@ -46,6 +46,13 @@ if TYPE_CHECKING:
     help="Smallest score of a segment; not for semantic segmentation. [default: 0.8]",
 )
 @click.option(
+    "--overlay",
+    type=click.Choice(("jpg", "png", "none")),
+    default="jpg",
+    show_default=True,
+    help="Format of the picture with coloured segments; none writes none.",
+)
+@click.option(
     "--batch-size",
     type=click.IntRange(min=1),
     default=4,
@@ -60,6 +67,11 @@ if TYPE_CHECKING:
 )
 @compile_option
 @threads_option
+@click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    help="Threads that read, draw and write beside the network; 0 for none. [default: by cores]",
+)
 @click.option("--force", is_flag=True, help="Replace files of an earlier run, and no others.")
 @hub_options
 @common_options
@@ -69,11 +81,13 @@ def segment_command(
     output: Path,
     task: str | None,
     threshold: float | None,
+    overlay: "Overlay",
     batch_size: int,
     device: str | None,
     dtype: str | None,
     compile: Compile | None,
     threads: int | None,
+    workers: int | None,
     force: bool,
     token: str | None,
     cache_dir: Path | None,
@@ -97,11 +111,13 @@ def segment_command(
                 output,
                 task=task,
                 threshold=threshold,
+                overlay=overlay,
                 batch_size=batch_size,
                 device=device,
                 dtype=dtype or "auto",
                 compile=compile,
                 threads=threads,
+                workers=workers,
                 force=force,
                 token=token,
                 cache_dir=cache_dir,
@@ -117,7 +133,8 @@ def segment_command(
 
 def _lines(found: "Segmentation") -> list[str]:
     return [
-        f"{entry.picture} -> {entry.overlay}: {_counts(entry, found)}" for entry in found.pictures
+        f"{entry.picture} -> {entry.overlay or entry.id_map}: {_counts(entry, found)}"
+        for entry in found.pictures
     ]
 
 

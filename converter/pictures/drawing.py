@@ -44,18 +44,13 @@ def draw_overlay(
         labels: one for each segment; the first one of a class gets the colour of the class.
     """
     factor = max(1, _MIN_SIDE // max(picture.size))
-    picture = picture.resize(
-        (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
-    )
-    id_map = id_map.repeat(factor, axis=0).repeat(factor, axis=1)
+    grey = picture.convert("L")  # on grey, colours look as in the legend
+    if factor > 1:
+        size = picture.width * factor, picture.height * factor
+        grey = grey.resize(size, Image.Resampling.NEAREST)
+        id_map = id_map.repeat(factor, axis=0).repeat(factor, axis=1)
     colours = _segment_colours(labels)
-    table = np.zeros((1 + max(colours, default=0), 3), dtype=np.uint8)
-    for segment_id, colour in colours.items():
-        table[segment_id] = colour
-    drawn = picture.convert("L").convert("RGB")  # on grey, colours look as in the legend
-    fill = Image.blend(drawn, Image.fromarray(table[id_map]), _OPACITY)
-    drawn.paste(fill, mask=Image.fromarray(id_map > 0))
-    _draw_outlines(drawn, id_map)
+    drawn = _coloured(np.asarray(grey), id_map, colours)
     return _with_legend(drawn, labels, colours)
 
 
@@ -76,15 +71,49 @@ _MIN_SIDE = 512  # pixels; pictures are enlarged until their longer side is abou
 _OPACITY = 0.55
 
 
-def _draw_outlines(picture: Image.Image, id_map: NDArray[np.integer[Any]]) -> None:
-    """Draws lines between the segments: white with dark edges, to be visible on any background."""
+# on the lines between segments: white with dark edges, visible on any background
+_LINE, _EDGE = (255, 255, 255), (20, 20, 20)
+
+
+def _coloured(
+    grey: NDArray[np.uint8], id_map: NDArray[np.integer[Any]], colours: Mapping[int, Colour]
+) -> Image.Image:
+    """A grey picture (height, width) with its segments coloured and outlined.
+
+    A pixel's colour follows from its row in a table of colours, and from how bright it is.
+    """
+    count = 1 + max(colours, default=0)
+    fill = np.zeros((count, 1, 3), dtype=np.uint8)
+    for segment_id, colour in colours.items():
+        fill[segment_id] = colour
+    ramp = np.arange(256, dtype=np.uint8).reshape(1, 256, 1)
+    backgrounds, fills = (
+        Image.fromarray(np.broadcast_to(part, (count, 256, 3)).copy()) for part in (ramp, fill)
+    )
+    table = np.full((count + 2, 256, 4), 255, dtype=np.uint8)  # the fourth byte is not used
+    table[:count, :, :3] = np.asarray(Image.blend(backgrounds, fills, _OPACITY))
+    table[0, :, :3] = ramp[0]
+    table[count, :, :3], table[count + 1, :, :3] = _EDGE, _LINE
+
+    border = _border(id_map)
+    radius = max(grey.shape) // 1000
+    line = _widened(border, radius)
+    rows = id_map.astype(np.min_scalar_type(count + 1))
+    np.copyto(rows, count, where=_widened(line, max(1, radius)))
+    np.copyto(rows, count + 1, where=line)
+    indices = np.multiply(rows, 256, dtype=np.intp)
+    indices += grey
+    pixels = table.view(np.uint32).take(indices)
+    height, width = grey.shape
+    return Image.frombuffer("RGB", (width, height), pixels, "raw", "RGBX", 0, 1)
+
+
+def _border(id_map: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
+    """The pixels that differ from the one to the left or above."""
     border = np.zeros(id_map.shape, dtype=bool)
     border[1:] |= id_map[1:] != id_map[:-1]
     border[:, 1:] |= id_map[:, 1:] != id_map[:, :-1]
-    radius = max(picture.size) // 1000
-    edge = _widened(border, radius + max(1, radius))
-    picture.paste((20, 20, 20), mask=Image.fromarray(edge))
-    picture.paste((255, 255, 255), mask=Image.fromarray(_widened(border, radius)))
+    return border
 
 
 def _widened(mask: NDArray[np.bool_], radius: int) -> NDArray[np.bool_]:

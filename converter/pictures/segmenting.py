@@ -2,13 +2,14 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from glob import glob, has_magic
 from io import BytesIO
-from itertools import chain, count
+from itertools import chain, count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,15 +35,32 @@ from converter.models import (
     run_network,
     torch_device,
 )
-from converter.pictures.coco import Segment, document, encode_mask, id_map_image, measure
+from converter.pictures.coco import Segment, document, encode_mask, id_map_png, measure
 from converter.pictures.drawing import Label, draw_overlay
+from converter.pictures.feeding import default_workers, in_order, worker_threads
 from converter.version import TOOL, __version__
+
+# what post-processing gives for a picture, in arrays
+_Result: TypeAlias = dict[str, Any]
+
+# a picture's id map (height, width), with 0 for no segment, and its segments
+_Segmented: TypeAlias = tuple[NDArray[np.unsignedinteger[Any]], tuple[Segment, ...]]
 
 if TYPE_CHECKING:
     from converter.models import Network
-    from reference_model import EomtImageProcessor
+    from reference_model import (
+        EomtDinov3Config,
+        EomtDinov3ForUniversalSegmentationOutput,
+        EomtImageProcessor,
+    )
 
-OVERLAY, ID_MAP, SEGMENTS = ".overlay.png", ".segments.png", ".segments.json"
+ID_MAP, SEGMENTS = ".segments.png", ".segments.json"
+
+# the format of overlays; none to write no overlay
+Overlay = Literal["jpg", "png", "none"]
+
+# the ending of an overlay in each format
+OVERLAYS = {"jpg": ".overlay.jpg", "png": ".overlay.png"}
 
 # file name endings of pictures, used to find them in a folder
 PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -50,8 +68,17 @@ PICTURES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".
 # largest size in bytes of a segments file; each of 100 instances may have a mask of 2.5 MB
 _SEGMENTS_LIMIT = 2**28
 
-# compared with zlib's default, 6: files are a quarter larger, in a fifth of the time
-_COMPRESSION = 2
+# How Pillow saves an overlay, by its file's suffix. JPEG: with colour at half the resolution, the
+# default, the legend's black text is tinted by the colour around it. PNG, compared with zlib's
+# default, 6: files are a quarter larger, in a fifth of the time.
+_SAVING: Mapping[str, dict[str, Any]] = {
+    ".jpg": {"format": "JPEG", "quality": 90, "subsampling": 0},
+    ".png": {"format": "PNG", "compress_level": 2},
+}
+
+# Multiplications for a picture, about 0.05 s on one core. The smallest published model has fifty
+# times as many.
+_SMALL = 10**9
 
 # Resized to the model's input, longer and narrower pictures would be only a few pixels wide; cut
 # into windows, they would give dozens of them.
@@ -64,7 +91,7 @@ class SegmentedPicture:
 
     Attributes:
         picture: the file that was read.
-        overlay: the picture with coloured segments and a legend.
+        overlay: the picture with coloured segments and a legend; None if none was written.
         id_map: every pixel's segment, in COCO's panoptic format.
         segments_file: the segments as JSON, in COCO's panoptic format or, for an instance model,
             in its instance format.
@@ -73,7 +100,7 @@ class SegmentedPicture:
     """
 
     picture: Path
-    overlay: Path
+    overlay: Path | None
     id_map: Path
     segments_file: Path
     size: tuple[int, int]
@@ -83,7 +110,7 @@ class SegmentedPicture:
         """The picture as JSON shows it."""
         return {
             "picture": str(self.picture),
-            "overlay": str(self.overlay),
+            "overlay": None if self.overlay is None else str(self.overlay),
             "id_map": str(self.id_map),
             "segments_file": str(self.segments_file),
             "height": self.size[0],
@@ -129,6 +156,23 @@ class Segmentation:
         }
 
 
+@dataclass(frozen=True)
+class _Picture:
+    """A picture that was read.
+
+    Attributes:
+        index: its position among the pictures to segment.
+        size: (height, width) in pixels.
+        resized: in RGB, as large as in the network's input.
+        image: in RGB, to draw the overlay on; None if there will be none.
+    """
+
+    index: int
+    size: tuple[int, int]
+    resized: Image.Image
+    image: Image.Image | None
+
+
 def segment(
     model: str | Path,
     pictures: Sequence[str | Path],
@@ -136,11 +180,13 @@ def segment(
     *,
     task: str | None = None,
     threshold: float | None = None,
+    overlay: Overlay = "jpg",
     batch_size: int = 4,
     device: str | None = None,
     dtype: str = "auto",
     compile: Compile | None = None,
     threads: int | None = None,
+    workers: int | None = None,
     force: bool = False,
     token: str | None = None,
     cache_dir: str | Path | None = None,
@@ -149,7 +195,7 @@ def segment(
 ) -> Segmentation:
     """Segments pictures, and writes an overlay, an id map and a JSON file for each.
 
-    ``street.jpg`` becomes ``street.overlay.png``, ``street.segments.png`` and
+    ``street.jpg`` becomes ``street.overlay.jpg``, ``street.segments.png`` and
     ``street.segments.json``; pictures with equal names get numbers. Pictures that cannot be read
     are skipped and listed in the result.
 
@@ -160,13 +206,17 @@ def segment(
         output: the folder to write to; it is created if it does not exist.
         task: panoptic, instance or semantic; by default the task that the model was converted for.
         threshold: the smallest score of a segment; by default 0.8. Not for semantic segmentation.
+        overlay: the format of overlays, ``jpg`` or ``png``; ``none`` for none.
         batch_size: number of pictures that go through the network at once.
         device: as torch names it; by default a GPU if there is one.
         dtype: dtype of the weights, as torch names it; ``auto`` for that of the file.
         compile: the mode of torch.compile, ``default`` or ``max-autotune``; None for none.
         threads: number of torch's CPU threads; by default torch's choice.
-        force: replace files of an earlier run: the three files of a picture, if the JSON file says
-            that this tool made them. Other files are never replaced.
+        workers: number of threads that read, draw and write pictures while the network runs; 0 to
+            do one after the other. By default as many as there are cores, up to 16.
+        force: replace files of an earlier run: all files of a picture, an overlay in another format
+            among them, if the JSON file says that this tool made them. Other files are never
+            replaced.
         token: for the Hub; overrides HF_TOKEN and the login file.
         cache_dir: where downloads are kept.
         local_files_only: use only the cache.
@@ -179,6 +229,11 @@ def segment(
         AccessError, HubUnavailableError: the repository cannot be reached.
         EomtConvertError: the model cannot be compiled.
     """
+    formats = get_args(Overlay)
+    if overlay not in formats:
+        raise UsageError(
+            f"The format of overlays is {overlay!r}, expected one of {', '.join(formats)}."
+        )
     paths, skipped = find_pictures(pictures)
     if not paths:
         raise UnreadableFileError(
@@ -197,32 +252,60 @@ def segment(
             "Leave out --threshold.",
         )
 
+    workers = default_workers() if workers is None else workers
     done: list[SegmentedPicture] = []
+    import torch
+
     with torch_device(device, threads) as where:
         network, processor = load_model(
             folder, device=where, dtype=dtype, windows=task == "semantic", compile=compile
         )
+        if workers and threads is None and where == "cpu" and _is_small(network.config):
+            torch.set_num_threads(1)  # until the end of torch_device
         categories = _categories(network, task)
         with writable(output):
             output.mkdir(parents=True, exist_ok=True)
-        for start in range(0, len(paths), batch_size):
-            progress("Segmenting", start, len(paths))
-            batch = []
-            for index in range(start, min(start + batch_size, len(paths))):
-                try:
-                    batch.append((index, _read(paths[index])))
-                except UnreadableFileError as error:
-                    skipped.append(Skipped(str(paths[index]), error.message))
-            if not batch:
-                continue
-            results = _run(network, processor, [image for _, image in batch], task, threshold)
-            for (index, image), (id_map, segments) in zip(batch, results, strict=True):
-                files = _files(places[index])
-                size = image.height, image.width
-                found = SegmentedPicture(paths[index], *files, size, segments)
-                _check_output(output, [places[index]], force=force)  # it may exist by now
-                _write(found, index + 1, image, id_map, categories, rle=task == "instance")
-                done.append(found)
+
+        def load(index: int) -> _Picture | Skipped:
+            try:
+                image = _read(paths[index])
+            except UnreadableFileError as error:
+                return Skipped(str(paths[index]), error.message)
+            resized, size = processor.resized(image), (image.height, image.width)
+            return _Picture(index, size, resized, None if overlay == "none" else image)
+
+        def results(pictures: Iterator[_Picture | Skipped]) -> Iterator[tuple[_Picture, _Result]]:
+            for start in range(0, len(paths), batch_size):
+                progress("Segmenting", start, len(paths))
+                batch = []
+                for picture in islice(pictures, batch_size):
+                    if isinstance(picture, Skipped):
+                        skipped.append(picture)
+                    else:
+                        batch.append(picture)
+                yield from _run(network, processor, batch, task, threshold)
+
+        def finish(result: tuple[_Picture, _Result]) -> SegmentedPicture:
+            picture, arrays = result
+            place = places[picture.index]
+            id_map, segments = _SEGMENTED[task](arrays)
+            found = SegmentedPicture(
+                paths[picture.index],
+                None if overlay == "none" else _named(place, OVERLAYS[overlay]),
+                _named(place, ID_MAP),
+                _named(place, SEGMENTS),
+                picture.size,
+                segments,
+            )
+            _check_output(output, [place], force=force)  # it may exist by now
+            _write(found, picture, id_map, categories, rle=task == "instance")
+            if force:
+                _remove_other_overlays(place, found.overlay)
+            return found
+
+        with _quiet_decoders(), worker_threads(workers) as pool:
+            pictures_ahead = in_order(load, range(len(paths)), pool, batch_size + workers)
+            done += in_order(finish, results(pictures_ahead), pool, workers + 1)
         progress("Segmenting", len(paths), len(paths))
     names = tuple(str(category["name"]) for category in categories)
     return Segmentation(str(model), task, names, tuple(done), tuple(skipped))
@@ -276,7 +359,7 @@ def _is_picture(path: Path) -> bool:
     return (
         path.suffix.lower() in PICTURES
         and not path.name.startswith(".")
-        and not path.name.endswith((OVERLAY, ID_MAP))
+        and not path.name.endswith((*OVERLAYS.values(), ID_MAP))
         and path.is_file()
     )
 
@@ -300,24 +383,36 @@ def _read(path: Path) -> Image.Image:
     Raises:
         UnreadableFileError: it is not a picture, is broken, or has a hostile size.
     """
-    from reference_model.pictures import read_picture
+    from reference_model.pictures import FORMATS, read_picture
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about harmless flaws
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            image = read_picture(BytesIO(read_bytes(path, PICTURE_LIMIT)))
-        except UnidentifiedImageError as error:
-            raise UnreadableFileError("not a picture of a known format") from error
-        except OSError as error:
-            raise UnreadableFileError(error.strerror or str(error)) from error
-        except Exception as error:  # on hostile files, decoders may raise anything
-            raise UnreadableFileError(str(error) or type(error).__name__) from error
+    try:
+        content = BytesIO(read_bytes(path, PICTURE_LIMIT))
+        # Pillow only warns of half of the sizes that it counts as hostile, and what becomes of a
+        # warning is not for a thread by itself to decide
+        with Image.open(content, formats=FORMATS) as opened:
+            pixels, limit = opened.width * opened.height, Image.MAX_IMAGE_PIXELS
+        if limit is not None and pixels > limit:
+            raise ValueError(f"{pixels:,} pixels: the size exceeds limit of {limit:,}")
+        image = read_picture(content)
+    except UnidentifiedImageError as error:
+        raise UnreadableFileError("not a picture of a known format") from error
+    except OSError as error:
+        raise UnreadableFileError(error.strerror or str(error)) from error
+    except Exception as error:  # on hostile files, decoders may raise anything
+        raise UnreadableFileError(str(error) or type(error).__name__) from error
     if max(image.size) > _MAX_ASPECT_RATIO * min(image.size):
         raise UnreadableFileError(
             f"{image.width}x{image.height} pixels: longer than {_MAX_ASPECT_RATIO}:1"
         )
     return image
+
+
+@contextmanager
+def _quiet_decoders() -> Iterator[None]:
+    """Leaves out Pillow's warnings, which are about harmless flaws, in this block."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        yield
 
 
 # the network ------------------------------------------------------------------------------------
@@ -326,56 +421,88 @@ def _read(path: Path) -> Image.Image:
 def _run(
     network: "Network",
     processor: "EomtImageProcessor",
-    images: Sequence[Image.Image],
+    pictures: Sequence[_Picture],
     task: str,
     threshold: float | None,
-) -> Iterator[tuple[NDArray[np.integer[Any]], tuple[Segment, ...]]]:
-    """Each picture's id map (height, width), with 0 for no segment, and its segments."""
+) -> Iterator[tuple[_Picture, _Result]]:
+    """Each picture with its result, as soon as that is there."""
     import torch
 
     from reference_model.image_processing import THRESHOLD
 
-    sizes = [(image.height, image.width) for image in images]
+    if not pictures:
+        return
     threshold = THRESHOLD if threshold is None else threshold
     try:
         with torch.inference_mode():
+            images = [picture.resized for picture in pictures]
             inputs = processor(images=images).to(network.device, network.dtype)
             outputs = run_network(network, inputs)
-            if task == "semantic":
-                class_maps = processor.post_process_semantic_segmentation(outputs, sizes)
-                return map(_semantic, (class_map.numpy(force=True) for class_map in class_maps))
-            if task == "panoptic":
-                results = processor.post_process_panoptic_segmentation(outputs, sizes, threshold)
-                return map(_panoptic, results)
-            results = processor.post_process_instance_segmentation(
-                outputs, sizes, threshold, return_binary_maps=True
-            )
-            return map(_instances, results)
+        for index, picture in enumerate(pictures):
+            with torch.inference_mode():
+                own = _outputs_of(index, outputs)
+                result = _post_process(processor, own, picture.size, task, threshold)
+            yield picture, result
     except torch.OutOfMemoryError as error:
         raise EomtConvertError(
-            f"{network.device} does not have enough memory for {len(images)} pictures at once.",
+            f"{network.device} does not have enough memory for {len(pictures)} pictures at once.",
             "Lower --batch-size, or use --dtype bfloat16.",
         ) from error
 
 
-def _semantic(
-    class_map: NDArray[np.int64],
-) -> tuple[NDArray[np.integer[Any]], tuple[Segment, ...]]:
-    """A segment for each class; its id is always the class id + 1."""
-    segments = tuple(
-        Segment(label + 1, label, *measure(class_map == label))
-        for label in np.unique(class_map).tolist()
+def _outputs_of(
+    index: int, outputs: "EomtDinov3ForUniversalSegmentationOutput"
+) -> "EomtDinov3ForUniversalSegmentationOutput":
+    """The outputs for one picture of a batch."""
+    rows, offsets = slice(index, index + 1), None
+    if outputs.patch_offsets is not None:
+        windows = [row for row, offset in enumerate(outputs.patch_offsets) if offset[0] == index]
+        rows = slice(windows[0], windows[-1] + 1)
+        offsets = outputs.patch_offsets[rows]
+        offsets = [offset - offset.new_tensor([index, 0, 0]) for offset in offsets]
+    return replace(
+        outputs,
+        masks_queries_logits=outputs.masks_queries_logits[rows],
+        class_queries_logits=outputs.class_queries_logits[rows],
+        patch_offsets=offsets,
     )
-    return class_map + 1, segments
 
 
-def _panoptic(result: dict[str, Any]) -> tuple[NDArray[np.integer[Any]], tuple[Segment, ...]]:
-    id_map = result["segmentation"].numpy(force=True) + 1
+def _post_process(
+    processor: "EomtImageProcessor",
+    outputs: "EomtDinov3ForUniversalSegmentationOutput",
+    size: tuple[int, int],
+    task: str,
+    threshold: float,
+) -> _Result:
+    if task == "semantic":
+        (class_map,) = processor.post_process_semantic_segmentation(outputs, [size])
+        return {"class_map": class_map.numpy(force=True)}
+    if task == "panoptic":
+        (result,) = processor.post_process_panoptic_segmentation(outputs, [size], threshold)
+        return {**result, "segmentation": result["segmentation"].numpy(force=True)}
+    (result,) = processor.post_process_instance_segmentation(
+        outputs, [size], threshold, return_binary_maps=True
+    )
+    return {**result, "binary_maps": result["binary_maps"].numpy(force=True)}
+
+
+def _semantic(result: _Result) -> _Segmented:
+    """A segment for each class; its id is always the class id + 1."""
+    class_map = result["class_map"]
+    id_map = _from_one(class_map, class_map.max() + 1)
+    segments = tuple(Segment(id, id - 1, *measured) for id, measured in measure(id_map).items())
+    return id_map, segments
+
+
+def _panoptic(result: _Result) -> _Segmented:
+    id_map = _from_one(result["segmentation"], len(result["segments_info"]))
+    measured = measure(id_map)
     segments = tuple(
         Segment(
             entry["id"] + 1,
             entry["label_id"],
-            *measure(id_map == entry["id"] + 1),
+            *measured[entry["id"] + 1],
             score=entry["score"],
         )
         for entry in result["segments_info"]
@@ -383,24 +510,47 @@ def _panoptic(result: dict[str, Any]) -> tuple[NDArray[np.integer[Any]], tuple[S
     return id_map, segments
 
 
-def _instances(result: dict[str, Any]) -> tuple[NDArray[np.integer[Any]], tuple[Segment, ...]]:
+def _instances(result: _Result) -> _Segmented:
     """The instances by descending score, from id 1; in the id map, better ones cover others."""
     ranked = sorted(result["segments_info"], key=lambda entry: -entry["score"])
-    masks = [result["binary_maps"][entry["id"]].numpy(force=True) for entry in ranked]
-    id_map = np.zeros(tuple(result["segmentation"].shape), dtype=np.int64)
+    masks = [result["binary_maps"][entry["id"]] for entry in ranked]
+    id_map = np.zeros(result["binary_maps"].shape[1:], np.min_scalar_type(len(masks)))
     for index in reversed(range(len(masks))):
-        id_map[masks[index]] = index + 1
+        np.copyto(id_map, index + 1, where=masks[index])
     segments = tuple(
         Segment(
             index + 1,
             entry["label_id"],
-            *measure(mask),
+            *measure(mask)[1],
             score=entry["score"],
             rle=encode_mask(mask),
         )
         for index, (entry, mask) in enumerate(zip(ranked, masks, strict=True))
     )
     return id_map, segments
+
+
+_SEGMENTED = {"semantic": _semantic, "panoptic": _panoptic, "instance": _instances}
+
+
+def _from_one(ids: NDArray[np.int64], largest: int) -> NDArray[np.unsignedinteger[Any]]:
+    """Ids from -1 as ids from 0, in the smallest dtype, which is the fastest to draw and write."""
+    id_map = ids.astype(np.min_scalar_type(largest))
+    id_map += 1  # what -1 has become, the largest number, becomes 0
+    return id_map
+
+
+def _is_small(config: "EomtDinov3Config") -> bool:
+    """Whether a network takes no longer for a picture than drawing and writing the segments.
+
+    Several threads of torch, which wait for each other after every operation, are then slower than
+    one: they wait for cores that workers are using.
+    """
+    height, width = config.input_size
+    tokens = config.num_queries + height * width // config.patch_size**2
+    # of a layer: attention has 4 square matrices, an MLP 2 or 3 larger ones
+    weights = config.hidden_size * (4 * config.hidden_size + 3 * config.intermediate_size)
+    return config.num_hidden_layers * weights * tokens < _SMALL
 
 
 def _categories(network: "Network", task: str) -> list[dict[str, Any]]:
@@ -418,6 +568,8 @@ def _categories(network: "Network", task: str) -> list[dict[str, Any]]:
 def _check_output(folder: Path, places: Sequence[Path], *, force: bool) -> None:
     """Checks that no existing file is in the way.
 
+    An overlay in any format is: once the JSON file is written, it would count as ours.
+
     Raises:
         OutputError: a file is in the way.
     """
@@ -426,52 +578,48 @@ def _check_output(folder: Path, places: Sequence[Path], *, force: bool) -> None:
     ours: list[Path] = []
     others: list[Path] = []
     for place in places:
-        existing = [path for path in _files(place) if os.path.lexists(path)]
+        files = (_named(place, ending) for ending in (*OVERLAYS.values(), ID_MAP, SEGMENTS))
+        existing = [path for path in files if os.path.lexists(path)]
         (ours if _is_ours(place) else others).extend(existing)
     if others:
         raise OutputError(
-            f"{_named(others)}, not made by eomt-convert; --force does not replace it.",
+            f"{_counted(others)}, not made by eomt-convert; --force does not replace it.",
             "Move it away, or choose another output.",
         )
     if ours and not force:
-        raise OutputError(f"{_named(ours)}.", "Replace with --force, or choose another --output.")
+        raise OutputError(f"{_counted(ours)}.", "Replace with --force, or choose another --output.")
 
 
-def _named(paths: Sequence[Path]) -> str:
+def _counted(paths: Sequence[Path]) -> str:
     more = f", and {len(paths) - 1} more files" if len(paths) > 1 else ""
     return f"{paths[0]} exists{more}"
 
 
 def _is_ours(place: Path) -> bool:
     """Whether this tool made the files of a picture, according to their JSON file."""
-    _, _, segments = _files(place)
     try:
-        info = read_json_object(segments, _SEGMENTS_LIMIT).get("info")
+        info = read_json_object(_named(place, SEGMENTS), _SEGMENTS_LIMIT).get("info")
     except UnreadableFileError:
         return False
     return isinstance(info, dict) and info.get("contributor") == TOOL
 
 
-def _files(place: Path) -> tuple[Path, Path, Path]:
-    """The paths of a picture's overlay, id map and segments file: ``place`` with three endings."""
-    overlay, id_map, segments = (
-        place.with_name(place.name + ending) for ending in (OVERLAY, ID_MAP, SEGMENTS)
-    )
-    return overlay, id_map, segments
+def _named(place: Path, ending: str) -> Path:
+    """The path of one of a picture's files."""
+    return place.with_name(place.name + ending)
 
 
 def _write(
     found: SegmentedPicture,
-    image_id: int,
-    image: Image.Image,
-    id_map: NDArray[np.integer[Any]],
+    picture: _Picture,
+    id_map: NDArray[np.unsignedinteger[Any]],
     categories: Sequence[dict[str, Any]],
     *,
     rle: bool,
 ) -> None:
     height, width = found.size
     entry = {
-        "id": image_id,
+        "id": picture.index + 1,
         "file_name": printable(found.picture.name),
         "height": height,
         "width": width,
@@ -490,14 +638,24 @@ def _write(
         )
         for segment in ranked
     ]
-    with (
-        writable(found.overlay.parent),
-        replacing(found.overlay) as overlay,
-        replacing(found.id_map) as ids,
-    ):
-        id_map_image(id_map).save(ids, "PNG")
-        draw_overlay(image, id_map, labels).save(overlay, "PNG", compress_level=_COMPRESSION)
-        write_json(found.segments_file, content)  # written first: it shows that all three are ours
+    with ExitStack() as files:
+        files.enter_context(writable(found.id_map.parent))
+        if found.overlay is not None and picture.image is not None:
+            saving = _SAVING[found.overlay.suffix]
+            overlay = files.enter_context(replacing(found.overlay))
+            draw_overlay(picture.image, id_map, labels).save(overlay, **saving)
+        ids = files.enter_context(replacing(found.id_map))
+        ids.write(id_map_png(id_map))
+        write_json(found.segments_file, content)  # written first: it shows that all files are ours
+
+
+def _remove_other_overlays(place: Path, kept: Path | None) -> None:
+    """Removes the overlay of an earlier run that wrote it in another format."""
+    for ending in OVERLAYS.values():
+        other = _named(place, ending)
+        if other != kept:
+            with writable(other):
+                other.unlink(missing_ok=True)
 
 
 def _note(segment: Segment, pixels: int) -> str:
