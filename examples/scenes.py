@@ -1,6 +1,6 @@
 """Draws scenes of shapes, annotated in COCO's panoptic format, to train on.
 
-    python examples/scenes.py scenes --train 400 --val 48
+    python examples/scenes.py scenes --train 300 --val 48
 
 They are like those of fixtures/shapes_panoptic_128, with stars added: circles, squares, triangles
 and stars (things) in front of two of sky, grass and sand (stuff). Colours vary around one per
@@ -94,7 +94,7 @@ def write(folder: Path, count: int, rng: np.random.Generator) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draws annotated scenes of shapes.")
     parser.add_argument("output", type=Path, help="gets the folders train and val")
-    parser.add_argument("--train", type=int, default=400, help="number of scenes, default 400")
+    parser.add_argument("--train", type=int, default=300, help="number of scenes, default 300")
     parser.add_argument("--val", type=int, default=48, help="likewise, default 48")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
