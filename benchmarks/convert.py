@@ -274,11 +274,16 @@ def spread(values: list[float], digits: int, unit: str = "") -> str:
 def conditions(runs: int) -> str:
     """Versions and machine that the figures were measured with."""
     packages = ("eomt-convert", "transformers", "torch", "safetensors", "numpy")
-    versions = ", ".join(f"{package} {version(package)}" for package in packages)
     return (
         f"Median (min–max) of {runs} runs each, in turns; ratio per pair of runs. "
-        f"Python {platform.python_version()}, {versions}; {cpu()}, {os.cpu_count()} cores."
+        f"{machine(*packages)}"
     )
+
+
+def machine(*packages: str) -> str:
+    """Versions of Python and of packages, and the processor, in a sentence."""
+    versions = ", ".join(f"{package} {version(package)}" for package in packages)
+    return f"Python {platform.python_version()}, {versions}; {cpu()}, {os.cpu_count()} cores."
 
 
 def cpu() -> str:

@@ -11,17 +11,16 @@ is faster or smaller. Linux only, which keeps the peak.
 
 import argparse
 import os
-import platform
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from convert import machine, spread
 
 if TYPE_CHECKING:
     from reference_model import EomtDinov3ForUniversalSegmentationOutput
@@ -183,7 +182,7 @@ def table(measured: dict[tuple[str, int], Measurement]) -> Iterator[str]:
     for (name, kept), measurement in measured.items():
         ours, theirs = (measurement.seconds[who] for who in PROCESSORS)
         ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
-        cells = (spread(ours, " s"), spread(theirs, " s"), spread(ratios))
+        cells = (spread(ours, 2, " s"), spread(theirs, 2, " s"), spread(ratios, 2))
         yield f"| {name} | {kept} | wall time | {' | '.join(cells)} |"
         our_peak, their_peak = (measurement.peak[who] / 1e6 for who in PROCESSORS)
         yield (
@@ -192,21 +191,12 @@ def table(measured: dict[tuple[str, int], Measurement]) -> Iterator[str]:
         )
 
 
-def spread(values: list[float], unit: str = "") -> str:
-    middle, low, high = statistics.median(values), min(values), max(values)
-    return f"{middle:.2f}{unit} ({low:.2f}–{high:.2f})"
-
-
 def conditions(pairs: int, threads: int) -> str:
     """Versions and machine that the figures were measured with."""
-    packages = ("eomt-convert", "transformers", "torch")
-    versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return (
         f"Median (min–max) of {pairs} pairs of runs; memory is what a run adds at its peak. "
         f"Picture {TARGET[0]}x{TARGET[1]}, {QUERIES} queries, float32, {threads} threads. "
-        f"Python {platform.python_version()}, {versions}; {cpu}, {os.cpu_count()} cores."
+        f"{machine('eomt-convert', 'transformers', 'torch')}"
     )
 
 

@@ -13,16 +13,16 @@ import inspect
 import io
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from convert import machine, spread
+from postprocess import memory
 
 ROOT = Path(__file__).parent.parent
 FIXTURE = ROOT / "fixtures" / "shapes_panoptic_128"
@@ -61,9 +61,7 @@ def segment_once(model: str, pictures: str, output: str, overlay: str, workers: 
         1000 * (last - first) / len(found.pictures)
         for first, last in zip(calls[0], calls[-1], strict=True)
     )
-    lines = Path("/proc/self/status").read_text().splitlines()
-    peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-    print(json.dumps(Run(wall, cpu, peak * 1024 / 1e6)))
+    print(json.dumps(Run(wall, cpu, memory("VmHWM") / 1e6)))
 
 
 # measuring ---------------------------------------------------------------------------------------
@@ -110,20 +108,11 @@ def make_pictures(folder: Path, count: int, size: tuple[int, int]) -> Path:
     return folder
 
 
-def spread(values: list[float], digits: int, unit: str = "") -> str:
-    middle, low, high = statistics.median(values), min(values), max(values)
-    return f"{middle:.{digits}f}{unit} ({low:.{digits}f}–{high:.{digits}f})"
-
-
 def conditions(runs: int, commit: str) -> str:
     """Versions and machine that the figures were measured with."""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "pillow", "numpy"))
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return (
         f"Median (min–max) of {runs} runs each, in turns; before: {commit}. "
-        f"Python {platform.python_version()}, {versions}; {cpu}, "
-        f"{len(os.sched_getaffinity(0))} cores."
+        f"{machine('torch', 'pillow', 'numpy')}"
     )
 
 

@@ -33,8 +33,8 @@ class Crops(torch.utils.data.Dataset[dict[str, Any]]):
         epoch, place = divmod(number, len(self.pictures))
         order = order_of(len(self.pictures), self.args.seed, epoch)
         rng = np.random.default_rng((self.args.seed, epoch, place))
-        for index in order[place:] + order[:place]:  # the next one in place of one without segments
-            example: Any = self.pictures.read(index)
+        for offset in range(len(order)):  # the next one in place of one without segments
+            example: Any = self.pictures.read(order[(place + offset) % len(order)])
             for _ in range(0 if all(example.target.crowd) else 100):
                 if item := self.crop(example.image, example.target, rng):
                     return item

@@ -69,7 +69,7 @@ def train(accelerator: Accelerator, pictures: Dataset, args: argparse.Namespace)
     """Trains, and returns the folder of the model."""
     set_seed(args.seed, device_specific=True)
     classes = dict(enumerate(pictures.names))
-    network = model = EomtDinov3ForUniversalSegmentation.from_pretrained(
+    network = EomtDinov3ForUniversalSegmentation.from_pretrained(
         args.model,
         dtype="float32",
         id2label=classes,
